@@ -1,0 +1,1 @@
+"""Turns ordinary OCI images into block images."""

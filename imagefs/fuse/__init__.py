@@ -1,0 +1,1 @@
+"""The kernel side of lazy reading: FUSE protocol, the server, the keeper of its fds."""
