@@ -1,0 +1,110 @@
+"""The `glowplug` command: finds the verb, maps errors to exit codes.
+
+Verbs are imported when they are called, so that `glowplug mount` does not pay for the converter.
+
+Exit codes: 0 done; 1 a check found a difference, or the command run by `run` says so; 2 wrong usage;
+3 invalid input; 4 not found; 5 denied; 6 integrity; 7 unavailable; 8 configuration; 9 busy; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import types
+
+import click
+
+from imagefs import errors
+
+VERBS = {
+    "check": "Verify a block image's whole chain of digests, and its files against the source.",
+    "convert": "Turn an OCI image into a block image.",
+    "copy": "Move a source image with its block image to another registry.",
+    "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
+    "mount": "Mount an image's root filesystem, fetched lazily.",
+    "run": "Run a command in an image, in namespaces of its own.",
+    "status": "Show what the device server of this machine holds and does.",
+    "umount": "Unmount what `mount` mounted.",
+}
+
+_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (errors.InvalidInputError, 3),
+    (errors.NotFoundError, 4),
+    (errors.DeniedError, 5),
+    (errors.IntegrityError, 6),
+    (errors.UnavailableError, 7),
+    (errors.ConfigurationError, 8),
+    (errors.BusyError, 9),
+)
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"glowplug.verbs.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="glowplug", prog_name="glowplug")
+def cli() -> None:
+    """Glowplug makes cold things start: container images that are fetched block by block, as they are read.
+
+    REF is docker://HOST/REPO[:TAG], docker-daemon:NAME, docker-archive:FILE, oci:DIR[:TAG] or
+    s3://BUCKET/PREFIX[:TAG]; @DIGEST instead of :TAG pins the image.
+    """
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an error of ours, None for a foreign one."""
+    for kind, code in _EXIT_CODES:
+        if isinstance(error, kind):
+            return code
+    # The converter's errors, without importing it where it was not used.
+    module: types.ModuleType | None = sys.modules.get("converter.errors")
+    if module is not None:
+        if isinstance(error, module.LayerDigestError):
+            return 6
+        if isinstance(error, module.ConverterError):
+            return 3
+    return None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("glowplug: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as exc:
+        code = exit_code(exc)
+        if code is None:
+            raise
+        click.echo(f"glowplug: {exc}", err=True)
+        sys.exit(code)
+
+
+def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    """SIGTERM cleans up as SIGINT does."""
+    raise KeyboardInterrupt
