@@ -12,7 +12,7 @@ class InvalidLayerError(ConverterError):
 
 
 class LimitError(ConverterError):
-    """A limit was passed (bomb protection); the message names the limit, its value and the flag that sets it."""
+    """A limit was passed (bomb protection); the message names limit, value and flag."""
 
 
 class LayerDigestError(ConverterError):
