@@ -6,6 +6,8 @@
     oci:DIR[:TAG|@DIGEST]
     s3://BUCKET/PREFIX[:TAG|@DIGEST]
 
+docker://...:TAG@DIGEST is accepted too; the digest decides and the tag is dropped.
+
 Pure. `parse(str(ref)) == ref` for every value that parse returns.
 """
 
@@ -95,6 +97,9 @@ def _parse_rest(transport: Transport, rest: str, text: str) -> Reference:
     if not location:
         raise errors.InvalidInputError(f"{text!r}: the location is empty; accepted: {FORMS}")
     if transport == "docker":
+        if at:  # REPO:TAG@DIGEST is what Kubernetes users write: the digest alone decides
+            head, slash, last = location.rpartition("/")
+            location = f"{head}{slash}{last.partition(':')[0]}"
         host, slash, repository = location.partition("/")
         if not slash or not _HOST.match(host) or not REPOSITORY.match(repository):
             raise errors.InvalidInputError(

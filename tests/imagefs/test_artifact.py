@@ -1,0 +1,113 @@
+"""Block image manifests: round trips, what is refused, and the choice among candidates."""
+
+import contextlib
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagefs import artifact, errors
+
+digests = st.binary(min_size=32, max_size=32).map(lambda raw: "sha256:" + raw.hex())
+sizes = st.integers(min_value=0, max_value=1 << 50)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> artifact.Layer:
+    key, diff_id = draw(st.text(max_size=20)), draw(digests)
+    annotations = {artifact.REUSE_KEY: key, artifact.DIFF_ID: diff_id}
+    return artifact.Layer(
+        artifact.Descriptor(artifact.MAP_MEDIA_TYPE, draw(digests), draw(sizes), annotations=annotations),
+        artifact.Descriptor(artifact.BLOB_MEDIA_TYPE, draw(digests), draw(sizes)),
+        key,
+        diff_id,
+    )
+
+
+images = st.builds(
+    artifact.BlockImage,
+    subject=st.builds(artifact.Descriptor, st.just(artifact.OCI_MANIFEST), digests, sizes),
+    config=st.builds(artifact.Descriptor, st.just(artifact.OCI_CONFIG), digests, sizes),
+    layers=st.lists(layers(), max_size=4).map(tuple),
+)
+
+
+@given(images)
+def test_round_trip(image: artifact.BlockImage) -> None:
+    data = artifact.encode(image)
+    assert artifact.decode(data) == image
+    assert artifact.encode(artifact.decode(data)) == data
+
+
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["artifactType", "layers", "subject", "config", "mediaType", "digest", "size", "x"]
+                ),
+                inner | st.just(artifact.ARTIFACT_TYPE),
+                max_size=6,
+            )
+        ),
+        max_leaves=12,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_anything_is_decoded_or_refused(data: bytes) -> None:
+    with contextlib.suppress(errors.InvalidInputError):
+        artifact.decode(data)
+
+
+@given(images, st.sampled_from(["subject", "config", "layers", "artifactType"]))
+def test_a_missing_field_is_named(image: artifact.BlockImage, field: str) -> None:
+    document = json.loads(artifact.encode(image))
+    del document[field]
+    with pytest.raises(errors.InvalidInputError, match=field):
+        artifact.decode(json.dumps(document).encode())
+
+
+def test_depth_bomb_is_refused() -> None:
+    with pytest.raises(errors.InvalidInputError):
+        artifact.decode(b"[" * 200_000)
+
+
+@given(st.lists(digests, min_size=1, max_size=6, unique=True), st.randoms(use_true_random=False))
+def test_the_choice_does_not_depend_on_the_order(names: list[str], rng: random.Random) -> None:
+    own = [
+        artifact.Descriptor(artifact.OCI_MANIFEST, d, 1, artifact_type=artifact.ARTIFACT_TYPE) for d in names
+    ]
+    foreign = [artifact.Descriptor(artifact.OCI_MANIFEST, "sha256:" + "0" * 64, 1, artifact_type="other")]
+    first = artifact.choose(own + foreign)
+    shuffled = own + foreign
+    rng.shuffle(shuffled)
+    assert first is not None
+    assert first.artifact_type == artifact.ARTIFACT_TYPE
+    assert artifact.choose(shuffled) == first
+    assert artifact.choose(foreign) is None
+
+
+def test_reuse_key_tells_layers_apart() -> None:
+    base = {
+        "diff_id": "sha256:" + "a" * 64,
+        "chain_id": None,
+        "block_bytes": 1 << 22,
+        "frame_bytes": 1 << 22,
+        "compression_level": 1,
+        "libzstd_version": 10507,
+    }
+    keys = {artifact.reuse_key(**base)}
+    for field, value in {
+        "diff_id": "sha256:" + "b" * 64,
+        "chain_id": "sha256:" + "a" * 64,
+        "block_bytes": 1 << 21,
+        "frame_bytes": 1 << 16,
+        "compression_level": 2,
+        "libzstd_version": 10506,
+    }.items():
+        keys.add(artifact.reuse_key(**{**base, field: value}))
+    assert len(keys) == 7
