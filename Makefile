@@ -1,0 +1,64 @@
+# Everything a developer, CI or a curious reader runs. `make` lists the targets.
+#
+#   DEMO=small        demo and bench on a small image (numpy and scipy, about 120 MB) instead of PyTorch
+#   BENCH_ARGS="..."  options of e2e/bench.py, e.g. BENCH_ARGS="--parts ready --runs 5"
+#   TEST_ARGS="..."   options of pytest, e.g. TEST_ARGS="tests/imagefs -k blockmap"
+
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO ?= torch
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup debian demo test soak check fmt bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: debian $(STAMP) ## Install what is missing: Debian packages (as root) and .venv
+
+debian:
+	@deploy/setup-debian
+
+# The interpreter is looked for when it is needed, because `debian` may only just have installed it.
+$(STAMP): pyproject.toml | debian
+	@python=""; for candidate in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "setup: no Python >= 3.11 with the venv module (Debian: python3-venv)" >&2; exit 1; fi; \
+	[ -x $(PYTHON) ] || "$$python" -m venv $(VENV)
+	$(PYTHON) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup ## Start PyTorch from a registry at 1 Gbit/s twice: pulled, and lazily (DEMO=small: less to download)
+	$(PYTHON) -m e2e.demo --image $(DEMO)
+
+test: setup ## Run all tests but the soak ones, and report coverage
+	$(PYTHON) -m coverage erase
+	$(PYTHON) -m coverage run -m pytest -m "not soak" $(TEST_ARGS)
+	$(PYTHON) -m coverage combine -q
+	$(PYTHON) -m coverage report --skip-empty
+
+soak: setup ## Run the long forms of the tests
+	$(PYTHON) -m pytest -m soak $(TEST_ARGS)
+
+check: setup ## Lint, format, types, and the direction of imports
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+fmt: setup ## Format, and fix what the linter can fix
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: setup ## Measure start, warm reads, conversion, metadata; results/bench.json (long: see docs/benchmarks.md)
+	$(PYTHON) -m e2e.bench --image $(DEMO) $(BENCH_ARGS)
+
+clean: ## Remove what the other targets made, .venv and cached downloads included
+	rm -rf $(VENV) .cache results build dist htmlcov .coverage .coverage.* \
+	    .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
