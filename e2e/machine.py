@@ -1,0 +1,80 @@
+"""This machine as the measurements see it: its facts, its page cache, the programs that we start on it.
+
+Called by everything in e2e. Every process that is started here is ended here, by its process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+class CommandError(Exception):
+    """A program that we started failed; the message holds its last output."""
+
+
+def facts() -> dict[str, str | int]:
+    """What a reader of a result must know about where it was measured."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "kernel": platform.release(),
+        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(memory_bytes / 2**30),
+        "python": platform.python_version(),
+    }
+
+
+def drop_page_cache() -> None:
+    """Forget cached file data, names and inodes, so that the next read is a cold one."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def check_call(command: Sequence[str], *, allow: tuple[int, ...] = (0,)) -> str:
+    """Run to the end and return stdout. Raises CommandError with the tail of what it said."""
+    result = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    if result.returncode not in allow:
+        said = (result.stderr + result.stdout)[-2000:].strip()
+        raise CommandError(f"{' '.join(command)[:300]}: exit status {result.returncode}\n{said}")
+    return result.stdout
+
+
+@contextlib.contextmanager
+def daemon(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in the background, its output in `log`; ended on the way out, gently, then not."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None:
+    """SIGTERM, and SIGKILL when that was not heard in time."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(patience_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def unmount_below(folder: Path) -> None:
+    """Unmount everything that is mounted at or below `folder`, the last mounted first."""
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        target = line.split()[4]
+        if Path(target).is_relative_to(folder):
+            check_call(["umount", "--lazy", target])

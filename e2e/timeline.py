@@ -1,0 +1,76 @@
+"""The time line of one start: from the command, over mounted and first output, to ready.
+
+`Clock` is started with the start; `follow` reads a program's output and marks what its lines say. Times are
+seconds since the clock was made, by the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+from e2e import machine, workloads
+
+MOUNTED = "mounted"
+FIRST_OUTPUT = "first output"
+READY = "ready"
+MARKS = (MOUNTED, FIRST_OUTPUT, READY)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start:
+    """A start, measured. `began_ns` is on the monotonic clock, `seconds` by mark, since then."""
+
+    began_ns: int
+    seconds: dict[str, float]
+    moved_bytes: int
+
+    @property
+    def ready_seconds(self) -> float:
+        """Seconds from the command to ready."""
+        return self.seconds[READY]
+
+
+class Clock:
+    """Marks the time line of one start, and counts the bytes that the link moved meanwhile."""
+
+    def __init__(self, received_bytes: Callable[[], int]) -> None:
+        self._received_bytes = received_bytes
+        self._before_bytes = received_bytes()
+        self._seconds: dict[str, float] = {}
+        self._moved_bytes = 0
+        self._began_ns = time.monotonic_ns()
+
+    def mark(self, name: str) -> None:
+        """It is so far now; the first time counts."""
+        self._seconds.setdefault(name, (time.monotonic_ns() - self._began_ns) / 1e9)
+        if name == READY:
+            self._moved_bytes = self._received_bytes() - self._before_bytes
+
+    def start(self) -> Start:
+        """What was marked. Raises CommandError when the program ended without becoming ready."""
+        if READY not in self._seconds:
+            raise machine.CommandError("the program ended without a line that says that it is ready")
+        return Start(self._began_ns, dict(self._seconds), self._moved_bytes)
+
+
+def follow(command: Sequence[str], clock: Clock) -> None:
+    """Run to the end, marking the first line of output and the one that says ready."""
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                clock.mark(FIRST_OUTPUT)
+                if line.split()[:1] == [workloads.READY.encode()]:
+                    clock.mark(READY)
+            status = process.wait()
+        finally:
+            machine.end(process)
+        if status:
+            stderr.seek(0)
+            said = stderr.read()[-2000:].decode(errors="replace").strip()
+            raise machine.CommandError(f"{' '.join(command)[:300]}: exit status {status}\n{said}")
