@@ -1,8 +1,8 @@
 """Settings: every default of the command, its environment variable, and the options that verbs share.
 
 Owns the defaults and nothing else. A verb takes `@settings.origin_options` and gets an `origins` keyword
-(imagefs.origin.connect.Options), `@settings.storage_options` and gets `storage` (Storage). Precedence: option,
-then environment variable, then default. Imports of imagefs happen when a verb runs, not when its help is shown.
+(imagefs.origin.connect.Options), `@settings.storage_options` and gets `storage` (Storage). Precedence:
+option, then environment variable, then default. imagefs is imported when a verb runs, not for its help.
 """
 
 from __future__ import annotations

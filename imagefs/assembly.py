@@ -1,0 +1,171 @@
+"""An image's layers become one root filesystem, and go again: the order of things, and its undoing.
+
+Called by the verbs `mount`, `umount` and `run`, on their thread. What a mount needs, in this order:
+
+    record in the table -> layers attached to the device server -> superblocks checked, metadata read
+    -> layers mounted -> overlay over them -> the layers' own mount points taken away
+
+A failure at any step undoes the earlier ones. `release` undoes a finished mount, a half-made one and one
+that a crash left behind alike: it looks at what is there, and may be called again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from imagefs import erofs, errors, mount, syscalls
+from imagefs.erofs import ondisk
+from imagefs.image import LazyImage
+from imagefs.lazylayer import LazyLayer
+from imagefs.mount import Choice, Mode, RootAttributes
+
+_READ_BYTES = 1 << 20
+_PARALLEL_READS = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for. `mode` None chooses."""
+
+    mode: Mode | None = None
+    writable: bool = False
+    suid: bool = False
+    dev: bool = False
+
+    def mount_flags(self) -> int:
+        """Flags of the assembled mount."""
+        return (0 if self.suid else syscalls.MS_NOSUID) | (0 if self.dev else syscalls.MS_NODEV)
+
+
+def check_directory(directory: Path) -> Path:
+    """The mount point as an absolute path. Raises InvalidInputError unless it is a directory."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise errors.InvalidInputError(f"{directory} {what}; mount needs an existing directory")
+    return Path(os.path.realpath(directory))
+
+
+def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:
+    """Check every layer's superblock and bring all metadata in, all layers at once, before the kernel
+    parses anything. Returns the root's attributes, None where the topmost layer has the right ones."""
+    if len(image.layers) > mount.MAX_LAYERS:
+        raise errors.ConfigurationError(
+            f"{image.reference} has {len(image.layers)} layers, overlayfs takes {mount.MAX_LAYERS}"
+        )
+    if not image.layers:
+        return RootAttributes()
+    with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, 2 * len(devices))) as pool:
+        checks = [pool.submit(_check_layer, image, number, device) for number, device in enumerate(devices)]
+        reads = [
+            pool.submit(_read_span, image, number, device, offset, length)
+            for number, device in enumerate(devices)
+            for offset, length in metadata_spans(image.layers[number])
+        ]
+        try:
+            roots = [check.result() for check in checks]
+            for read in reads:
+                read.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    named = [root for root in roots if root is not None]
+    if roots[-1] is not None:
+        return None
+    return named[-1] if named else RootAttributes()
+
+
+def assemble(
+    image: LazyImage, devices: Sequence[Path], folder: Path, directory: Path, options: Options
+) -> Choice | None:
+    """Mount the image at `directory`, with `folder` for what lies behind it. None when the kernel cannot
+    mount EROFS here and the mode was left to us: nothing is mounted then, and a file-level mount may do."""
+    root = prepare(image, devices)
+    names = [
+        (f"{image.reference}: layer {number} ({layer.map_digest})", device)
+        for number, (layer, device) in enumerate(zip(image.layers, devices, strict=True))
+    ]
+    choice, mounted = mount.mount_layers(options.mode, names, folder)
+    if choice is None:
+        return None
+    try:
+        if options.writable and root is None:
+            root = root_attributes(devices[-1])
+        mount.mount_overlay(
+            folder,
+            len(mounted),
+            directory,
+            root,
+            writable=options.writable,
+            flags=options.mount_flags(),
+        )
+    finally:
+        mount.unmount_all(mounted)
+    return choice
+
+
+def root_attributes(device: Path) -> RootAttributes:
+    """The attributes of a layer's root directory, read through its device file."""
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        reader = erofs.Reader(lambda offset, length: _read_exactly(fd, offset, length, str(device)))
+        inode = reader.root()
+        return RootAttributes(inode.mode, inode.uid, inode.gid, inode.mtime_ns, reader.xattrs(inode))
+    finally:
+        os.close(fd)
+
+
+def metadata_spans(layer: LazyLayer) -> list[tuple[int, int]]:
+    """(offset, length) pieces, within blocks, that cover the metadata region."""
+    value = layer.block_map
+    out = []
+    offset, end = value.metadata_offset, value.metadata_offset + value.metadata_bytes
+    while offset < end:
+        stop = min(end, (offset // value.block_bytes + 1) * value.block_bytes)
+        out.append((offset, stop - offset))
+        offset = stop
+    return out
+
+
+def _check_layer(image: LazyImage, number: int, device: Path) -> RootAttributes | None:
+    """Check one superblock; the root's attributes unless the layer only implies them."""
+    layer = image.layers[number]
+    what = f"{image.reference}: layer {number} ({layer.map_digest})"
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        superblock = erofs.check_superblock(_read_exactly(fd, 0, ondisk.BLOCK_BYTES, what))
+    except errors.InvalidInputError as exc:
+        raise errors.InvalidInputError(f"{what}: refused before mounting: {exc}") from exc
+    finally:
+        os.close(fd)
+    if superblock.blocks * ondisk.BLOCK_BYTES != layer.block_map.image_bytes:
+        raise errors.InvalidInputError(
+            f"{what}: refused before mounting: superblock of {superblock.blocks * ondisk.BLOCK_BYTES} bytes "
+            f"in an image of {layer.block_map.image_bytes}"
+        )
+    return None if layer.block_map.root_implied else root_attributes(device)
+
+
+def _read_span(image: LazyImage, number: int, device: Path, offset: int, length: int) -> None:
+    what = f"{image.reference}: layer {number} ({image.layers[number].map_digest})"
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for start in range(offset, offset + length, _READ_BYTES):
+            _read_exactly(fd, start, min(_READ_BYTES, offset + length - start), what)
+    finally:
+        os.close(fd)
+
+
+def _read_exactly(fd: int, offset: int, length: int, what: str) -> bytes:
+    try:
+        data = os.pread(fd, length, offset)
+    except OSError as exc:
+        raise errors.UnavailableError(
+            f"{what}: {length} bytes at {offset} could not be read: {exc.strerror}"
+        ) from exc
+    if len(data) != length:
+        raise errors.IntegrityError(f"{what}: device gave {len(data)} bytes instead of {length} at {offset}")
+    return data
