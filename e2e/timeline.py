@@ -57,16 +57,21 @@ class Clock:
         return Start(self._began_ns, dict(self._seconds), self._moved_bytes)
 
 
-def follow(command: Sequence[str], clock: Clock) -> None:
-    """Run to the end, marking the first line of output and the one that says ready."""
+def follow(command: Sequence[str], clock: Clock, when_ready: Callable[[], None] | None = None) -> None:
+    """Start `command`, mark the first line of output and the one that says ready, call `when_ready`, then let
+    it end by closing its standard input."""
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 clock.mark(FIRST_OUTPUT)
                 if line.split()[:1] == [workloads.READY.encode()]:
                     clock.mark(READY)
+                    if when_ready is not None:
+                        when_ready()
+                    process.stdin.close()
             status = process.wait()
         finally:
             machine.end(process)

@@ -31,7 +31,7 @@ TAG = "latest"
 READY = "ready"
 """What a workload's command prints, first word of a line, when it could serve."""
 
-_BUILD = 1
+_BUILD = 2
 """Part of the cache key: raise it when images are built in another way from the same recipe."""
 
 _LIBRARIES = ("numpy==2.3.4",)
@@ -60,8 +60,14 @@ class Recipe:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """Prints one line when Python runs, and one when the heavy library is loaded and has computed."""
-        lines = ("print('python runs', flush=True)", self.script, f"print('{READY}', value, flush=True)")
+        """Prints one line when Python runs, one when the heavy library is loaded and has computed; then it
+        stays, as a server would, until its standard input ends."""
+        lines = (
+            "print('python runs', flush=True)",
+            self.script,
+            f"print('{READY}', value, flush=True)",
+            "import sys; sys.stdin.read()",
+        )
         return ("python3", "-c", "\n".join(lines))
 
 
@@ -91,7 +97,8 @@ class Workload:
     compressed_bytes: int
     unpacked_bytes: int
     entries: int
-    layers: int
+    layers: tuple[str, ...]
+    """What each layer holds, bottom first, for people."""
 
     @property
     def source(self) -> str:
@@ -117,7 +124,13 @@ def build(name: str, cache: Path, say: Callable[[str], None]) -> Workload:
             say(f"building the {name} image: the first time only; {recipe.download_note}")
             _build(recipe, cache, done, say)
     facts = json.loads((done / "workload.json").read_text())
-    return Workload(name=name, layout=done / "layout", command=recipe.command, **facts)
+    layers = (f"Debian {SUITE}, Python {PYTHON_VERSION}", *(_layer_name(wheels) for wheels in recipe.layers))
+    return Workload(name=name, layout=done / "layout", command=recipe.command, layers=layers, **facts)
+
+
+def _layer_name(requirements: Sequence[str]) -> str:
+    names = [requirement.partition("==")[0] for requirement in requirements]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _debian_root(cache: Path, say: Callable[[str], None]) -> Path:
@@ -187,7 +200,6 @@ def _fill(recipe: Recipe, root: Path, work: Path, wheels: Path, say: Callable[[s
         "compressed_bytes": sum(layer.size for layer in written),
         "unpacked_bytes": sum(layer.tar_bytes for layer in written),
         "entries": sum(layer.entries for layer in written),
-        "layers": len(written),
     }
     (work / "workload.json").write_text(json.dumps(facts))
 
