@@ -1,0 +1,348 @@
+"""A layer image's blocks -> its layer blob and block map: hash, compress, and write in order.
+
+A `LayerBlobWriter` is the `BlockSink` of one layer. Its caller, one thread, puts blocks; threads of the
+shared executor hash and compress them; whichever thread completes the next block in order writes it to the
+spool file, and those that waited for it. The blob is a contiguous slice of the spool file:
+
+    | room for block 0 ...   block 0's frames | block 1's frames | ... | seek table |
+                           ^ start
+
+Block 0 comes last, so its room is as large as it can get, and its frames are written to end where block 1's
+begin: no byte is moved.
+
+Invariants: at most `buffers` blocks are held in memory, compressed ones waiting for their turn included;
+the first error in any thread is raised by the caller's next call, and nobody waits for what will not come;
+after `abort` there is no spool file. Frames carry their content size and no checksum (the map has sha256);
+the seek table is zstd's seekable format (skippable frame 0x184D2A5E), without checksums.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import pathlib
+import struct
+import threading
+from collections.abc import Iterable
+from typing import Final
+
+import zstandard
+
+from converter.erofs_writer import Layout
+from imagefs import artifact, blockmap, errors, origin
+
+DEFAULT_LEVEL: Final = 1
+LIBZSTD_VERSION: Final = (
+    zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
+)
+
+_BUFFER_BUDGET_BYTES = 24 * 1024 * 1024
+_MIN_BUFFERS = 4
+"""The layer image writer holds three at a time: with fewer, it would wait for itself."""
+_MAX_BUFFERS = 32
+_SEEK_TABLE_MAGIC = 0x184D2A5E
+_SEEKABLE_MAGIC = 0x8F92EAB1
+_SEEK_ENTRY = struct.Struct("<II")
+_SEEK_FOOTER = struct.Struct("<IBI")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FinishedBlob:
+    """A layer blob on local disk: `size` bytes from byte `start` of `path`, and its block map.
+
+    Digests are `sha256:` strings. The file is its owner's to remove.
+    """
+
+    path: pathlib.Path
+    start: int
+    size: int
+    digest: str
+    block_map: blockmap.BlockMap
+    map_bytes: bytes
+    map_digest: str
+
+    def source(self) -> origin.FileSource:
+        """The blob's bytes, for upload."""
+        return origin.FileSource(self.path, self.start, self.size)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the map and the seek table keep of a block; per frame its bytes, compressed bytes and digest."""
+
+    digest: bytes
+    frame_lengths: tuple[int, ...]
+    frame_compressed: tuple[int, ...]
+    frame_digests: tuple[bytes, ...]
+    zero: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packed:
+    """One block, hashed and compressed: `data` is its frames, one after another."""
+
+    entry: _Entry
+    data: bytes
+
+
+class LayerBlobWriter:
+    """Makes one layer blob in `spool_path`. All methods but the executor's are for one thread."""
+
+    def __init__(
+        self,
+        spool_path: pathlib.Path,
+        block_bytes: int,
+        frame_bytes: int,
+        level: int,
+        executor: concurrent.futures.Executor,
+    ) -> None:
+        blockmap.check_block_bytes(block_bytes)
+        blockmap.check_frame_bytes(frame_bytes, block_bytes)
+        self._path = spool_path
+        self._block_bytes = block_bytes
+        self._frame_bytes = frame_bytes
+        self._level = level
+        self._executor = executor
+        self._zeros = bytes(block_bytes)
+        self._packed_zeros: _Packed | None = None
+        self._thread = threading.local()
+
+        self._lock = threading.Condition()
+        self._free: list[bytearray] = []
+        self._buffers_left = max(_MIN_BUFFERS, min(_MAX_BUFFERS, _BUFFER_BUDGET_BYTES // block_bytes))
+        self._in_flight = 0
+        self._error: BaseException | None = None
+        self._waiting: dict[int, tuple[_Packed, bytearray | None]] = {}
+        self._next = 1
+        self._entries: dict[int, _Entry] = {}
+        self._first: _Packed | None = None
+
+        self._room = (block_bytes // frame_bytes) * _compress_bound(frame_bytes)
+        self._end = self._room
+        try:
+            self._fd = os.open(spool_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise errors.ConfigurationError(f"spool file {spool_path}: {exc.strerror}") from exc
+
+    # -- BlockSink ---------------------------------------------------------------------------------------
+
+    def acquire(self) -> bytearray:
+        """A buffer of `block_bytes` zeros; waits for one, raises the first error of any thread."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._error or self._free or self._buffers_left)
+            self._check()
+            if not self._free:
+                self._buffers_left -= 1
+                return bytearray(self._block_bytes)
+            buffer = self._free.pop()
+        buffer[:] = self._zeros
+        return buffer
+
+    def put(self, index: int, buffer: bytearray, length: int) -> None:
+        """Take block `index`; `buffer` is not the caller's any more."""
+        if length == self._block_bytes and buffer == self._zeros:
+            with self._lock:
+                self._free.append(buffer)
+            self.put_zeros(index)
+            return
+        with self._lock:
+            self._check()
+        future = self._executor.submit(self._work, index, buffer, length)
+        with self._lock:
+            self._in_flight += 1
+        # A callback, because it also comes for work that a shutdown of the executor cancelled.
+        future.add_done_callback(self._settle)
+
+    def put_zeros(self, index: int) -> None:
+        """Take a full block of zeros as block `index`."""
+        if self._packed_zeros is None:
+            self._packed_zeros = self._pack(memoryview(self._zeros), zero=True)
+        with self._lock:
+            self._check()
+            self._arrive(index, self._packed_zeros, None)
+            self._check()
+
+    # -- the end -----------------------------------------------------------------------------------------
+
+    def finish(
+        self, layout: Layout, source_digest: str, diff_id: str, chain_id: str | None, root_implied: bool
+    ) -> FinishedBlob:
+        """Wait for every block, complete the blob and make its block map. Digests are `sha256:` strings.
+
+        Raises the first error of any thread; the caller then calls `abort`.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: self._error or not self._in_flight)
+            self._check()
+            first = self._first
+        count = blockmap.block_count(layout.image_bytes, self._block_bytes)
+        if first is None or self._waiting or len(self._entries) != count:
+            raise AssertionError(f"{len(self._entries)} of {count} blocks were put")
+        start = self._room - len(first.data)
+        try:
+            _write_at(self._fd, start, first.data)
+            entries = [self._entries[index] for index in range(count)]
+            table = _seek_table(entries)
+            _write_at(self._fd, self._end, table)
+            size = self._end + len(table) - start
+            blob_digest = _digest_of_slice(self._fd, start, size)
+        except OSError as exc:
+            raise self._spool_error(exc) from exc
+        os.close(self._fd)
+        self._fd = -1
+        block_map = blockmap.BlockMap(
+            block_bytes=self._block_bytes,
+            frame_bytes=self._frame_bytes,
+            image_bytes=layout.image_bytes,
+            blob_bytes=size,
+            metadata_offset=layout.metadata_offset,
+            metadata_bytes=layout.metadata_bytes,
+            blob_digest=blob_digest,
+            source_digest=_raw(source_digest),
+            diff_id=_raw(diff_id),
+            chain_id=_raw(chain_id) if chain_id else None,
+            compression_level=self._level,
+            libzstd_version=LIBZSTD_VERSION,
+            root_implied=root_implied,
+            blocks=_map_blocks(entries),
+        )
+        map_bytes = blockmap.encode(block_map)
+        return FinishedBlob(
+            path=self._path,
+            start=start,
+            size=size,
+            digest="sha256:" + blob_digest.hex(),
+            block_map=block_map,
+            map_bytes=map_bytes,
+            map_digest=artifact.digest_of(map_bytes),
+        )
+
+    def abort(self) -> None:
+        """Give up: wait for the threads that still work on this blob, and remove the spool file. Harmless
+        when called again; after `finish`, the file is the FinishedBlob's owner's, and abort does nothing."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._error = self._error or errors.ImagefsError("the layer blob was given up")
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: not self._in_flight)
+        os.close(self._fd)
+        self._fd = -1
+        self._path.unlink(missing_ok=True)
+
+    # -- in the executor's threads -----------------------------------------------------------------------
+
+    def _work(self, index: int, buffer: bytearray, length: int) -> None:
+        # Reading an error without the lock risks one block of wasted work, no more.
+        if self._error is None:
+            with memoryview(buffer) as view:
+                packed = self._pack(view[:length])
+            with self._lock:
+                self._arrive(index, packed, buffer)
+
+    def _settle(self, future: concurrent.futures.Future[None]) -> None:
+        cancelled = future.cancelled()
+        error = errors.ImagefsError("the thread pool was shut down") if cancelled else future.exception()
+        with self._lock:
+            self._error = self._error or error
+            self._in_flight -= 1
+            self._lock.notify_all()
+
+    def _pack(self, view: memoryview, zero: bool = False) -> _Packed:
+        compressor: zstandard.ZstdCompressor | None = getattr(self._thread, "compressor", None)
+        if compressor is None:
+            compressor = self._thread.compressor = zstandard.ZstdCompressor(
+                level=self._level, write_content_size=True, write_checksum=False
+            )
+        frames = [view[at : at + self._frame_bytes] for at in range(0, len(view), self._frame_bytes)]
+        compressed = [compressor.compress(frame) for frame in frames]
+        several = self._frame_bytes < self._block_bytes
+        entry = _Entry(
+            digest=hashlib.sha256(view).digest(),
+            frame_lengths=tuple(map(len, frames)),
+            frame_compressed=tuple(map(len, compressed)),
+            frame_digests=tuple(hashlib.sha256(frame).digest() for frame in frames) if several else (),
+            zero=zero,
+        )
+        return _Packed(entry, b"".join(compressed))
+
+    def _arrive(self, index: int, packed: _Packed, buffer: bytearray | None) -> None:
+        """Take a packed block (lock held), and write all blocks whose turn has come."""
+        if index == 0:
+            self._first = packed
+            self._entries[0] = packed.entry
+            return
+        self._waiting[index] = packed, buffer
+        while self._error is None and self._next in self._waiting:
+            ready, spent = self._waiting.pop(self._next)
+            try:
+                _write_at(self._fd, self._end, ready.data)
+            except OSError as exc:
+                self._error = self._spool_error(exc)
+                break
+            self._end += len(ready.data)
+            self._entries[self._next] = ready.entry
+            self._next += 1
+            if spent is not None:
+                self._free.append(spent)
+        self._lock.notify_all()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _spool_error(self, exc: OSError) -> errors.ConfigurationError:
+        return errors.ConfigurationError(
+            f"spool file {self._path}: {exc.strerror}; free some space or choose another folder (TMPDIR)"
+        )
+
+
+def _map_blocks(entries: Iterable[_Entry]) -> tuple[blockmap.Block, ...]:
+    out = []
+    offset = 0
+    for entry in entries:
+        compressed = sum(entry.frame_compressed)
+        # A block of one frame has no digests of frames, hence no frames in the map.
+        frames = tuple(map(blockmap.Frame, entry.frame_digests, entry.frame_compressed))
+        out.append(blockmap.Block(entry.digest, offset, compressed, entry.zero, frames))
+        offset += compressed
+    return tuple(out)
+
+
+def _seek_table(entries: Iterable[_Entry]) -> bytes:
+    out = bytearray()
+    for entry in entries:
+        for compressed, length in zip(entry.frame_compressed, entry.frame_lengths, strict=True):
+            out += _SEEK_ENTRY.pack(compressed, length)
+    footer = _SEEK_FOOTER.pack(len(out) // _SEEK_ENTRY.size, 0, _SEEKABLE_MAGIC)
+    return _SEEK_ENTRY.pack(_SEEK_TABLE_MAGIC, len(out) + len(footer)) + out + footer
+
+
+def _compress_bound(length: int) -> int:
+    """The most bytes that zstd needs for `length` bytes in one frame (ZSTD_compressBound)."""
+    small = max(0, (128 * 1024 - length) >> 11)
+    return length + (length >> 8) + small
+
+
+def _write_at(fd: int, offset: int, data: bytes) -> None:
+    with memoryview(data) as view:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def _digest_of_slice(fd: int, start: int, size: int) -> bytes:
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    while size:
+        got = os.preadv(fd, [buffer[: min(size, len(buffer))]], start)
+        hasher.update(buffer[:got])
+        start += got
+        size -= got
+    return hasher.digest()
+
+
+def _raw(digest: str) -> bytes:
+    return bytes.fromhex(digest.removeprefix("sha256:"))
