@@ -31,7 +31,7 @@ def open_images(ref: reference.Reference, options: connect.Options, wanted: Want
     """See source.open_images."""
     origin = connect.connect(ref, options)
     try:
-        top = origin.read_manifest(connect.manifest_name(ref))
+        top = origin.read_manifest(connect.selector(ref))
         images = [_open_image(origin, ref, manifest) for manifest in _choose(origin, ref, top, wanted)]
     except BaseException:
         origin.close()

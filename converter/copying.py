@@ -1,0 +1,180 @@
+"""Copying between origins: blobs one by one, and a source image together with its block images.
+
+Bytes are streamed through, mounted where the registry can do that, and never stored here. Every manifest is
+read by digest (verified by the origin), every blob verified by the destination as it arrives. Manifests
+follow their blobs, indexes their manifests, block images their subject; the tag comes last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from converter import errors, tasks
+from imagefs import artifact, image, platforms, reference
+from imagefs import errors as imagefs_errors
+from imagefs.artifact import Descriptor, Manifest
+from imagefs.origin import Origin, connect
+
+_PARALLEL_BLOBS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OriginSource:
+    """A blob of another origin, to be uploaded."""
+
+    origin: Origin
+    digest: str
+    size: int
+
+    def open(self, offset: int) -> Iterator[bytes]:
+        for piece in self.origin.stream_blob(self.digest, self.size):
+            if offset < len(piece):
+                yield piece[offset:]
+            offset = max(0, offset - len(piece))
+
+
+def bring_blob(descriptor: Descriptor, source: Origin, destination: Origin) -> str:
+    """Make a blob of `source` appear in `destination`. Returns "present", "mounted" or "copied"."""
+    if destination.has_blob(descriptor.digest):
+        return "present"
+    if destination.mount_blob(descriptor.digest, source):
+        return "mounted"
+    body = OriginSource(source, descriptor.digest, descriptor.size)
+    destination.put_blob(descriptor.digest, descriptor.size, body)
+    return "copied"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy did. `bytes_copied` counts what went through this machine."""
+
+    source: str
+    destination: str
+    digest: str
+    block_images: tuple[str, ...]
+    blobs: int
+    blobs_mounted: int
+    blobs_present: int
+    bytes_copied: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Item:
+    """A manifest to copy, and where it comes from."""
+
+    manifest: Manifest
+    origin: Origin
+
+
+def copy(
+    source: reference.Reference,
+    destination: reference.Reference,
+    options: connect.Options,
+    platform: platforms.Platform | None = None,
+    block_repository: reference.Reference | None = None,
+) -> Copied:
+    """Copy the image (all of an index, or one platform of it) and its block images.
+
+    Block images are looked for beside the source, and in `block_repository` if given."""
+    for ref in (source, destination):
+        if ref.transport not in ("docker", "oci", "s3"):
+            raise imagefs_errors.InvalidInputError(
+                f"{ref}: copy works between docker://, oci: and s3://; bring it there with skopeo first"
+            )
+    origins = [connect.connect(ref, options) for ref in (source, destination)]
+    if block_repository is not None:
+        origins.append(connect.connect(block_repository, options))
+    try:
+        return _copy(source, destination, origins, platform)
+    finally:
+        for origin in origins:
+            origin.close()
+
+
+def _copy(
+    source: reference.Reference,
+    destination: reference.Reference,
+    origins: list[Origin],
+    platform: platforms.Platform | None,
+) -> Copied:
+    here, there, *elsewhere = origins
+    top = here.read_manifest(connect.selector(source))
+    if platform is not None and top.media_type in artifact.INDEX_TYPES:
+        entries = image.index_entries(top, str(source))
+        top = here.read_manifest(platforms.choose(entries, platform, str(source)).digest)
+    if destination.digest not in (None, top.digest):
+        raise errors.LayerDigestError(f"{destination}: the source's digest is {top.digest}")
+    images = list(_walk(here, top, image.MAX_INDEX_DEPTH + 1))
+    block_images = [
+        _Item(origin.read_manifest(candidate.digest), origin)
+        for digest in [item.manifest.digest for item in images]
+        for origin in (here, *elsewhere)
+        for candidate in origin.referrers(digest)
+        if candidate.artifact_type == artifact.ARTIFACT_TYPE
+    ]
+    for item in block_images:
+        artifact.decode(item.manifest.data)
+    outcomes = _bring_blobs([*images, *block_images], there)
+    for item in [*images, *block_images]:
+        there.put_manifest(item.manifest.data, item.manifest.media_type)
+    if destination.digest is None:
+        there.put_manifest(top.data, top.media_type, destination.tag or source.tag or "latest")
+    return Copied(
+        source=str(source),
+        destination=str(destination),
+        digest=top.digest,
+        block_images=tuple(sorted({item.manifest.digest for item in block_images})),
+        blobs=len(outcomes),
+        blobs_mounted=sum(how == "mounted" for how, _ in outcomes),
+        blobs_present=sum(how == "present" for how, _ in outcomes),
+        bytes_copied=sum(size for how, size in outcomes if how == "copied"),
+    )
+
+
+def _walk(origin: Origin, manifest: Manifest, depth: int) -> Iterator[_Item]:
+    """The manifest and everything that it lists, children first."""
+    if manifest.media_type in artifact.INDEX_TYPES:
+        if depth == 0:
+            raise imagefs_errors.InvalidInputError(
+                f"{origin.name}: more than {image.MAX_INDEX_DEPTH} indexes inside one another"
+            )
+        for entry in image.index_entries(manifest, f"index {manifest.digest}"):
+            yield from _walk(origin, origin.read_manifest(entry.digest), depth - 1)
+    yield _Item(manifest, origin)
+
+
+def _blobs_of(item: _Item) -> Iterator[Descriptor]:
+    if item.manifest.media_type in artifact.INDEX_TYPES:
+        return
+    where = f"manifest {item.manifest.digest}"
+    document = artifact.parse_json_object(item.manifest.data, where)
+    yield artifact.decode_descriptor(document.get("config"), f"{where}: config")
+    layers = document.get("layers")
+    if not isinstance(layers, list):
+        raise imagefs_errors.InvalidInputError(f"{where}: layers is not a list")
+    for number, layer in enumerate(layers):
+        yield artifact.decode_descriptor(layer, f"{where}: layers[{number}]")
+
+
+def _bring_blobs(items: list[_Item], destination: Origin) -> list[tuple[str, int]]:
+    """Bring every blob once; returns what was done for each, and its size."""
+    wanted: dict[str, tuple[Descriptor, Origin]] = {}
+    for item in items:
+        for descriptor in _blobs_of(item):
+            wanted.setdefault(descriptor.digest, (descriptor, item.origin))
+    outcomes: list[tuple[str, int]] = []
+    group = tasks.Group()
+    queue: tasks.Pipe[tuple[Descriptor, Origin]] = tasks.Pipe(group, len(wanted) + 1)
+    for entry in wanted.values():
+        queue.put(entry)
+    queue.close()
+
+    def work() -> None:
+        for descriptor, origin in queue:
+            outcomes.append((bring_blob(descriptor, origin, destination), descriptor.size))
+
+    for number in range(min(_PARALLEL_BLOBS, len(wanted))):
+        group.start(f"copy-{number}", work)
+    group.wait()
+    return outcomes

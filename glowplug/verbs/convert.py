@@ -1,0 +1,179 @@
+"""`glowplug convert`: options to a pipeline.Request, the result to stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter import limits
+from glowplug import settings
+from imagefs import blockmap
+
+if TYPE_CHECKING:
+    from converter.report import ImageReport, Result
+    from imagefs.origin.connect import Options
+
+_LIMITS = limits.Limits()
+_MIN_SWITCH_SECONDS = 0.0005
+"""Threads of a conversion hand the interpreter lock over at least this often. Python's default, 5 ms, is
+longer than the work on one piece of data: the stages would wait for the parser, not run beside it."""
+
+
+@click.command()
+@click.argument("source", metavar="SOURCE")
+@click.option(
+    "--to", "destination", metavar="DEST", help="docker://, oci: or s3:// (default: beside the source)."
+)
+@click.option(
+    "--platform", help="OS/ARCHITECTURE[/VARIANT] of a multi-platform image, or all (default: the host's)."
+)
+@click.option(
+    "--block-size",
+    type=settings.SIZE,
+    default=blockmap.DEFAULT_BLOCK_BYTES,
+    help="Unit of fetch (default 4MiB).",
+)
+@click.option("--frame-size", type=settings.SIZE, help="Unit of compression (default: the block size).")
+@click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 1).")
+@click.option(
+    "--layer-cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="GLOWPLUG_LAYER_CACHE",
+    show_envvar=True,
+    help="Folder of layers converted before, read and filled.",
+)
+@click.option("--no-reuse", is_flag=True, help="Convert every layer, whatever was converted before.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Layers converted at once (default: one per processor, up to 8)."
+)
+@click.option(
+    "--max-entries",
+    type=click.IntRange(1),
+    default=_LIMITS.max_entries,
+    show_default=True,
+    help="Limit per layer.",
+)
+@click.option(
+    "--max-path-bytes",
+    type=click.IntRange(1),
+    default=_LIMITS.max_path_bytes,
+    show_default=True,
+    help="Limit of a path.",
+)
+@click.option(
+    "--max-header-size",
+    type=settings.SIZE,
+    default=_LIMITS.max_header_bytes,
+    help="Limit of a tar extension header (default 1M).",
+)
+@click.option(
+    "--max-layer-size",
+    type=settings.SIZE,
+    default=_LIMITS.max_layer_bytes,
+    help="Limit of an uncompressed tar (default 1T).",
+)
+@click.option(
+    "--max-image-size",
+    type=settings.SIZE,
+    default=_LIMITS.max_image_bytes,
+    help="Limit of a layer's files, holes included (default 4T).",
+)
+@click.option(
+    "--max-ratio",
+    type=click.IntRange(1),
+    default=_LIMITS.max_ratio,
+    show_default=True,
+    help="Limit of uncompressed over compressed bytes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@settings.origin_options
+def command(
+    *,
+    source: str,
+    destination: str | None,
+    platform: str | None,
+    block_size: int,
+    frame_size: int | None,
+    level: int | None,
+    layer_cache: Path | None,
+    no_reuse: bool,
+    jobs: int | None,
+    as_json: bool,
+    origins: Options,
+    **bounds: Any,
+) -> None:
+    """Turn the OCI image SOURCE into a block image, stored beside it or in DEST.
+
+    Temporary files go to $TMPDIR: about the compressed size of the image.
+    """
+    from converter import blob, layer, pipeline
+    from glowplug import progress
+    from imagefs import platforms, reference
+
+    frame_bytes = frame_size or block_size
+    blockmap.check_block_bytes(block_size)
+    blockmap.check_frame_bytes(frame_bytes, block_size)
+    request = pipeline.Request(
+        source=reference.parse(source),
+        destination=reference.parse(destination) if destination else None,
+        wanted="all" if platform == "all" else platforms.parse(platform) if platform else None,
+        parameters=layer.Parameters(
+            block_bytes=block_size,
+            frame_bytes=frame_bytes,
+            compression_level=level or blob.DEFAULT_LEVEL,
+            limits=_limits(**bounds),
+        ),
+        options=origins,
+        jobs=jobs or min(os.cpu_count() or 1, 8),
+        layer_cache=layer_cache,
+        reuse=not no_reuse,
+    )
+    sys.setswitchinterval(_MIN_SWITCH_SECONDS)
+    with progress.conversion() as observer:
+        result = pipeline.convert(request, observer)
+    click.echo(json.dumps(result.document(), indent=2) if as_json else _summary(result))
+
+
+def _limits(
+    *,
+    max_entries: int,
+    max_path_bytes: int,
+    max_header_size: int,
+    max_layer_size: int,
+    max_image_size: int,
+    max_ratio: int,
+) -> limits.Limits:
+    return limits.Limits(
+        max_entries=max_entries,
+        max_path_bytes=max_path_bytes,
+        max_header_bytes=max_header_size,
+        max_layer_bytes=max_layer_size,
+        max_image_bytes=max_image_size,
+        max_ratio=max_ratio,
+    )
+
+
+def _summary(result: Result) -> str:
+    lines = [line for image in result.images for line in _image_lines(image)]
+    if result.index:
+        lines.append(f"index {result.index} tagged {result.destination}")
+    rate = (
+        f", {result.mb_per_second:.0f} MB/s of tar" if any(i.totals.tar_bytes for i in result.images) else ""
+    )
+    lines.append(f"{result.seconds:.1f} s{rate}")
+    return "\n".join(lines)
+
+
+def _image_lines(image: ImageReport) -> list[str]:
+    totals = image.totals
+    return [
+        f"{image.platform} {image.source_digest}",
+        f"  {totals.layers} layers ({totals.reused} reused), {totals.blocks} blocks ({totals.holes} holes)",
+        f"  {totals.compressed_bytes / 1e6:.1f} MB of source blobs -> {totals.blob_bytes / 1e6:.1f} MB",
+        f"  {image.ref}",
+    ]
