@@ -1,0 +1,501 @@
+"""The fetcher: threads that carry out the plan. Ask for a block by layer and index; its descriptor comes.
+
+Used inside the device server and by the file-level mount and `check`; every method from any thread. Owned
+here: the connection threads (started as they are needed, ended when idle), one clock thread, and two threads
+that hash cache files not used since boot. Not owned: the cache, and the origins, which stay open until the
+last `detach` of their layers. What to fetch is decided by `plan.py`, under one lock that is never held during
+I/O. A thread reads a range, verifies its blocks, answers those who wait, and leaves the disk to the cache.
+
+Callbacks run in fetcher threads, or in the caller's when the block was cached; they must not block.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from imagefs import blockmap, errors, frames, plan
+from imagefs.cache import BlockCache
+from imagefs.lazylayer import LazyLayer
+from imagefs.origin import Origin
+from imagefs.plan import Priority as Priority
+
+_log = logging.getLogger(__name__)
+
+Done = Callable[[int | Exception], None]
+"""Called once: with a descriptor of the block, the callee's to close, or with the error."""
+
+_IDLE_SECONDS = 30.0
+_CHECK_THREADS = 2
+_READ_WINDOW_BLOCKS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchSettings:
+    """`read_deadline_seconds`: how long a demanded block waits for its origin before its reader gets an
+    error. `events`: how many FetchEvents are kept. `policy`: see plan.Policy."""
+
+    read_deadline_seconds: float = 60.0
+    events: int = 16384
+    policy: plan.Policy = dataclasses.field(default_factory=plan.Policy)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchEvent:
+    """One block's way, for the waterfall. Times are time.monotonic_ns(). `reason` is why it was first
+    wanted, `priority` how urgent it was in the end. `outcome`: "origin", "cache" or "failed"."""
+
+    map_digest: str
+    block: int
+    priority: Priority
+    reason: str
+    wanted_ns: int
+    started_ns: int
+    arrived_ns: int
+    compressed_bytes: int
+    outcome: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchStats:
+    """Counters since start; `coalesced_blocks` came in the same request as a neighbour. Bytes are the
+    origin's, compressed, unless the name says otherwise."""
+
+    cache_hits: int
+    zero_hits: int
+    origin_requests: int
+    fetched_blocks: int
+    fetched_bytes: int
+    uncompressed_bytes: int
+    coalesced_blocks: int
+    failed_blocks: int
+    corrupt_blocks: int
+    expired_reads: int
+    threads: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Attached:
+    layer: LazyLayer
+    count: int
+    origins: dict[str, Origin]
+
+
+class Fetcher:
+    """See the module."""
+
+    def __init__(self, cache: BlockCache, settings: FetchSettings) -> None:
+        self._cache = cache
+        self._settings = settings
+        self._plan: plan.Plan[Done] = plan.Plan(settings.policy)
+        self._layers: dict[str, _Attached] = {}
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._time = threading.Condition(self._lock)
+        self._threads = 0
+        self._idle = 0
+        self._clock_until = 0.0
+        self._closed = False
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._events: collections.deque[FetchEvent] = collections.deque(maxlen=settings.events)
+        self._zeros = os.memfd_create("glowplug-zeros")
+        os.ftruncate(self._zeros, blockmap.MAX_BLOCK_BYTES)
+        self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
+        self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
+        self._clock.start()
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def attach(self, layer: LazyLayer) -> None:
+        """Make a layer readable; as often as `detach`. The same layer from another origin adds that origin
+        as a second source. InvalidInputError for a block map that claims impossible sizes."""
+        frames.check_sizes(layer.block_map, layer.map_digest)
+        with self._lock:
+            known = self._layers.get(layer.map_digest)
+            if known is None:
+                self._layers[layer.map_digest] = _Attached(layer, 1, {layer.origin.name: layer.origin})
+                self._plan.add_layer(layer.map_digest, layer.origin.name, layer.block_map)
+            else:
+                known.count += 1
+                known.origins[layer.origin.name] = layer.origin
+
+    def detach(self, map_digest: str) -> None:
+        """Undo one `attach`. After the last one, pending requests get NotFoundError at once."""
+        with self._lock:
+            known = self._layers.get(map_digest)
+            if known is None:
+                return
+            known.count -= 1
+            if known.count:
+                return
+            del self._layers[map_digest]
+            answers = self._plan.remove_layer(map_digest)
+        gone = errors.NotFoundError(f"layer {map_digest} was detached")
+        for answer in answers:
+            self._refuse(answer, gone)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def request(self, map_digest: str, index: int, priority: Priority, done: Done) -> None:
+        """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
+        zero block may be longer than the block), or NotFoundError (layer not attached),
+        UnavailableError (the origin did not answer before the deadline), DeniedError, IntegrityError."""
+        wanted_at = time.monotonic()
+        known = self._layers.get(map_digest)
+        if known is None or not 0 <= index < len(known.layer.block_map.blocks):
+            done(errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"))
+            return
+        block = known.layer.block_map.blocks[index]
+        if block.zero:
+            self._count(zero_hits=1)
+            self._call(done, os.dup(self._zeros))
+            return
+        length = known.layer.block_map.block_length(index)
+        fd = self._cache.get_checked(block.digest, length)
+        if fd is not None:
+            self._note_hit(map_digest, index, priority, wanted_at)
+            self._call(done, fd)
+        elif self._cache.present(block.digest):
+            # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
+            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at)
+        else:
+            self._want(map_digest, index, priority, done, wanted_at)
+        if priority is Priority.DEMAND:
+            self._read_ahead(map_digest, index)
+
+    def read(self, map_digest: str, offset: int, length: int) -> bytes:
+        """Bytes of a layer image, at demand priority; raises what `request` answers."""
+        with self._lock:
+            known = self._layers.get(map_digest)
+        if known is None:
+            raise errors.NotFoundError(f"layer {map_digest} is not attached")
+        block_map = known.layer.block_map
+        if offset < 0 or length < 0 or offset + length > block_map.image_bytes:
+            raise errors.InvalidInputError(
+                f"layer {map_digest}: bytes {offset}+{length} lie outside its {block_map.image_bytes}"
+            )
+        if length == 0:
+            return b""
+        block_bytes = block_map.block_bytes
+        last = (offset + length - 1) // block_bytes
+        ahead: collections.deque[concurrent.futures.Future[int]] = collections.deque()
+        index = offset // block_bytes
+        out = bytearray()
+        try:
+            while len(out) < length:
+                while index <= last and len(ahead) < _READ_WINDOW_BLOCKS:
+                    ahead.append(self._future(map_digest, index))
+                    index += 1
+                fd = ahead.popleft().result()
+                start = (offset + len(out)) % block_bytes
+                try:
+                    piece = os.pread(fd, min(block_bytes - start, length - len(out)), start)
+                finally:
+                    os.close(fd)
+                out += piece
+        finally:
+            for future in ahead:
+                future.add_done_callback(_close_result)
+        return bytes(out)
+
+    def events(self) -> list[FetchEvent]:
+        """The latest events, oldest first."""
+        with self._lock:
+            return list(self._events)
+
+    def stats(self) -> FetchStats:
+        """Counters; see FetchStats."""
+        with self._lock:
+            names = {field.name for field in dataclasses.fields(FetchStats)} - {"threads"}
+            return FetchStats(**{name: self._counts[name] for name in names}, threads=self._threads)
+
+    def close(self) -> None:
+        """Fail what is pending, and stop. Threads that hang in an origin are left to end by themselves."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            layers = list(self._layers)
+            self._layers.clear()
+            answers = [answer for name in layers for answer in self._plan.remove_layer(name)]
+            self._work.notify_all()
+            self._time.notify_all()
+        for answer in answers:
+            self._refuse(answer, _closing())
+        self._checkers.shutdown(wait=True)
+        self._clock.join()
+        os.close(self._zeros)
+
+    # -- queueing ----------------------------------------------------------------------------------
+
+    def _want(
+        self, map_digest: str, index: int, priority: Priority, done: Done | None, wanted_at: float
+    ) -> None:
+        deadline = None
+        if priority is Priority.DEMAND:
+            deadline = wanted_at + self._settings.read_deadline_seconds
+        with self._lock:
+            attached = map_digest in self._layers
+            if attached:
+                self._plan.want(map_digest, index, priority, wanted_at, done, deadline)
+                self._start_worker()
+                if deadline is not None and deadline < self._clock_until:
+                    self._time.notify()
+        if not attached and done is not None:
+            self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
+
+    def _start_worker(self) -> None:
+        """With the lock held: let one more thread look at the plan."""
+        if self._idle:
+            self._work.notify()
+        elif self._threads < self._settings.policy.connections:
+            self._threads += 1
+            threading.Thread(target=self._run, name="fetch", daemon=True).start()
+
+    def _check(self, map_digest: str, index: int, priority: Priority, done: Done, wanted_at: float) -> None:
+        known = self._layers.get(map_digest)
+        fd = None
+        if known is not None:
+            block_map = known.layer.block_map
+            fd = self._cache.get(block_map.blocks[index].digest, block_map.block_length(index))
+        if fd is None:
+            self._want(map_digest, index, priority, done, wanted_at)
+        else:
+            self._note_hit(map_digest, index, priority, wanted_at)
+            self._call(done, fd)
+
+    def _read_ahead(self, map_digest: str, index: int) -> None:
+        with self._lock:
+            known = self._layers.get(map_digest)
+            proposed = self._plan.demanded(map_digest, index) if known else range(0)
+        for ahead in proposed:
+            block = known.layer.block_map.blocks[ahead] if known else None
+            if block is not None and not block.zero and not self._cache.present(block.digest):
+                self._want(map_digest, ahead, Priority.READ_AHEAD, None, time.monotonic())
+
+    def _future(self, map_digest: str, index: int) -> concurrent.futures.Future[int]:
+        future: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+        def done(result: int | Exception) -> None:
+            if isinstance(result, int):
+                future.set_result(result)
+            else:
+                future.set_exception(result)
+
+        self.request(map_digest, index, Priority.DEMAND, done)
+        return future
+
+    # -- threads -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """One connection: take a fetch, carry it out, until there was none for a while."""
+        buffer = bytearray()
+        while True:
+            with self._lock:
+                fetch = self._next_fetch()
+                if fetch is None:
+                    self._threads -= 1
+                    return
+                known = self._layers[fetch.layer]
+                origins = list(known.origins.values())
+            if len(buffer) < fetch.length:
+                buffer = bytearray(fetch.length)
+            try:
+                self._carry_out(fetch, known.layer, origins, memoryview(buffer)[: fetch.length])
+            finally:
+                with self._lock:
+                    self._plan.finished(fetch)
+
+    def _next_fetch(self) -> plan.Fetch | None:
+        """With the lock held: wait for work; None when this thread should end."""
+        idle_until = time.monotonic() + _IDLE_SECONDS
+        while not self._closed:
+            now = time.monotonic()
+            fetch = self._plan.next_fetch(now)
+            if fetch is not None:
+                self._start_worker()  # the next one, if there is more to do: no wake-up can be lost
+                return fetch
+            if now >= idle_until:
+                return None
+            self._idle += 1
+            self._work.wait(idle_until - now)
+            self._idle -= 1
+        return None
+
+    def _run_clock(self) -> None:
+        """Wake a worker when a pause ends, and answer readers whose deadline has passed."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                expired = self._plan.expire(now)
+                self._start_worker()
+                until = self._plan.next_time(now)
+                self._clock_until = float("inf") if until is None else until
+                if not expired:
+                    self._time.wait(None if until is None else max(0.0, until - now))
+                self._clock_until = 0.0
+            for answer in expired:
+                self._count(expired_reads=len(answer.waiters))
+                self._refuse(answer, self._timed_out(answer))
+
+    def _timed_out(self, answer: plan.Answer[Done]) -> errors.ImagefsError:
+        return errors.UnavailableError(
+            f"layer {answer.layer}: block {answer.index} did not come within "
+            f"{self._settings.read_deadline_seconds:g} s: {answer.error or 'its origin does not answer'}"
+        )
+
+    # -- one fetch ---------------------------------------------------------------------------------
+
+    def _carry_out(
+        self, fetch: plan.Fetch, layer: LazyLayer, origins: list[Origin], buffer: memoryview
+    ) -> None:
+        block_map = layer.block_map
+        missing = []
+        for index in fetch.indices:
+            # Another layer, or another process, may have brought it since it was asked for.
+            fd = self._cache.get(block_map.blocks[index].digest, block_map.block_length(index))
+            if fd is None:
+                missing.append(index)
+            else:
+                self._deliver(fetch.layer, index, fd, "cache")
+        if not missing:
+            return
+        start = block_map.blocks[missing[0]].offset
+        last = block_map.blocks[missing[-1]]
+        part = buffer[: last.offset + last.compressed_bytes - start]
+        origin = origins[fetch.attempt % len(origins)]
+        deadline = time.monotonic() + self._settings.read_deadline_seconds
+        self._count(origin_requests=1)
+        try:
+            origin.read_range(layer.blob_digest, start, part, deadline)
+        except Exception as exc:
+            for index in missing:
+                self._fail(fetch, index, exc, more_origins=fetch.attempt + 1 < len(origins))
+            return
+        self._count(fetched_bytes=len(part), coalesced_blocks=len(missing) - 1)
+        for index in missing:
+            block = block_map.blocks[index]
+            compressed = part[block.offset - start :][: block.compressed_bytes]
+            try:
+                data = frames.decode_block(block_map, index, compressed, layer.map_digest)
+                if self._closed:
+                    raise _closing()
+                fd = self._cache.put(block.digest, len(data), data)
+            except Exception as exc:
+                self._fail(fetch, index, exc, more_origins=False)
+            else:
+                self._count(fetched_blocks=1, uncompressed_bytes=len(data))
+                self._deliver(fetch.layer, index, fd, "origin")
+
+    def _deliver(self, map_digest: str, index: int, fd: int, outcome: str) -> None:
+        with self._lock:
+            answer, recovered = self._plan.arrived(map_digest, index)
+            self._note(answer, outcome)
+        if recovered:
+            _log.warning("layer %s: its origin answers again", map_digest)
+        for waiter in answer.waiters:
+            try:
+                own = os.dup(fd)
+            except OSError as exc:
+                self._call(waiter, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
+            else:
+                self._call(waiter, own)
+        os.close(fd)
+
+    def _fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
+        failure, error = _classify(exc)
+        if failure is plan.Failure.FINAL and more_origins:
+            failure = plan.Failure.UNAVAILABLE
+        retry_after = error.retry_after_seconds if isinstance(error, errors.UnavailableError) else None
+        jitter = random.random()  # noqa: S311 - it spreads retries, it hides nothing
+        with self._lock:
+            answer, began = self._plan.failed(
+                fetch.layer, index, failure, error, time.monotonic(), jitter, retry_after
+            )
+            self._counts["failed_blocks"] += 1
+            self._counts["corrupt_blocks"] += failure is plan.Failure.CORRUPT
+            self._time.notify()
+        if began:
+            _log.warning("layer %s: its origin fails; reads wait and retry: %s", fetch.layer, error)
+        elif failure is plan.Failure.CORRUPT:
+            _log.warning("refused wrong bytes from %s: %s", fetch.origin, error)
+        self._refuse(answer, error)
+
+    # -- answering ---------------------------------------------------------------------------------
+
+    def _refuse(self, answer: plan.Answer[Done], error: Exception) -> None:
+        if answer.waiters:
+            with self._lock:
+                self._note(answer, "failed")
+        for waiter in answer.waiters:
+            self._call(waiter, error)
+
+    def _call(self, done: Done, result: int | Exception) -> None:
+        try:
+            done(result)
+        except Exception:
+            # A thread that serves everybody must outlive one caller's mistake.
+            _log.exception("a callback for a fetched block failed")
+
+    def _note(self, answer: plan.Answer[Done], outcome: str) -> None:
+        """With the lock held."""
+        known = self._layers.get(answer.layer)
+        self._events.append(
+            FetchEvent(
+                map_digest=answer.layer,
+                block=answer.index,
+                priority=answer.priority,
+                reason=answer.reason.name.lower(),
+                wanted_ns=int(answer.wanted_at * 1e9),
+                started_ns=int(answer.started_at * 1e9),
+                arrived_ns=time.monotonic_ns(),
+                compressed_bytes=known.layer.block_map.blocks[answer.index].compressed_bytes if known else 0,
+                outcome=outcome,
+            )
+        )
+
+    def _note_hit(self, map_digest: str, index: int, priority: Priority, wanted_at: float) -> None:
+        wanted_ns = int(wanted_at * 1e9)
+        reason = priority.name.lower()
+        event = FetchEvent(
+            map_digest, index, priority, reason, wanted_ns, wanted_ns, time.monotonic_ns(), 0, "cache"
+        )
+        with self._lock:
+            self._events.append(event)
+            self._counts["cache_hits"] += 1
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+
+def _classify(exc: Exception) -> tuple[plan.Failure, errors.ImagefsError]:
+    """What an exception from an origin, from decoding or from the cache means for the plan."""
+    if isinstance(exc, errors.UnavailableError):
+        return plan.Failure.UNAVAILABLE, exc
+    if isinstance(exc, errors.DeniedError):
+        return plan.Failure.DENIED, exc
+    if isinstance(exc, errors.IntegrityError):
+        return plan.Failure.CORRUPT, exc
+    if isinstance(exc, errors.ImagefsError):
+        return plan.Failure.FINAL, exc
+    _log.error("unexpected error while fetching", exc_info=exc)
+    return plan.Failure.UNAVAILABLE, errors.UnavailableError(f"unexpected {type(exc).__name__}: {exc}")
+
+
+def _closing() -> errors.UnavailableError:
+    return errors.UnavailableError("the fetcher is closing")
+
+
+def _close_result(future: concurrent.futures.Future[int]) -> None:
+    if future.exception() is None:
+        os.close(future.result())

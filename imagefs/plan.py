@@ -1,0 +1,425 @@
+"""What to fetch next, and why: the one queue of everything that somebody waits for or will want.
+
+Pure: no I/O, clock or randomness; `now` (monotonic seconds) and jitter are arguments. Called by
+`fetcher.py` under its lock. The unit is a block of a layer, named (layer, index).
+
+Rules:
+
+* Demand goes before boot, boot before read-ahead, read-ahead before fill. A request for a queued block
+  raises its priority. A demanded block is fetched alone; others take their queued neighbours along, up to
+  `request_bytes` of their priority in one request.
+* A block is in at most one fetch at a time, however many want it. Every waiter is answered exactly once:
+  by `arrived`, `failed`, `expire` or `remove_layer`.
+* Fetches in flight are limited per layer and per origin, so that an origin or blob that hangs holds its own
+  share and no more; some connections are for demands only. Layers and origins take turns.
+* A waiter with a deadline waits out failures until then, while its layer is tried again, one fetch at a time,
+  with growing pauses. Waiters without one, and blocks that nobody waits for, end with the first failure.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import heapq
+import itertools
+from typing import Generic, TypeVar
+
+from imagefs import blockmap, readahead
+
+W = TypeVar("W")
+"""A waiter: opaque here, given back when its block was answered."""
+
+
+class Priority(enum.IntEnum):
+    """Lower goes first."""
+
+    DEMAND = 0
+    BOOT = 1
+    READ_AHEAD = 2
+    FILL = 3
+
+
+class Failure(enum.Enum):
+    """What a failed fetch means for those who wait."""
+
+    UNAVAILABLE = "unavailable"  # tried again until the deadline
+    DENIED = "denied"  # the same, slowly: credentials may be renewed
+    CORRUPT = "corrupt"  # this block again, a bounded number of times
+    FINAL = "final"  # no use to try again
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """Limits on fetches in flight, requests and retries.
+
+    `connections` bounds the whole, `connections_per_origin` and `connections_per_layer` one origin and one
+    layer; of each of the three, `demand_connections` are for demands only. An origin whose last fetch failed
+    gets `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds one
+    request that takes neighbours along (compressed), for boot and read-ahead, and for fill. Pauses between
+    tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the
+    pause after refused credentials. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
+    """
+
+    connections: int = 32
+    connections_per_origin: int = 8
+    connections_per_layer: int = 6
+    demand_connections: int = 2
+    failing_connections: int = 2
+    request_bytes: int = 2 * 1024 * 1024
+    fill_request_bytes: int = 8 * 1024 * 1024
+    retry_seconds: float = 0.1
+    retry_max_seconds: float = 3.0
+    denied_retry_seconds: float = 5.0
+    corrupt_attempts: int = 3
+    read_ahead: readahead.ReadAheadPolicy = dataclasses.field(default_factory=readahead.ReadAheadPolicy)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetch:
+    """One request to make: `indices` ascending and neighbours, together blob bytes offset..offset+length.
+    `attempt` counts the earlier tries of the first block, so that a retry can ask another copy."""
+
+    layer: str
+    origin: str
+    indices: tuple[int, ...]
+    offset: int
+    length: int
+    priority: Priority
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer(Generic[W]):
+    """What became of one block: who gets the answer now, why the block was first wanted, with what priority
+    in the end, and when (monotonic seconds). `error` is the last failure, None if there was none."""
+
+    layer: str
+    index: int
+    waiters: tuple[W, ...]
+    reason: Priority
+    priority: Priority
+    wanted_at: float
+    started_at: float
+    error: Exception | None
+
+
+@dataclasses.dataclass(slots=True)
+class _Job(Generic[W]):
+    layer: str
+    index: int
+    reason: Priority
+    priority: Priority
+    wanted_at: float
+    started_at: float = 0.0
+    running: bool = False
+    attempts: int = 0
+    corrupt: int = 0
+    error: Exception | None = None
+    patient: dict[int, W] = dataclasses.field(default_factory=dict)
+    impatient: list[W] = dataclasses.field(default_factory=list)
+
+
+class _Layer:
+    """Queues of one layer, and how its origin treats it."""
+
+    def __init__(self, origin: str, block_map: blockmap.BlockMap, policy: Policy) -> None:
+        self.origin = origin
+        self.block_map = block_map
+        # Ordered dicts, for removal from the middle: what was queued first goes first.
+        self.queues: tuple[collections.OrderedDict[int, None], ...] = tuple(
+            collections.OrderedDict() for _ in Priority
+        )
+        self.read_ahead = readahead.ReadAhead(policy.read_ahead, len(block_map.blocks))
+        self.failures = 0
+        self.retry_at = 0.0
+        self.not_before = 0.0  # the origin's own wish (Retry-After): a new demand does not shorten it
+
+
+class Plan(Generic[W]):
+    """The state. Not thread-safe: its owner has a lock."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._layers: dict[str, _Layer] = {}
+        # Origin -> its layers with something queued; both in order of whose turn it is.
+        self._turns: collections.OrderedDict[str, collections.OrderedDict[str, None]] = (
+            collections.OrderedDict()
+        )
+        self._jobs: dict[tuple[str, int], _Job[W]] = {}
+        self._in_flight = 0
+        self._in_flight_by_origin: collections.Counter[str] = collections.Counter()
+        self._in_flight_by_layer: collections.Counter[str] = collections.Counter()
+        self._failing_origins: set[str] = set()
+        self._numbers = itertools.count()
+        self._deadlines: list[tuple[float, int, tuple[str, int]]] = []
+        self._patient = 0
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def add_layer(self, layer: str, origin: str, block_map: blockmap.BlockMap) -> None:
+        """Make a layer known; its fetches count against `origin`."""
+        if layer not in self._layers:
+            self._layers[layer] = _Layer(origin, block_map, self._policy)
+
+    def remove_layer(self, layer: str) -> list[Answer[W]]:
+        """Drop what is queued; answers for its blocks, those in flight included, whose bytes are then for
+        nobody but the cache."""
+        state = self._layers.pop(layer, None)
+        if state is None:
+            return []
+        self._leave_turns(state.origin, layer)
+        answers = []
+        for key in [key for key in self._jobs if key[0] == layer]:
+            job = self._jobs[key]
+            answers.append(self._answer(job))
+            if not job.running:
+                del self._jobs[key]
+        return answers
+
+    # -- wanting -----------------------------------------------------------------------------------
+
+    def want(
+        self,
+        layer: str,
+        index: int,
+        priority: Priority,
+        now: float,
+        waiter: W | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Ask for a block of a known layer. `waiter` is answered once, by `expire` from `deadline` on."""
+        state = self._layers[layer]
+        key = (layer, index)
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._jobs[key] = _Job(layer, index, priority, priority, now)
+            self._enqueue(state, job)
+        elif priority < job.priority:
+            if not job.running:
+                del state.queues[job.priority][index]
+            job.priority = priority
+            if not job.running:
+                self._enqueue(state, job)
+        if waiter is not None and deadline is not None:
+            number = next(self._numbers)
+            job.patient[number] = waiter
+            self._patient += 1
+            self._add_deadline(deadline, number, key)
+        elif waiter is not None:
+            job.impatient.append(waiter)
+        if priority is Priority.DEMAND and not self._in_flight_by_layer[layer]:
+            state.retry_at = state.not_before
+
+    def demanded(self, layer: str, index: int) -> range:
+        """Note that a block was demanded, cached or not; the blocks worth wanting at READ_AHEAD."""
+        return self._layers[layer].read_ahead.demanded(index)
+
+    # -- fetching ----------------------------------------------------------------------------------
+
+    def next_fetch(self, now: float) -> Fetch | None:
+        """The fetch to start now, or None. The caller reports each of its blocks once, by `arrived` or
+        `failed`, then calls `finished`."""
+        for priority in Priority:
+            layer = self._ready(priority, now)
+            if layer is not None:
+                return self._start(layer, priority, now)
+        return None
+
+    def arrived(self, layer: str, index: int) -> tuple[Answer[W], bool]:
+        """A running block came and was verified. The answer, and whether an outage of its layer ended."""
+        state = self._layers.get(layer)
+        recovered = False
+        if state is not None:
+            recovered = state.failures > 0
+            state.failures = 0
+            state.retry_at = state.not_before = 0.0
+            self._failing_origins.discard(state.origin)
+        return self._answer(self._jobs.pop((layer, index))), recovered
+
+    def failed(
+        self,
+        layer: str,
+        index: int,
+        failure: Failure,
+        error: Exception,
+        now: float,
+        jitter: float,
+        retry_after_seconds: float | None = None,
+    ) -> tuple[Answer[W], bool]:
+        """A running block did not come. The answer `error` to whoever waits no longer, and whether an outage
+        of its layer began. `jitter` is random, 0 to 1."""
+        job = self._jobs[layer, index]
+        state = self._layers.get(layer)
+        job.running = False
+        job.error = error
+        job.attempts += 1
+        job.corrupt += failure is Failure.CORRUPT
+        began = False
+        if state is not None and failure in (Failure.UNAVAILABLE, Failure.DENIED):
+            began = state.failures == 0
+            self._back_off(state, failure, now, jitter, retry_after_seconds)
+        hopeless = failure is Failure.FINAL or job.corrupt >= self._policy.corrupt_attempts
+        if state is None or hopeless or not job.patient:
+            del self._jobs[layer, index]
+            return self._answer(job), began
+        impatient, job.impatient = job.impatient, []
+        self._enqueue(state, job)
+        return self._describe(job, tuple(impatient)), began
+
+    def finished(self, fetch: Fetch) -> None:
+        """The connection of `fetch` is free again."""
+        self._in_flight -= 1
+        for counter, key in (
+            (self._in_flight_by_origin, fetch.origin),
+            (self._in_flight_by_layer, fetch.layer),
+        ):
+            counter[key] -= 1
+            if not counter[key]:
+                del counter[key]
+
+    # -- time --------------------------------------------------------------------------------------
+
+    def next_time(self, now: float) -> float | None:
+        """When time alone next changes something: a deadline passes, or a pause ends."""
+        self._drop_answered_deadlines()
+        moments = [self._deadlines[0][0]] if self._deadlines else []
+        for layers in self._turns.values():
+            moments += [self._layers[name].retry_at for name in layers if self._layers[name].retry_at > now]
+        return min(moments, default=None)
+
+    def expire(self, now: float) -> list[Answer[W]]:
+        """Answers for the waiters whose deadline has passed."""
+        answers = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number, key = heapq.heappop(self._deadlines)
+            job = self._jobs.get(key)
+            if job is None or number not in job.patient:
+                continue
+            if job.running or len(job.patient) > 1:
+                self._patient -= 1
+                answers.append(self._describe(job, (job.patient.pop(number),)))
+                continue
+            # Nobody patient is left: the block leaves the queue, with whoever else wants it.
+            answers.append(self._answer(self._jobs.pop(key)))
+            state = self._layers[job.layer]
+            del state.queues[job.priority][job.index]
+            if not any(state.queues):
+                self._leave_turns(state.origin, job.layer)
+        return answers
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _enqueue(self, state: _Layer, job: _Job[W]) -> None:
+        state.queues[job.priority][job.index] = None
+        self._turns.setdefault(state.origin, collections.OrderedDict()).setdefault(job.layer, None)
+
+    def _leave_turns(self, origin: str, layer: str) -> None:
+        layers = self._turns.get(origin)
+        if layers is not None:
+            layers.pop(layer, None)
+            if not layers:
+                del self._turns[origin]
+
+    def _ready(self, priority: Priority, now: float) -> str | None:
+        """The layer whose turn it is among those that may start a fetch of this priority."""
+        policy = self._policy
+        reserved = 0 if priority is Priority.DEMAND else policy.demand_connections
+        if self._in_flight >= policy.connections - reserved:
+            return None
+        for origin, layers in self._turns.items():
+            limit = policy.connections_per_origin - reserved
+            if origin in self._failing_origins:
+                limit = policy.failing_connections
+            if self._in_flight_by_origin[origin] >= limit:
+                continue
+            for layer in layers:
+                state = self._layers[layer]
+                limit = 1 if state.failures else policy.connections_per_layer - reserved
+                if (
+                    state.queues[priority]
+                    and state.retry_at <= now
+                    and self._in_flight_by_layer[layer] < limit
+                ):
+                    return layer
+        return None
+
+    def _start(self, layer: str, priority: Priority, now: float) -> Fetch:
+        state = self._layers[layer]
+        queue = state.queues[priority]
+        blocks = state.block_map.blocks
+        first = next(iter(queue))
+        end = first + 1
+        length = blocks[first].compressed_bytes
+        if priority is not Priority.DEMAND:
+            bound = self._policy.request_bytes
+            if priority is Priority.FILL:
+                bound = self._policy.fill_request_bytes
+            while end in queue and length + blocks[end].compressed_bytes <= bound:
+                length += blocks[end].compressed_bytes
+                end += 1
+        for index in range(first, end):
+            del queue[index]
+            job = self._jobs[layer, index]
+            job.running = True
+            job.started_at = now
+        self._turns[state.origin].move_to_end(layer)
+        self._turns.move_to_end(state.origin)
+        if not any(state.queues):
+            self._leave_turns(state.origin, layer)
+        self._in_flight += 1
+        self._in_flight_by_origin[state.origin] += 1
+        self._in_flight_by_layer[layer] += 1
+        attempt = self._jobs[layer, first].attempts
+        indices = tuple(range(first, end))
+        return Fetch(layer, state.origin, indices, blocks[first].offset, length, priority, attempt)
+
+    def _back_off(
+        self, state: _Layer, failure: Failure, now: float, jitter: float, retry_after_seconds: float | None
+    ) -> None:
+        policy = self._policy
+        self._failing_origins.add(state.origin)
+        pause = policy.retry_seconds * 2.0 ** min(state.failures, 16)
+        pause = min(pause, policy.retry_max_seconds)
+        if failure is Failure.DENIED:
+            pause = max(pause, policy.denied_retry_seconds)
+        state.failures += 1
+        state.retry_at = now + pause * (0.5 + 0.5 * jitter)
+        if retry_after_seconds is not None:
+            state.not_before = now + retry_after_seconds
+            state.retry_at = max(state.retry_at, state.not_before)
+
+    def _answer(self, job: _Job[W]) -> Answer[W]:
+        """The answer for everyone who waits for `job`, none of whom waits afterwards."""
+        waiters = (*job.patient.values(), *job.impatient)
+        self._patient -= len(job.patient)
+        job.patient = {}
+        job.impatient = []
+        return self._describe(job, waiters)
+
+    def _describe(self, job: _Job[W], waiters: tuple[W, ...]) -> Answer[W]:
+        return Answer(
+            job.layer,
+            job.index,
+            waiters,
+            job.reason,
+            job.priority,
+            job.wanted_at,
+            job.started_at,
+            job.error,
+        )
+
+    def _add_deadline(self, deadline: float, number: int, key: tuple[str, int]) -> None:
+        heapq.heappush(self._deadlines, (deadline, number, key))
+        if len(self._deadlines) > 2 * self._patient + 64:
+            # Most waiters are answered long before their deadline.
+            self._deadlines = [entry for entry in self._deadlines if self._waits(entry)]
+            heapq.heapify(self._deadlines)
+
+    def _drop_answered_deadlines(self) -> None:
+        while self._deadlines and not self._waits(self._deadlines[0]):
+            heapq.heappop(self._deadlines)
+
+    def _waits(self, entry: tuple[float, int, tuple[str, int]]) -> bool:
+        job = self._jobs.get(entry[2])
+        return job is not None and entry[1] in job.patient
