@@ -98,6 +98,11 @@ _EXTENSIONS = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _NO_RECORDS: dict[bytes, bytes] = {}
 
 
+def describe(name: bytes, offset: int) -> str:
+    """An entry, for messages."""
+    return f"entry '{name[:200].decode('utf-8', 'backslashreplace')}' at byte {offset} of the tar"
+
+
 class TarReader:
     """Iterates over the entries; between two steps the current entry's data can be read.
 
@@ -509,8 +514,7 @@ class TarReader:
     # -- errors ------------------------------------------------------------------------------------
 
     def _where(self) -> str:
-        name = self._name[:200].decode("utf-8", "backslashreplace")
-        return f"entry '{name}' at byte {self._header_at} of the tar"
+        return describe(self._name, self._header_at)
 
     def _refuse_truncated(self) -> NoReturn:
         self._refuse(f"the tar ends inside the entry, after {self._position} bytes")
