@@ -49,14 +49,6 @@ class Containerd:
         timeline.follow(run, clock)
         return clock.start()
 
-    def run_again(self, image: str, command: Sequence[str]) -> timeline.Start:
-        """Run `command` in an image that was pulled before."""
-        clock = timeline.Clock(self.link.received_bytes)
-        timeline.follow(
-            self._ctr("run", "--rm", "--net-host", image, f"start-{next(_names)}", *command), clock
-        )
-        return clock.start()
-
     def forget(self, image: str) -> None:
         """Remove the image and what it unpacked, so that the next start pulls again."""
         machine.check_call(self._ctr("images", "rm", "--sync", image))

@@ -10,6 +10,9 @@ import os
 import platform
 import signal
 import subprocess
+import tempfile
+import time
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,9 +75,41 @@ def end(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None:
             process.wait()
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM is an interrupt, as SIGINT is: what was opened with `with` is closed."""
+
+    def interrupt(signum: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def unmount_below(folder: Path) -> None:
     """Unmount everything that is mounted at or below `folder`, the last mounted first."""
     for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
         target = line.split()[4]
         if Path(target).is_relative_to(folder):
             check_call(["umount", "--lazy", target])
+
+
+def timed(command: Sequence[str]) -> tuple[float, int]:
+    """Run to the end: seconds, and the most resident bytes that it had at once."""
+    with tempfile.TemporaryFile() as out:
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.monotonic() - began
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            end(process)
+        if process.returncode:
+            out.seek(0)
+            said = out.read()[-2000:].decode(errors="replace").strip()
+            raise CommandError(f"{' '.join(command)}: exit status {process.returncode}\n{said}")
+    return seconds, usage.ru_maxrss * 1024

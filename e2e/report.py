@@ -12,6 +12,7 @@ import html
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from e2e import timeline, waterfall
 
@@ -67,6 +68,11 @@ def terminal(report: Report) -> str:
     lines += ["", f"  {'':24}{'containerd':>14}{'glowplug':>14}"]
     lines += [f"  {label:24}{left:>14}{right:>14}" for label, left, right in _rows(report)]
     return "\n".join(lines)
+
+
+def document(report: Report) -> dict[str, Any]:
+    """Everything on the page, for programs."""
+    return {**dataclasses.asdict(report), "ratio": round(report.ratio, 2)}
 
 
 def _rows(report: Report) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from e2e import machine, workloads
 MOUNTED = "mounted"
 FIRST_OUTPUT = "first output"
 READY = "ready"
+_WATCH_SECONDS = 0.005
 MARKS = (MOUNTED, FIRST_OUTPUT, READY)
 
 
@@ -52,16 +54,25 @@ class Clock:
 
     def start(self) -> Start:
         """What was marked. Raises CommandError when the program ended without becoming ready."""
-        if READY not in self._seconds:
-            raise machine.CommandError("the program ended without a line that says that it is ready")
+        missing = [mark for mark in MARKS if mark not in self._seconds]
+        if missing:
+            raise machine.CommandError(f"the program ended, and was never seen {' or '.join(missing)}")
         return Start(self._began_ns, dict(self._seconds), self._moved_bytes)
 
 
-def follow(command: Sequence[str], clock: Clock, when_ready: Callable[[], None] | None = None) -> None:
+def follow(
+    command: Sequence[str],
+    clock: Clock,
+    *,
+    mounted: Callable[[int], bool] | None = None,
+    when_ready: Callable[[], None] | None = None,
+) -> None:
     """Start `command`, mark the first line of output and the one that says ready, call `when_ready`, then let
-    it end by closing its standard input."""
+    it end by closing its standard input. `mounted` is asked, with the process id, until it says yes."""
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+        if mounted is not None:
+            threading.Thread(target=_watch, args=(process, clock, mounted), daemon=True).start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -79,3 +90,11 @@ def follow(command: Sequence[str], clock: Clock, when_ready: Callable[[], None] 
             stderr.seek(0)
             said = stderr.read()[-2000:].decode(errors="replace").strip()
             raise machine.CommandError(f"{' '.join(command)[:300]}: exit status {status}\n{said}")
+
+
+def _watch(process: subprocess.Popen[bytes], clock: Clock, mounted: Callable[[int], bool]) -> None:
+    while process.returncode is None:
+        if mounted(process.pid):
+            clock.mark(MOUNTED)
+            return
+        time.sleep(_WATCH_SECONDS)

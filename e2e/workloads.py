@@ -194,8 +194,8 @@ def _fill(recipe: Recipe, root: Path, work: Path, wheels: Path, say: Callable[[s
         layers.append(sorted(new | parents))
     say("compressing the layers")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        written = list(pool.map(lambda paths: _write_layer(root, paths, work / "layout"), layers))
-    _write_image(recipe, written, work / "layout")
+        written = list(pool.map(lambda paths: write_layer(root, paths, work / "layout"), layers))
+    write_image(recipe, written, work / "layout")
     facts = {
         "compressed_bytes": sum(layer.size for layer in written),
         "unpacked_bytes": sum(layer.tar_bytes for layer in written),
@@ -247,7 +247,9 @@ def _walk(root: Path) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
+    """A layer that was written: digests, sizes in bytes, number of entries."""
+
     digest: str
     diff_id: str
     size: int
@@ -273,7 +275,8 @@ class _Hashing:
         """GzipFile asks for it; the file below is flushed when it is closed."""
 
 
-def _write_layer(root: Path, paths: Sequence[str], layout: Path) -> _Layer:
+def write_layer(root: Path, paths: Sequence[str], layout: Path) -> Layer:
+    """Put `paths` below `root` into the layout as a gzip layer."""
     temporary = layout / f"layer-{hashlib.sha256(repr(paths).encode()).hexdigest()[:16]}"
     with temporary.open("wb") as raw:
         compressed = _Hashing(raw)
@@ -286,7 +289,7 @@ def _write_layer(root: Path, paths: Sequence[str], layout: Path) -> _Layer:
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
     temporary.rename(blobs / digest)
-    return _Layer(
+    return Layer(
         f"sha256:{digest}", f"sha256:{plain.sha256.hexdigest()}", compressed.size, plain.size, len(paths)
     )
 
@@ -297,7 +300,8 @@ def _whole_seconds(info: tarfile.TarInfo) -> tarfile.TarInfo:
     return info
 
 
-def _write_image(recipe: Recipe, layers: Sequence[_Layer], layout: Path) -> None:
+def write_image(recipe: Recipe, layers: Sequence[Layer], layout: Path) -> None:
+    """Put config, manifest and index into the layout: one image, tagged."""
     arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     config = {
         "architecture": arch,

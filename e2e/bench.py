@@ -1,0 +1,278 @@
+"""`make bench`: what the figures in README.md and docs/benchmarks.md come from.
+
+Four parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+sides: `ready` (containerd against lazy, at 1 Gbit/s), `warm` (the mount against the same EROFS files on local
+disk), `convert`, `metadata`. Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from e2e import containerd, demo, lazy, link, machine, plain, registry, workloads
+
+PARTS = ("ready", "warm", "convert", "metadata")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One measured quantity: every run's value, in run order."""
+
+    part: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+
+    def text(self) -> str:
+        """Median, and from where to where the runs went."""
+        low, high = min(self.values), max(self.values)
+        spread = f"({low:.3f} to {high:.3f}, {len(self.values)} runs)"
+        return f"{statistics.median(self.values):10.3f} {self.unit:5} {spread}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ratio:
+    """What two rows say about each other: median of one divided by median of the other."""
+
+    part: str
+    name: str
+    value: float
+
+
+Result = list[Row | Ratio]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bench:
+    """What all parts share: one image in one registry behind one link, and a folder for the rest."""
+
+    workload: workloads.Workload
+    link: link.Link
+    registry: registry.Registry
+    folder: Path
+    runs: int
+
+
+def ready(bench: Bench) -> Result:
+    """Cold start at the link's speed: containerd and lazy in turns."""
+    name = bench.registry.push(bench.workload)
+    pulled, started = [], []
+    with (
+        lazy.use(bench.link, bench.folder / "glowplug") as glowplug,
+        containerd.serve(bench.link, bench.folder / "containerd") as daemon,
+    ):
+        glowplug.convert(name)
+        for _ in range(bench.runs):
+            machine.drop_page_cache()
+            pulled.append(daemon.start(name, bench.workload.command))
+            daemon.forget(name)
+            machine.drop_page_cache()
+            started.append(glowplug.start(name, bench.workload.command)[0])
+            glowplug.forget()
+    rows: Result = []
+    for who, starts in (("containerd", pulled), ("glowplug", started)):
+        for mark in starts[0].seconds:
+            rows.append(_row("ready", f"{who}: to {mark}", "s", [start.seconds[mark] for start in starts]))
+        rows.append(_row("ready", f"{who}: moved", "MB", [start.moved_bytes / 1e6 for start in starts]))
+    rows.append(
+        _ratio(
+            "ready",
+            "glowplug is ready sooner by",
+            _find(rows, "containerd: to ready"),
+            _find(rows, "glowplug: to ready"),
+        )
+    )
+    return rows
+
+
+def warm(bench: Bench) -> Result:
+    """Block cache full, page cache dropped: the lazy mount against the same layer images on local disk."""
+    name = bench.registry.push(bench.workload)
+    root, local = bench.folder / "lazy-root", bench.folder / "local-root"
+    with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
+        glowplug.convert(name)
+        with (
+            glowplug.mounted(name, root, near=True),
+            plain.mounted(bench.workload, bench.folder / "plain", local),
+        ):
+            _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
+            largest = _largest(local)
+            actions: dict[str, Callable[[Path], None]] = {
+                f"read {largest.name} ({(local / largest).stat().st_size / 1e6:.0f} MB)": lambda at: _shell(
+                    f"dd if={at / largest} of=/dev/null bs=1M"
+                ),
+                "read every file": lambda at: _shell(
+                    f"find {at} -xdev -type f -print0 | xargs -0 cat >/dev/null"
+                ),
+                "find, with every inode": lambda at: _shell(f"find {at} -xdev -printf %s%m >/dev/null"),
+                "start to ready": lambda at: _chroot(at, bench.workload.command),
+            }
+            rows: Result = []
+            for action, carry_out in actions.items():
+                rows += _in_turns(action, carry_out, root, local, bench.runs)
+    return rows
+
+
+def _in_turns(action: str, carry_out: Callable[[Path], None], root: Path, local: Path, runs: int) -> Result:
+    values: dict[Path, list[float]] = {local: [], root: []}
+    for number in range(runs):
+        # Either goes first as often as the other.
+        for place in (local, root) if number % 2 else (root, local):
+            machine.drop_page_cache()
+            began = time.monotonic()
+            carry_out(place)
+            values[place].append(time.monotonic() - began)
+    left = _row("warm", f"{action}: local EROFS", "s", values[local])
+    right = _row("warm", f"{action}: glowplug", "s", values[root])
+    return [left, right, _ratio("warm", f"{action}: glowplug takes, of local", right, left)]
+
+
+def convert(bench: Bench) -> Result:
+    """From an OCI layout to an OCI layout, nothing reused: speed by bytes of tar, and peak memory."""
+    speeds, peaks = [], []
+    for number in range(bench.runs):
+        target = bench.folder / f"converted-{number}"
+        machine.drop_page_cache()
+        command = [str(lazy.COMMAND), "convert", bench.workload.source, "--to", f"oci:{target}:latest"]
+        seconds, peak_bytes = machine.timed(command)
+        machine.check_call(["rm", "-rf", str(target)])
+        speeds.append(bench.workload.unpacked_bytes / 1e6 / seconds)
+        peaks.append(peak_bytes / 2**20)
+    return [_row("convert", "tar a second", "MB/s", speeds), _row("convert", "peak memory", "MiB", peaks)]
+
+
+def metadata(bench: Bench) -> Result:
+    """Empty cache, registry on loopback: until the image is mounted, and until every inode was seen."""
+    name = bench.registry.push(bench.workload)
+    root = bench.folder / "metadata-root"
+    mounting, listing = [], []
+    with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
+        glowplug.convert(name)
+        for _ in range(bench.runs):
+            machine.drop_page_cache()
+            began = time.monotonic()
+            with glowplug.mounted(name, root, near=True):
+                mounting.append(time.monotonic() - began)
+                began = time.monotonic()
+                _shell(f"find {root} -xdev -printf %s%m >/dev/null")
+                listing.append(time.monotonic() - began)
+            glowplug.forget()
+    entries = f"{bench.workload.entries:,} files"
+    return [
+        _row("metadata", f"{entries}: `glowplug mount`, all of it", "s", mounting),
+        _row("metadata", f"{entries}: then the first find", "s", listing),
+    ]
+
+
+def _row(part: str, name: str, unit: str, values: Sequence[float]) -> Row:
+    return Row(part, name, unit, tuple(round(value, 4) for value in values))
+
+
+def _ratio(part: str, name: str, of: Row, to: Row) -> Ratio:
+    return Ratio(part, name, round(statistics.median(of.values) / statistics.median(to.values), 3))
+
+
+def _find(rows: Result, name: str) -> Row:
+    return next(row for row in rows if isinstance(row, Row) and row.name == name)
+
+
+def _largest(root: Path) -> Path:
+    files = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+    return max(
+        (path for path in files if path.is_file() and not path.is_symlink()),
+        key=lambda path: path.stat().st_size,
+    ).relative_to(root)
+
+
+def _shell(script: str) -> None:
+    machine.check_call(["bash", "-o", "pipefail", "-c", script])
+
+
+def _chroot(root: Path, command: Sequence[str]) -> None:
+    environment = ["env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"]
+    machine.check_call(["chroot", str(root), *environment, *command])
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image", choices=sorted(workloads.RECIPES), default="torch")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=demo.RESULTS)
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("bench: needs root, for network namespaces and mounts")
+    try:
+        with machine.interruptible():
+            _run(options.image, options.parts, options.runs, options.results)
+    except (machine.CommandError, workloads.BuildError) as exc:
+        sys.exit(f"bench: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted; everything it started is gone")
+
+
+def _run(image: str, parts: Sequence[str], runs: int, results: Path) -> None:
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    workload = workloads.build(image, demo.CACHE, say)
+    measured: Result = []
+    for part in parts:
+        say(f"bench: {part}, {runs} runs")
+        # A registry of its own for each part: none finds what another has left.
+        with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
+            folder = Path(name)
+            with link.open_link(demo.BITS_PER_SECOND) as over, registry.serve(over, folder) as server:
+                rows = _PART[part](Bench(workload, over, server, folder, runs))
+        print(_table(rows), flush=True)
+        measured += rows
+    results.mkdir(parents=True, exist_ok=True)
+    target = results / "bench.json"
+    target.write_text(json.dumps(_document(workload, measured), indent=1) + "\n")
+    say(f"bench: {target}")
+
+
+_PART: dict[str, Callable[[Bench], Result]] = {
+    "ready": ready,
+    "warm": warm,
+    "convert": convert,
+    "metadata": metadata,
+}
+
+
+def _table(rows: Result) -> str:
+    lines = []
+    for row in rows:
+        value = row.text() if isinstance(row, Row) else f"{row.value:10.3f} times"
+        lines.append(f"{row.part:9} {row.name:52} {value}")
+    return "\n".join(lines)
+
+
+def _document(workload: workloads.Workload, rows: Result) -> dict[str, Any]:
+    image = {k: v for k, v in dataclasses.asdict(workload).items() if k not in ("layout", "command")}
+    return {
+        "machine": machine.facts(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "system": platform.platform(),
+        "image": image,
+        "bits_per_second": demo.BITS_PER_SECOND,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    main()
