@@ -2,7 +2,8 @@
 
 Owns no thread: the stage that calls `inflate` pays for it, with the GIL released in the C code. Output comes
 in pieces of at most PIECE_BYTES whatever the input says, so that a bomb is met by limits, not by the
-allocator. Messages give the byte offset in the compressed blob; the caller adds image and layer.
+allocator. Messages give the byte offset in the compressed blob; the caller adds image and layer. A zstd frame
+that ends early is not seen here (zstandard's reader does not tell): the caller's digests are what catches it.
 """
 
 from __future__ import annotations

@@ -77,8 +77,9 @@ class LayerConversion:
         self._compressed_bytes = 0
         self._tar_bytes = 0
 
-    def run(self, spool: Path, lower: Callable[[], tree.Lower]) -> NewLayer:
-        """Convert. `lower` waits for the layers below; it is called only if this one depends on them."""
+    def run(self, spool: Path, lower: Callable[[], tree.Lower | None]) -> NewLayer:
+        """Convert. `lower` waits for the layers below and gives their merged view, None if there are none;
+        it is called only if this layer depends on them."""
         started = time.monotonic()
         self._group.start(f"read-{self._layer.number}", self._read)
         self._group.start(f"diff-id-{self._layer.number}", self._check_diff_id)
@@ -100,7 +101,7 @@ class LayerConversion:
         )
 
     def _write(
-        self, spool: Path, source: tarstream.Source, lower: Callable[[], tree.Lower]
+        self, spool: Path, source: tarstream.Source, lower: Callable[[], tree.Lower | None]
     ) -> tuple[blob.FinishedBlob, tree.LayerTree, str | None]:
         parameters, layer = self._parameters, self._layer
         sink = blob.LayerBlobWriter(
@@ -112,9 +113,9 @@ class LayerConversion:
         )
         try:
             layer_tree = tree.LayerTree(parameters.limits)
-            layout = self._write_image(sink, source, layer_tree, lower)
+            layout, depends = self._write_image(sink, source, layer_tree, lower)
             self._verified.get()
-            chain_id = layer.chain_id if layer_tree.depends_on_lower() else None
+            chain_id = layer.chain_id if depends else None
             finished = sink.finish(
                 layout, layer.descriptor.digest, layer.diff_id, chain_id, layer_tree.root_implied
             )
@@ -128,8 +129,8 @@ class LayerConversion:
         sink: erofs_writer.BlockSink,
         source: tarstream.Source,
         layer_tree: tree.LayerTree,
-        lower: Callable[[], tree.Lower],
-    ) -> erofs_writer.Layout:
+        lower: Callable[[], tree.Lower | None],
+    ) -> tuple[erofs_writer.Layout, bool]:
         limits = self._parameters.limits
         writer = erofs_writer.ErofsWriter(sink, self._parameters.block_bytes)
         reader = tarstream.TarReader(source, limits)
@@ -145,10 +146,10 @@ class LayerConversion:
                     f"{limits.max_image_bytes} bytes of files, holes included (--max-image-size)"
                 )
             writer.add_file(node, entry.size, reader)
-        below = lower() if layer_tree.depends_on_lower() else None
-        for copy in layer_tree.resolve(below):
-            writer.add_file(copy.node, copy.lower.size, _LowerData(copy.lower))
-        return writer.finish(layer_tree.root)
+        depends = layer_tree.depends_on_lower()
+        for copy in layer_tree.resolve(lower() if depends else None):
+            writer.add_file(copy.node, copy.entry.size, _LowerData(copy.entry))
+        return writer.finish(layer_tree.root), depends
 
     def _read(self) -> None:
         """Thread: the source blob, to the tar's bytes."""

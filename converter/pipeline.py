@@ -20,10 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter import blob, layer, lower, publish, report, reuse, tasks, tree
+from converter import blob, layer, publish, readback, report, reuse, tasks, tree
 from converter import source as sources
 from converter.observer import Observer
-from imagefs import artifact, errors, reference
+from imagefs import artifact, erofs, errors, reference
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
@@ -134,7 +134,7 @@ class _Done:
     """A layer that is finished, how it is read back by layers above it, and its line in the report."""
 
     layer: publish.FinishedLayer
-    readable: lower.LayerFile | LazyLayer
+    readable: blob.FinishedBlob | LazyLayer
     report: report.LayerReport
 
 
@@ -251,6 +251,13 @@ class _ImageConversion:
         )
         return _Done(finished, made, report.of_new(each, finished, new))
 
-    def _below(self, number: int) -> tree.Lower:
+    def _below(self, number: int) -> tree.Lower | None:
         """The layers below, merged, once they are all finished."""
-        return lower.Stack([promise.get().readable for promise in self._done[:number]])
+        from converter import lower
+
+        recent = readback.RecentBlocks()
+        layers = [
+            lower.LowerLayer(erofs.Reader(readback.LayerImage(below, promise.get().readable, recent)))
+            for below, promise in enumerate(self._done[:number])
+        ]
+        return tree.MergedLower(layers[::-1]) if layers else None
