@@ -38,7 +38,7 @@ _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """Bytes: a number with K, M, G or T (powers of 1024), as in 64K, 4MiB, 20G."""
 
     name = "size"

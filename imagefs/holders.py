@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 _MAX_NAMED = 8
+_OCTAL = re.compile(r"\\([0-7]{3})")
+"""mountinfo writes space, tab, newline and backslash in octal."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class MountPoint:
     device: str
     directory: str
     filesystem: str
+    source: str
 
 
 def mount_points(pid: int | str = "self") -> list[MountPoint]:
@@ -43,10 +47,11 @@ def mount_points(pid: int | str = "self") -> list[MountPoint]:
     out = []
     for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields = line.split(" ")
-        filesystem = fields[fields.index("-") + 1]
-        directory = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
-        directory = os.fsdecode(directory.encode("latin-1"))
-        out.append(MountPoint(int(fields[0]), int(fields[1]), fields[2], directory, filesystem))
+        kind = fields.index("-") + 1
+        directory = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
+        out.append(
+            MountPoint(int(fields[0]), int(fields[1]), fields[2], directory, fields[kind], fields[kind + 1])
+        )
     return out
 
 

@@ -78,7 +78,7 @@ def open_image(
             )
         return _open_referrer(ref, source_digest, connect.connect(block_repository, options))
     origin = connect.connect(ref, options)
-    manifest = _choose_platform(origin, connect.manifest_name(ref), wanted, ref)
+    manifest = _choose_platform(origin, connect.selector(ref), wanted, ref)
     document = artifact.parse_json_object(manifest.data, f"manifest of {ref}")
     if artifact.is_block_image(document):
         return _load(ref, manifest, origin)

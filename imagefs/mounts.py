@@ -23,15 +23,14 @@ _RECORD = "record.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One mount. `mode` is "erofs", "loop" or "fuse"; `map_digests` are the layers attached for it, bottom
-    first. `pid` and `pid_start` name the process that a `run` or a file-level daemon lives and dies with."""
+    """One mount. `mode` is "erofs", "loop" or "fuse", empty while it is being made. `pid` and `pid_start`
+    name the process that a `run` (`ephemeral`) or a file-level mount lives and dies with."""
 
     id: str
     directory: str
     reference: str
     mode: str
     writable: bool
-    map_digests: tuple[str, ...]
     pid: int | None = None
     pid_start: int | None = None
     ephemeral: bool = False
@@ -97,14 +96,13 @@ class MountTable:
 
     def _read(self, folder: Path) -> Record | None:
         try:
-            value = json.loads((folder / _RECORD).read_text())
-            return Record(**{**value, "map_digests": tuple(value["map_digests"])})
+            return Record(**json.loads((folder / _RECORD).read_text()))
         except FileNotFoundError:
             if not folder.is_dir():
                 return None
             # Killed between mkdir and the record: nothing was mounted yet.
-            return Record(folder.name, "", "", "", False, ())
-        except (ValueError, TypeError, KeyError) as exc:
+            return Record(folder.name, "", "", "", False)
+        except (ValueError, TypeError) as exc:
             raise errors.ConfigurationError(f"{folder / _RECORD} is damaged: {exc}") from exc
 
 

@@ -1,0 +1,281 @@
+"""Mounting and unmounting an image on this machine: device server, table of mounts and assembly put together.
+
+Called by the verbs mount, umount and run. The id of a mount's record is its owner's name at the device
+server, so that what a killed command attached can be released by whoever finds the record (`collect`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glowplug import settings
+from imagefs import assembly, errors, holders, mounts, syscalls
+from imagefs import mount as mount_layer
+from imagefs.fuse import control
+from imagefs.mount import Choice, Mode
+from imagefs.mounts import MountTable, Record
+
+if TYPE_CHECKING:
+    from imagefs.image import LazyImage
+    from imagefs.origin.connect import Options
+
+_DAEMON_END_SECONDS = 10.0
+_OURS = "glowplug"
+"""What mountinfo shows as the source of every root that we assembled."""
+
+
+def mount(
+    ref: str,
+    directory: Path,
+    options: assembly.Options,
+    storage: settings.Storage,
+    origins: Options,
+    open_image: Callable[[], LazyImage],
+) -> tuple[LazyImage, Path, Choice]:
+    """Mount an image at a directory. Returns it, the directory's full path, and how it was mounted."""
+    directory = assembly.check_directory(directory)
+    table = MountTable(storage.state_dir)
+    if table.find(directory) is not None:
+        raise errors.BusyError(f"{directory} is mounted already; `glowplug umount {directory}` first")
+    record = Record(mounts.mount_id(directory), str(directory), ref, "", options.writable)
+    if options.mode is Mode.FUSE or (options.mode is None and os.geteuid() != 0):
+        image = open_image()
+        why = "asked for" if options.mode else "only root may mount(2)"
+    else:
+        image, client = open_with_server(storage, origins, open_image)
+        collect(table, client)
+        choice = _mount_in_kernel(image, record, table, client, options)
+        if choice is not None:
+            return image, directory, choice
+        why = "this kernel cannot mount EROFS"
+    choice = Choice(Mode.FUSE, why)
+    _mount_files(image, record, table, options, storage, origins)
+    return image, directory, choice
+
+
+def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
+    """Undo `mount`, or what is left of it. BusyError names who uses it; NotFoundError if it is not ours."""
+    directory = Path(os.path.realpath(directory))
+    table = MountTable(state_dir)
+    record = table.find(directory)
+    if record is None:
+        raise errors.NotFoundError(
+            f"{directory} is not a mount of glowplug with state directory {state_dir}"
+            + ("; umount(8) is for other mounts" if os.path.ismount(directory) else "")
+        )
+    point = holders.top_mount(str(directory))
+    if point is not None and point.source == _OURS:
+        _unmount(directory, point, force=force)
+        left = [] if force else holders.copies(point.device)
+        if left:
+            raise errors.BusyError(
+                f"{directory} is unmounted here, but others have it in their mount namespaces: "
+                f"{holders.describe(left)}; once they ended, run `glowplug umount {directory}` again"
+            )
+    elif point is not None and _is_below(point):
+        raise errors.BusyError(
+            f"something else ({point.filesystem}) is mounted over {directory}; unmount that first"
+        )
+    _unmount_leftovers(table.folder(record.id))
+    if record.pid is not None:
+        _await_end(record)
+    release(record, table, _running_server(state_dir))
+
+
+def open_with_server(
+    storage: settings.Storage, origins: Options, open_image: Callable[[], LazyImage]
+) -> tuple[LazyImage, control.DeviceClient]:
+    """Open an image while the device server starts: both take their time."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(control.DeviceClient.ensure, settings.server_settings(storage, origins))
+        image = open_image()
+        return image, starting.result()
+
+
+def layer_specs(image: LazyImage) -> list[control.LayerSpec]:
+    """What the device server must know of each layer, bottom first."""
+    return [
+        control.LayerSpec(
+            origin_ref=lazy.origin.name,
+            map_digest=lazy.map_digest,
+            map_size=len(data),
+            blob_digest=lazy.blob_digest,
+            blob_size=lazy.block_map.blob_bytes,
+            map_bytes=data,
+        )
+        for lazy, data in zip(image.layers, image.map_bytes, strict=True)
+    ]
+
+
+def release(record: Record, table: MountTable, client: control.DeviceClient | None) -> None:
+    """Give back what a record stands for, once nothing of it is mounted: devices, then the record. The
+    device server ends with its last device."""
+    if client is not None:
+        client.detach(record.id)
+    table.forget(record)
+    if client is not None:
+        client.stop_if_idle()
+
+
+def collect(table: MountTable, client: control.DeviceClient | None) -> None:
+    """Release the records of runs whose process is gone; their mounts went with their namespace."""
+    for record in table.records():
+        if record.ephemeral and not record.owner_lives():
+            with contextlib.suppress(errors.ImagefsError, OSError):
+                if client is not None:
+                    client.detach(record.id)
+                table.forget(record)
+
+
+def forget_other_roots(table: MountTable) -> None:
+    """In a mount namespace of our own: let go of the copies of other mounts of ours, so that they can be
+    unmounted, and their devices freed, while we live."""
+    mount_layer.unmount_all([Path(record.directory) for record in table.records() if record.directory])
+
+
+def _running_server(state_dir: Path) -> control.DeviceClient | None:
+    try:
+        return control.DeviceClient.running(state_dir)
+    except errors.NotFoundError:
+        return None
+
+
+def _mount_in_kernel(
+    image: LazyImage,
+    record: Record,
+    table: MountTable,
+    client: control.DeviceClient,
+    options: assembly.Options,
+) -> Choice | None:
+    folder = table.claim(record)
+    try:
+        devices = client.attach(layer_specs(image), record.id)
+        choice = assembly.assemble(image, devices, folder, Path(record.directory), options)
+        if choice is not None:
+            table.update(dataclasses.replace(record, mode=choice.mode.value))
+            return choice
+    except BaseException:
+        _undo(record, table, client)
+        raise
+    _undo(record, table, client)
+    return None
+
+
+def _undo(record: Record, table: MountTable, client: control.DeviceClient) -> None:
+    """Undo a mount that failed; its own error is the one to show."""
+    point = holders.top_mount(record.directory)
+    if point is not None and point.source == _OURS:
+        mount_layer.unmount_all([Path(record.directory)])
+    with contextlib.suppress(errors.ImagefsError, OSError):
+        release(record, table, client)
+
+
+def _mount_files(
+    image: LazyImage,
+    record: Record,
+    table: MountTable,
+    options: assembly.Options,
+    storage: settings.Storage,
+    origins: Options,
+) -> None:
+    from imagefs.fuse import files_daemon
+
+    if options.writable:
+        raise errors.ConfigurationError("--rw needs EROFS in the kernel and root; --mode fuse is read-only")
+    folder = table.claim(dataclasses.replace(record, mode=Mode.FUSE.value))
+    try:
+        pid = files_daemon.start(
+            files_daemon.Job(
+                reference=files_daemon.pinned(image),
+                directory=record.directory,
+                origins=origins.to_json(),
+                cache_dir=str(storage.cache_dir),
+                cache_quota_bytes=storage.cache_quota_bytes,
+                free_floor_bytes=settings.free_floor_bytes(storage),
+                read_deadline_seconds=storage.read_deadline_seconds,
+                suid=options.suid,
+                dev=options.dev,
+            ),
+            folder / "log",
+        )
+    except BaseException:
+        table.forget(record)
+        raise
+    table.update(
+        dataclasses.replace(record, mode=Mode.FUSE.value, pid=pid, pid_start=mounts.process_start(pid))
+    )
+
+
+def _unmount(directory: Path, point: holders.MountPoint, *, force: bool) -> None:
+    try:
+        if os.geteuid() == 0:
+            syscalls.umount(directory, syscalls.MNT_DETACH if force else 0)
+        else:
+            _fusermount(directory, force=force)
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise errors.ConfigurationError(f"cannot unmount {directory}: {exc.strerror}") from exc
+        inside = [f"a mount at {child}" for child in holders.children(point)]
+        found = [*inside, holders.describe(holders.holding(point))]
+        raise errors.BusyError(
+            f"{directory} is in use by {', '.join(filter(None, found)) or 'a process that ended just now'}; "
+            "end it, or use --force"
+        ) from exc
+
+
+def _fusermount(directory: Path, *, force: bool) -> None:
+    result = subprocess.run(
+        ["fusermount3", "-u", *(["-z"] if force else []), str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        text = result.stderr.strip()
+        raise OSError(errno.EBUSY if "busy" in text else errno.EPERM, text, str(directory))
+
+
+def _unmount_leftovers(folder: Path) -> None:
+    """Layer mounts that a killed command left below the record's folder."""
+    below = str(folder) + "/"
+    mount_layer.unmount_all(
+        [Path(point.directory) for point in holders.mount_points() if point.directory.startswith(below)]
+    )
+
+
+def _is_below(point: holders.MountPoint) -> bool:
+    """Whether one of our mounts at the same directory is hidden under this one."""
+    same = [other for other in holders.mount_points() if other.directory == point.directory]
+    return any(other.source == _OURS for other in same)
+
+
+def _await_end(record: Record) -> None:
+    """The process of a file-level mount ends by itself once it is unmounted."""
+    deadline = time.monotonic() + _DAEMON_END_SECONDS
+    while record.owner_lives() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def report(
+    ref: str, image: LazyImage, directory: Path, choice: Choice, options: assembly.Options
+) -> dict[str, Any]:
+    """What `glowplug mount --json` prints."""
+    return {
+        "reference": ref,
+        "source_digest": image.source_digest,
+        "block_image_digest": image.manifest.digest,
+        "directory": str(directory),
+        "mode": choice.mode.value,
+        "why": choice.why,
+        "writable": options.writable,
+        "layers": len(image.layers),
+    }
