@@ -1,0 +1,356 @@
+"""The device server as its clients see it: its settings, its start, and the messages of its control socket.
+
+Called by the verbs and, later, the agent, on their own threads; the server uses the codec at the end. A
+message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
+value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
+
+STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, maps/, devices/ (the
+mount), keeper.sock, keeper.lock, control.sock, server.log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imagefs import errors
+from imagefs.fuse import keeper
+from imagefs.fuse.devices import LayerSpec as LayerSpec
+from imagefs.fuse.devices import device_name, encode_spec, write_atomically
+from imagefs.origin import connect
+
+MAX_REQUEST_BYTES = 4 << 20
+MAX_REPLY_BYTES = 64 << 20
+_LENGTH = struct.Struct(">I")
+_START_SECONDS = 20.0
+_RESTART_SECONDS = 15.0
+"""How long a client waits for a server that its keeper is starting again."""
+_ATTEMPTS = 3
+_LOG_TAIL_BYTES = 2000
+
+
+class StoppingError(errors.UnavailableError):
+    """The server was stopping when the request came; the next one will take it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the device server of `state_dir` is started with. `workers` is the number of FUSE processes,
+    `connections` that of parallel requests to one origin, `origins` how this client's origins are reached
+    (each attach brings its own)."""
+
+    state_dir: Path
+    cache_dir: Path
+    cache_quota_bytes: int
+    free_floor_bytes: int
+    workers: int = dataclasses.field(default_factory=lambda: max(2, min(4, os.cpu_count() or 1)))
+    read_deadline_seconds: float = 60.0
+    connections: int = 8
+    origins: connect.Options = dataclasses.field(default_factory=connect.Options)
+
+
+def encode_settings(value: ServerSettings) -> bytes:
+    """As JSON."""
+    document = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    for name in ("state_dir", "cache_dir"):
+        document[name] = os.path.abspath(document[name])
+    document["origins"] = value.origins.to_json()
+    return json.dumps(document, indent=1).encode()
+
+
+def decode_settings(data: bytes) -> ServerSettings:
+    """Inverse of encode_settings. Raises ConfigurationError."""
+    try:
+        document = json.loads(data)
+        document["origins"] = connect.Options.from_json(document["origins"])
+        for name in ("state_dir", "cache_dir"):
+            document[name] = Path(document[name])
+        return ServerSettings(**document)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise errors.ConfigurationError(f"settings.json of the device server: {exc!r}") from exc
+
+
+class DeviceClient:
+    """A client of one state directory's device server. Each request is a connection of its own, so that one
+    client may be used from several threads, and outlives a restart of the server."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+
+    @classmethod
+    def ensure(cls, settings: ServerSettings) -> DeviceClient:
+        """A client of the running server; keeper and server are started if there are none. Returns when the
+        server takes requests. ConfigurationError if it cannot start."""
+        client = cls(settings)
+        client._ensure_running()
+        return client
+
+    @classmethod
+    def connect(cls, state_dir: Path) -> DeviceClient | None:
+        """A client of the running server, for what must not start one: status, detach, stop. None without."""
+        client = cls(ServerSettings(state_dir, state_dir, 0, 0))
+        return client if client._answers_within(_RESTART_SECONDS) else None
+
+    def attach(self, owner: str, layers: Sequence[LayerSpec], origins: connect.Options) -> list[Path]:
+        """Make layers readable for `owner`, a name of the client's choice (a mount id). All or none.
+        Attaching twice counts once. Returns the device files, in the order of `layers`."""
+        state_dir = self._settings.state_dir
+        for layer in layers:
+            if layer.map_bytes is not None:
+                path = state_dir / "maps" / layer.map_digest.partition(":")[2]
+                if not path.exists():
+                    write_atomically(path, layer.map_bytes)
+        self._checked_request(
+            {
+                "op": "attach",
+                "owner": owner,
+                "origins": origins.to_json(),
+                "layers": [encode_spec(layer) for layer in layers],
+            }
+        )
+        directory = keeper.device_directory(state_dir)
+        if not keeper.mounted(directory):
+            raise errors.ConfigurationError(
+                f"{directory} is not mounted in this mount namespace: the device server of {state_dir} was "
+                "started in another one; use another state directory (--state)"
+            )
+        return [directory / device_name(layer.map_digest) for layer in layers]
+
+    def detach(self, owner: str) -> None:
+        """Let go of all of an owner's layers. Reads that still wait for a layer without owners fail at once.
+        An unknown owner is no error."""
+        self._checked_request({"op": "detach", "owner": owner})
+
+    def status(self) -> dict[str, Any]:
+        """Devices, cache, fetch counters, processes."""
+        status: dict[str, Any] = self._checked_request({"op": "status"})
+        return status
+
+    def events(self) -> list[dict[str, Any]]:
+        """The latest fetches, oldest first: fetcher.FetchEvent as JSON objects."""
+        events: list[dict[str, Any]] = self._checked_request({"op": "events"})
+        return events
+
+    def stop(self) -> None:
+        """Unmount the devices and end all processes; what still uses a device gets errors."""
+        self._checked_request({"op": "stop"})
+        self._wait_stopped()
+
+    def stop_if_idle(self) -> bool:
+        """Stop if no layer is attached. Whether it did."""
+        stopped = bool(self._checked_request({"op": "stop_if_idle"}))
+        if stopped:
+            self._wait_stopped()
+        return stopped
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def _request(self, request: Mapping[str, Any]) -> Any:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(os.fspath(self._settings.state_dir / "control.sock"))
+            send(connection, request)
+            reply = receive(connection, MAX_REPLY_BYTES)
+        if reply is None:
+            raise ConnectionResetError("the device server went away")
+        if "error" in reply:
+            raise decode_error(reply)
+        return reply.get("ok")
+
+    def _checked_request(self, request: Mapping[str, Any]) -> Any:
+        """Every operation may be repeated: a server that dies under it is waited for."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._request(request)
+            except (FileNotFoundError, ConnectionError, StoppingError) as exc:
+                if attempt == _ATTEMPTS:
+                    raise errors.UnavailableError(
+                        f"the device server of {self._settings.state_dir} does not answer: {exc}"
+                    ) from exc
+                if isinstance(exc, StoppingError):
+                    self._wait_stopped()
+                self._recover(request)
+        raise AssertionError("unreachable")
+
+    def _recover(self, request: Mapping[str, Any]) -> None:
+        if request["op"] == "attach":
+            self._ensure_running()
+        elif not self._answers_within(_RESTART_SECONDS):
+            raise errors.NotFoundError(f"no device server runs in {self._settings.state_dir}")
+
+    def _answers(self) -> bool:
+        try:
+            self._request({"op": "ping"})
+        except (FileNotFoundError, ConnectionError):
+            return False
+        return True
+
+    def _answers_within(self, seconds: float) -> bool:
+        """Wait for a server that a keeper is starting again; not at all if there is no keeper."""
+        deadline = time.monotonic() + seconds
+        while not self._answers():
+            if not self._keeper_lives() or time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def _keeper_lives(self) -> bool:
+        try:
+            fd = os.open(self._settings.state_dir / "keeper.lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def _wait_stopped(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while self._keeper_lives():
+            if time.monotonic() > deadline:
+                raise errors.BusyError(f"the device server of {self._settings.state_dir} does not end")
+            time.sleep(0.005)
+
+    # -- starting ----------------------------------------------------------------------------------
+
+    def _ensure_running(self) -> None:
+        state_dir = self._settings.state_dir
+        if self._answers():
+            return
+        _prepare_state_dir(state_dir)
+        with open(state_dir / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._answers() or (self._keeper_lives() and self._answers_within(_RESTART_SECONDS)):
+                return
+            self._start()
+
+    def _start(self) -> None:
+        state_dir = self._settings.state_dir
+        write_atomically(state_dir / "settings.json", encode_settings(self._settings))
+        ready, ready_writer = os.pipe2(os.O_CLOEXEC)
+        command = [sys.executable, "-m", "imagefs.fuse.keeper", "--state", os.path.abspath(state_dir)]
+        command += ["--clones", str(self._settings.workers), "--start-server"]
+        command += ["--ready-fd", str(ready_writer)]
+        try:
+            keeper.bound_log(state_dir / "server.log")
+            started = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[ready_writer],
+                start_new_session=True,
+                check=False,
+            )
+        finally:
+            os.close(ready_writer)
+        with open(ready, "rb") as pipe:
+            if started.returncode == 0 and pipe.read():
+                return
+        reason = started.stderr.decode(errors="replace") or _log_tail(state_dir / "server.log")
+        raise errors.ConfigurationError(f"the device server of {state_dir} did not start: {reason.strip()}")
+
+
+def _prepare_state_dir(state_dir: Path) -> None:
+    if os.geteuid() != 0:
+        raise errors.ConfigurationError("block devices need root: use --mode fuse, or run as root")
+    if not os.path.exists("/dev/fuse"):
+        raise errors.ConfigurationError("/dev/fuse is missing: load the fuse module")
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = state_dir.stat()
+        if status.st_uid != os.geteuid():
+            raise errors.ConfigurationError(f"{state_dir} belongs to user {status.st_uid}, not to us")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            state_dir.chmod(0o700)
+        (state_dir / "maps").mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise errors.ConfigurationError(f"state directory {state_dir}: {exc.strerror}") from exc
+
+
+def _log_tail(path: Path) -> str:
+    try:
+        return path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+    except OSError:
+        return "no log was written"
+
+
+# -- codec -----------------------------------------------------------------------------------------
+
+
+def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """One message."""
+    data = json.dumps(message).encode()
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive(connection: socket.socket, max_bytes: int = MAX_REQUEST_BYTES) -> dict[str, Any] | None:
+    """One message; None at the end of the connection. InvalidInputError for anything but a JSON object of at
+    most `max_bytes`."""
+    head = _receive_exactly(connection, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > max_bytes:
+        raise errors.InvalidInputError(f"control: a message of {length} bytes, over the limit of {max_bytes}")
+    data = _receive_exactly(connection, length)
+    if data is None:
+        return None
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise errors.InvalidInputError(f"control: not JSON: {exc}") from exc
+    if not isinstance(document, dict):
+        raise errors.InvalidInputError("control: not a JSON object")
+    return document
+
+
+def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < length:
+        piece = connection.recv(min(length - len(data), 1 << 20))
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)
+
+
+def string(request: Mapping[str, Any], field: str) -> str:
+    """A field of a request. Raises InvalidInputError."""
+    value = request.get(field)
+    if not isinstance(value, str):
+        raise errors.InvalidInputError(f"control: {field} {value!r} is not a string")
+    return value
+
+
+def encode_error(error: errors.ImagefsError) -> dict[str, Any]:
+    """A reply that raises the same class at the other end."""
+    reply: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, errors.UnavailableError):
+        reply["retry_after_seconds"] = error.retry_after_seconds
+    return reply
+
+
+def decode_error(reply: Mapping[str, Any]) -> errors.ImagefsError:
+    """Inverse of encode_error; a class that this build lacks becomes ImagefsError."""
+    name, message = str(reply.get("error")), str(reply.get("message"))
+    kind = StoppingError if name == StoppingError.__name__ else getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.ImagefsError)):
+        return errors.ImagefsError(message)
+    if issubclass(kind, errors.UnavailableError):
+        wish = reply.get("retry_after_seconds")
+        return kind(message, wish if isinstance(wish, (int, float)) else None)
+    return kind(message)

@@ -1,0 +1,203 @@
+"""The device table: which layer is which node, and who holds it. A file in the state directory.
+
+Owned by the server, called from its control threads and, for look-ups, from its worker threads; one lock.
+Every change is on disk (written beside, renamed) before the caller goes on, so that a successor of a killed
+server means the same by a node id as the kernel does.
+
+Invariants: a node id stands for one map digest as long as the mount lives (`token` names the mount; a table
+of another mount is discarded: its devices died with it), also after a detach, so that what the page cache
+holds stays right. A device is there while it has owners; an owner is a name that the client chose, so that
+attaching twice counts once, and an owner that crashed can be detached by whoever finds its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from imagefs import errors, reference
+from imagefs.fuse import protocol
+
+_VERSION = 1
+MAX_OWNER_BYTES = 255
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What it takes to serve a layer. `origin_ref` is a REF without tag; sizes in bytes. `map_bytes` is the
+    encoded block map if the client has it already; it is not part of what is stored here."""
+
+    origin_ref: str
+    map_digest: str
+    map_size: int
+    blob_digest: str
+    blob_size: int
+    map_bytes: bytes | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where one owner's layers come from: a REF, and the JSON form of the origin options."""
+
+    origin_ref: str
+    origins: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One row. Each owner brought a source: a layer that two images share has the origins of both."""
+
+    node: int
+    spec: LayerSpec
+    owners: Mapping[str, Source]
+
+
+def device_name(map_digest: str) -> str:
+    """The file name of a layer's device: the digest with a dash, as colons are awkward in mount options."""
+    return map_digest.replace(":", "-")
+
+
+def encode_spec(spec: LayerSpec) -> dict[str, Any]:
+    """JSON form, without the map's bytes."""
+    return {
+        "origin_ref": spec.origin_ref,
+        "map_digest": spec.map_digest,
+        "map_size": spec.map_size,
+        "blob_digest": spec.blob_digest,
+        "blob_size": spec.blob_size,
+    }
+
+
+def decode_spec(value: object) -> LayerSpec:
+    """Inverse of encode_spec. Raises InvalidInputError naming the field."""
+    if not isinstance(value, dict):
+        raise errors.InvalidInputError("layer: not an object")
+    for field in ("map_digest", "blob_digest"):
+        if not isinstance(value.get(field), str) or not reference.DIGEST.match(value[field]):
+            raise errors.InvalidInputError(f"layer: {field} {value.get(field)!r} is not a sha256 digest")
+    for field in ("map_size", "blob_size"):
+        if type(value.get(field)) is not int or value[field] <= 0:
+            raise errors.InvalidInputError(f"layer: {field} {value.get(field)!r} is not a byte count")
+    if not isinstance(value.get("origin_ref"), str):
+        raise errors.InvalidInputError("layer: origin_ref missing")
+    return LayerSpec(**{field: value[field] for field in _SPEC_FIELDS})
+
+
+_SPEC_FIELDS = ("origin_ref", "map_digest", "map_size", "blob_digest", "blob_size")
+
+
+class DeviceTable:
+    """See the module. `path` is the file; `token` names the mount."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        self._path = path
+        self._token = token
+        self._lock = threading.Lock()
+        self._records: dict[str, Record] = {}
+        self._nodes: dict[str, int] = {}
+        self._load()
+
+    def records(self) -> list[Record]:
+        """The devices that are there, by node id."""
+        with self._lock:
+            return sorted(self._records.values(), key=lambda record: record.node)
+
+    def attach(self, specs: Iterable[LayerSpec], origins: Mapping[str, Any], owner: str) -> list[Record]:
+        """Add `owner` to each layer, making the devices that are missing. Returns the rows that changed: an
+        owner that has a layer already keeps its source."""
+        if not owner or len(owner.encode()) > MAX_OWNER_BYTES:
+            raise errors.InvalidInputError(f"owner {owner!r} is not a name of 1 to {MAX_OWNER_BYTES} bytes")
+        changed = []
+        with self._lock:
+            for spec in specs:
+                source = Source(spec.origin_ref, origins)
+                old = self._records.get(spec.map_digest)
+                if old is None:
+                    next_node = protocol.ROOT_NODE + 1 + len(self._nodes)
+                    node = self._nodes.setdefault(spec.map_digest, next_node)
+                    record = Record(node, dataclasses.replace(spec, map_bytes=None), {owner: source})
+                elif owner not in old.owners:
+                    record = dataclasses.replace(old, owners={**old.owners, owner: source})
+                else:
+                    continue
+                self._records[spec.map_digest] = record
+                changed.append(record)
+            self._save()
+        return changed
+
+    def detach(self, owner: str) -> list[Record]:
+        """Remove `owner` everywhere. Returns the rows that changed; those without owners are gone."""
+        changed = []
+        with self._lock:
+            for digest, record in list(self._records.items()):
+                if owner in record.owners:
+                    left = {name: source for name, source in record.owners.items() if name != owner}
+                    record = dataclasses.replace(record, owners=left)
+                    if left:
+                        self._records[digest] = record
+                    else:
+                        del self._records[digest]
+                    changed.append(record)
+            self._save()
+        return changed
+
+    def _load(self) -> None:
+        try:
+            document = json.loads(self._path.read_bytes())
+            if document["version"] != _VERSION or document["token"] != self._token:
+                return
+            self._nodes = {str(digest): int(node) for digest, node in document["nodes"].items()}
+            for row in document["devices"]:
+                spec = decode_spec(row["spec"])
+                node = self._nodes[spec.map_digest]
+                owners = {
+                    str(owner): Source(str(source["origin_ref"]), dict(source["origins"]))
+                    for owner, source in row["owners"].items()
+                }
+                self._records[spec.map_digest] = Record(node, spec, owners)
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError, AttributeError, errors.InvalidInputError) as exc:
+            # Going on with an empty table could give a node id a second meaning.
+            raise errors.InvalidInputError(
+                f"{self._path}: not a device table ({exc!r}); unmount what uses {self._path.parent} and "
+                "stop the device server to start anew"
+            ) from exc
+
+    def _save(self) -> None:
+        document = {
+            "version": _VERSION,
+            "token": self._token,
+            "nodes": self._nodes,
+            "devices": [
+                {
+                    "spec": encode_spec(record.spec),
+                    "owners": {
+                        owner: {"origin_ref": source.origin_ref, "origins": dict(source.origins)}
+                        for owner, source in record.owners.items()
+                    },
+                }
+                for record in self._records.values()
+            ],
+        }
+        write_atomically(self._path, json.dumps(document).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by `data`: a reader, or a successor after a kill, sees the old or the new one, whole.
+    Not synced: the state directory means nothing after a reboot."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as f:
+            f.write(data)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,389 @@
+"""The keeper: owns the FUSE mount of one state directory and every descriptor of it, so that servers may die.
+
+A process of its own, single-threaded, few imports, nothing that could fail once it runs:
+`python -m imagefs.fuse.keeper --state DIR --clones N [--start-server] [--ready-fd FD] [--adopt FD,FD...]`.
+control.py starts it (with --start-server), or systemd does, which then starts the server itself; a server
+whose keeper was killed starts one with --adopt, handing it the clones.
+
+It mounts STATE/devices, answers the kernel's INIT, makes the clones (one per worker) and hands them to each
+server that registers at STATE/keeper.sock. The kernel aborts a connection only when its last descriptor
+closes, and gives up the requests of one descriptor when that one closes: while the keeper lives, neither
+happens, whoever else is killed, and requests wait for the next server.
+
+Invariants:
+* One keeper per state directory: it holds a lock on STATE/keeper.lock as long as it lives.
+* A new server is started only when every process of the old one is gone. A server registers the read end of a
+  pipe whose write end it and its workers hold; end of file on it says so. A straggler could otherwise take a
+  request with it after the successor had asked the kernel to queue them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from imagefs import syscalls
+from imagefs.fuse import protocol
+
+_IOC_CLONE = 0x8004E500
+"""FUSE_DEV_IOC_CLONE, _IOR(229, 0, uint32_t)."""
+_READ_AHEAD_KIB = 2 * protocol.MAX_READ_BYTES >> 10
+"""The kernel's default, 128 KiB, would make eight requests of what can be one; two in flight keep both the
+reader and a worker busy."""
+_LOG_BYTES = 4 << 20
+_HOUSEKEEPING_SECONDS = 60.0
+_INIT_SECONDS = 10.0
+_STRAGGLER_SECONDS = 10.0
+_LONGEST_BACKOFF_SECONDS = 5.0
+_STEADY_SECONDS = 10.0
+"""A server that lived this long did not fail at its start: the next one starts without delay."""
+_MESSAGE_BYTES = 4096
+
+
+def device_directory(state_dir: Path) -> Path:
+    """Where the devices of a state directory are mounted."""
+    return state_dir / "devices"
+
+
+def mounted(path: Path) -> list[str]:
+    """The "major:minor" of each mount on `path` in our mount namespace. Never touches the mount itself: a
+    dead one would answer with errors, a waiting one not at all."""
+    target = os.fspath(path).replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")
+    target = target.replace("\n", r"\012")
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        lines = [line.split() for line in file]
+    return [fields[2] for fields in lines if fields[4] == target]
+
+
+def same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end of a unix socket runs as we do."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", credentials)[1] == os.geteuid())
+
+
+def listen(path: Path, kind: socket.SocketKind) -> socket.socket:
+    """A listening unix socket that only our user can connect to; replaces a stale one."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, kind)
+    before = os.umask(0o177)
+    try:
+        listener.bind(os.fspath(path))
+    finally:
+        os.umask(before)
+    listener.listen(64)
+    return listener
+
+
+class Keeper:
+    """The loop's state."""
+
+    def __init__(self, state_dir: Path, *, start_server: bool, ready_fd: int | None) -> None:
+        self._state_dir = state_dir
+        self._mount_point = device_directory(state_dir)
+        self._start_server = start_server
+        self._ready_fd = ready_fd
+        self._token = os.urandom(16).hex()
+        self._resend = True
+        self._clones: list[int] = []
+        self._master = -1
+        self._listener = listen(state_dir / "keeper.sock", socket.SOCK_SEQPACKET)
+        self._poll = select.poll()
+        self._poll.register(self._listener, select.POLLIN)
+        self._connections: dict[int, socket.socket] = {}
+        self._liveness: int | None = None  # read end of the registered server's pipe
+        self._started_at = time.monotonic()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._child_fd = -1
+        self._failures = 0
+        self._start_at: float | None = None
+        self._straggler_deadline: float | None = None
+        self._running = True
+
+    # -- the mount ---------------------------------------------------------------------------------
+
+    def mount(self, clones: int) -> None:
+        """Mount, after clearing away what a dead keeper left, and make the clones."""
+        for _ in mounted(self._mount_point):
+            log("unmounting what a dead keeper left")
+            syscalls.umount(self._mount_point, syscalls.MNT_DETACH)
+        self._mount_point.mkdir(mode=0o700, exist_ok=True)
+        self._master = _open_device()
+        syscalls.mount(
+            "glowplug",
+            self._mount_point,
+            "fuse.glowplug",
+            syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV,
+            f"fd={self._master},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,"
+            f"max_read={protocol.MAX_READ_BYTES}",
+        )
+        self._greet()
+        for device in mounted(self._mount_point):
+            with contextlib.suppress(OSError):  # /sys may be read-only in a container: slower, not wrong
+                Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
+        for _ in range(clones):
+            clone = _open_device()
+            fcntl.ioctl(clone, _IOC_CLONE, struct.pack("=I", self._master))
+            self._clones.append(clone)
+
+    def adopt(self, clones: list[int], token: str) -> None:
+        """Take over the clones, and the mount behind them, of a keeper that was killed."""
+        for clone in clones:
+            os.set_inheritable(clone, False)
+        self._clones = clones
+        self._token = token
+        self._say_ready()
+
+    def _greet(self) -> None:
+        """Answer INIT: nothing else comes before it."""
+        poll = select.poll()
+        poll.register(self._master, select.POLLIN)
+        if not poll.poll(_INIT_SECONDS * 1000):
+            raise TimeoutError(f"the kernel sent no INIT within {_INIT_SECONDS} s of the mount")
+        request = protocol.decode(os.read(self._master, protocol.REQUEST_BUFFER_BYTES))
+        if not isinstance(request, protocol.Init):
+            raise OSError(errno.EPROTO, f"the kernel's first message is not INIT: {request}")
+        os.write(self._master, protocol.init_reply(request))
+        self._resend = bool(request.flags & protocol.HAS_RESEND)
+        if not self._resend:
+            log(
+                "this kernel cannot queue requests again (Linux 6.9): reads under way when a server dies fail"
+            )
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until a clean stop."""
+        wake, wake_writer = socket.socketpair()
+        wake_writer.setblocking(False)
+        signal.set_wakeup_fd(wake_writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._poll.register(wake, select.POLLIN)
+        while self._running:
+            for fd, _ in self._poll.poll(self._timeout_seconds() * 1000):
+                if fd == wake.fileno():
+                    self.stop()
+                elif fd == self._listener.fileno():
+                    self._accept()
+                elif fd in self._connections:
+                    self._serve(self._connections[fd])
+                elif fd == self._liveness:
+                    self._generation_ended()
+                elif self._child is not None and fd == self._child_fd:
+                    self._child_ended()
+            self._tick(time.monotonic())
+
+    def spawn_server(self) -> None:
+        """Start a server; it registers by itself."""
+        self._start_at = None
+        self._started_at = time.monotonic()
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "imagefs.fuse.server", "--state", os.fspath(self._state_dir)],
+            stdin=subprocess.DEVNULL,
+        )
+        self._child_fd = os.pidfd_open(self._child.pid)
+        self._poll.register(self._child_fd, select.POLLIN)
+
+    def stop(self) -> None:
+        """Unmount and say goodbye. Lazily: a mount that still uses a device gets errors from then on."""
+        for _ in mounted(self._mount_point):
+            with contextlib.suppress(OSError):
+                syscalls.umount(self._mount_point, syscalls.MNT_DETACH)
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.send(json.dumps({"op": "bye"}).encode(), socket.MSG_DONTWAIT)
+        for name in ("keeper.sock", "control.sock"):
+            (self._state_dir / name).unlink(missing_ok=True)
+        self._running = False
+
+    def _timeout_seconds(self) -> float:
+        now = time.monotonic()
+        ends = [at for at in (self._start_at, self._straggler_deadline) if at is not None]
+        return max(0.0, min([at - now for at in ends] + [_HOUSEKEEPING_SECONDS]))
+
+    def _tick(self, now: float) -> None:
+        if self._running and self._start_at is not None and now >= self._start_at:
+            self.spawn_server()
+        if self._straggler_deadline is not None and now >= self._straggler_deadline:
+            log("workers of a dead server are still there: starting the next one all the same")
+            self._generation_ended()
+        bound_log(self._state_dir / "server.log")
+
+    # -- servers -----------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        if not same_user(connection):
+            connection.close()
+            return
+        self._connections[connection.fileno()] = connection
+        self._poll.register(connection, select.POLLIN)
+
+    def _serve(self, connection: socket.socket) -> None:
+        fds = array.array("i")
+        try:
+            data, ancillary, _, _ = connection.recvmsg(_MESSAGE_BYTES, socket.CMSG_SPACE(fds.itemsize))
+        except ConnectionError:
+            data, ancillary = b"", []
+        for _, _, payload in ancillary:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if not data:
+            self._poll.unregister(connection)
+            del self._connections[connection.fileno()]
+            connection.close()
+            return
+        operation = json.loads(data).get("op")
+        if operation == "register" and len(fds) == 1:
+            self._register(connection, fds[0])
+        elif operation == "ready":
+            self._say_ready()
+        elif operation == "stop":
+            self.stop()
+
+    def _register(self, connection: socket.socket, liveness: int) -> None:
+        if self._liveness is not None:
+            os.close(liveness)
+            _send(connection, {"error": "another server is registered with this keeper"}, [])
+            return
+        self._liveness = liveness
+        self._poll.register(liveness, select.POLLIN)
+        _send(
+            connection,
+            {"token": self._token, "resend": self._resend, "restarts": self._start_server},
+            self._clones,
+        )
+
+    def _say_ready(self) -> None:
+        if self._ready_fd is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._ready_fd, b"ready\n")
+            os.close(self._ready_fd)
+            self._ready_fd = None
+
+    def _child_ended(self) -> None:
+        assert self._child is not None
+        status = self._child.wait()
+        log(f"server {self._child.pid} ended with status {status}")
+        self._poll.unregister(self._child_fd)
+        os.close(self._child_fd)
+        self._child = None
+        if self._liveness is None:
+            self._next_server()
+        else:
+            self._straggler_deadline = time.monotonic() + _STRAGGLER_SECONDS
+
+    def _generation_ended(self) -> None:
+        """Every process of the registered server is gone (or was waited for long enough)."""
+        assert self._liveness is not None
+        self._straggler_deadline = None
+        self._poll.unregister(self._liveness)
+        os.close(self._liveness)
+        self._liveness = None
+        if self._child is None:
+            self._next_server()
+
+    def _next_server(self) -> None:
+        if self._ready_fd is not None:
+            log("the first server never became ready: giving up")
+            self.stop()
+        elif self._start_server and self._running:
+            steady = time.monotonic() - self._started_at >= _STEADY_SECONDS
+            self._failures = 0 if steady else self._failures + 1
+            delay = 0.0 if self._failures <= 1 else min(0.05 * 2**self._failures, _LONGEST_BACKOFF_SECONDS)
+            self._start_at = time.monotonic() + delay
+
+
+def bound_log(path: Path) -> None:
+    """Keep the log under _LOG_BYTES, and one older part of the same size. Its writers append, so that it
+    can be emptied under them."""
+    try:
+        if path.stat().st_size <= _LOG_BYTES:
+            return
+        path.with_suffix(".log.1").write_bytes(path.read_bytes()[-_LOG_BYTES:])
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        log(f"cannot bound the log: {exc}")
+
+
+def log(message: str) -> None:
+    """One line to the log."""
+    print(f"glowplug keeper {os.getpid()}: {message}", file=sys.stderr, flush=True)
+
+
+def _open_device() -> int:
+    return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def _send(connection: socket.socket, message: dict[str, object], fds: list[int]) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    with contextlib.suppress(OSError):  # it died meanwhile; its pipe says so
+        connection.sendmsg([json.dumps(message).encode()], ancillary)
+
+
+def _detach_from_starter(state_dir: Path) -> None:
+    """Become a daemon: the starter waits for our parent only, and our output goes to the log."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(state_dir / "server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(null)
+    os.close(out)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="glowplug-keeper", description="Holds the FUSE mount of STATE.")
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--clones", type=int, default=2, help="workers that a server may have")
+    parser.add_argument("--start-server", action="store_true", help="start the server, again when it dies")
+    parser.add_argument("--ready-fd", type=int, help="become a daemon; write a line here when serving")
+    parser.add_argument("--adopt", help="TOKEN:FD,FD... of a keeper that was killed")
+    arguments = parser.parse_args()
+    lock = os.open(arguments.state / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit("glowplug keeper: this state directory has one already")
+    if arguments.ready_fd is not None:
+        os.set_inheritable(arguments.ready_fd, False)
+        _detach_from_starter(arguments.state)
+    keeper = Keeper(arguments.state, start_server=arguments.start_server, ready_fd=arguments.ready_fd)
+    if arguments.adopt:
+        token, _, fds = arguments.adopt.partition(":")
+        keeper.adopt([int(fd) for fd in fds.split(",")], token)
+    else:
+        if arguments.start_server:
+            keeper.spawn_server()  # it starts while we mount
+        try:
+            keeper.mount(arguments.clones)
+        except OSError as exc:
+            log(f"cannot mount {device_directory(arguments.state)}: {exc}")
+            keeper.stop()
+            sys.exit(1)
+    keeper.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The layers that the device server serves: table, block maps, origins, cache and fetcher as one thing.
+
+Owned by the server process. `by_name`, `by_node`, `listing` and `block` are called by its worker threads
+and do no I/O but the cache's; `attach` and `detach` by its control threads. A layer whose origin or map is
+missing never stands in the way of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from imagefs import blockmap, errors, frames, plan, reference
+from imagefs.cache import BlockCache
+from imagefs.fetcher import Fetcher, FetchSettings, Priority
+from imagefs.fuse import control, wire
+from imagefs.fuse.devices import (
+    DeviceTable,
+    LayerSpec,
+    Record,
+    Source,
+    decode_spec,
+    device_name,
+    write_atomically,
+)
+from imagefs.lazylayer import LazyLayer
+from imagefs.origin import Origin, connect
+
+_SAME_READ_SECONDS = 1.0
+"""A read of several pages that failed is asked again by the kernel, page by page: within this time that is
+the same read, and it must not wait for another deadline."""
+
+BlockDone = Callable[[int | Exception | None], None]
+"""Called once, from any thread: with a descriptor (the callee's to close), None for zeros, or the error."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Served:
+    device: wire.Device
+    layer: LazyLayer
+
+
+class Layers:
+    """See the module."""
+
+    def __init__(self, settings: control.ServerSettings, table: DeviceTable) -> None:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="glowplug server: %(message)s")
+        self._settings = settings
+        self._table = table
+        self._cache = BlockCache(settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes)
+        self._fetcher = Fetcher(
+            self._cache,
+            FetchSettings(
+                read_deadline_seconds=settings.read_deadline_seconds,
+                policy=plan.Policy(connections_per_origin=settings.connections),
+            ),
+        )
+        self._lock = threading.Lock()
+        self._closed = False
+        self._by_node: dict[int, _Served] = {}
+        self._by_name: dict[bytes, _Served] = {}
+        self._origins: dict[str, Origin] = {}
+        self._failed: dict[tuple[str, int], float] = {}
+        for record in table.records():
+            try:
+                self._serve(
+                    record, self._read_map(record.spec, self._origin(next(iter(record.owners.values()))))
+                )
+            except errors.ImagefsError as exc:
+                _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
+
+    # -- look-ups, by worker threads ---------------------------------------------------------------
+
+    def by_name(self, name: bytes) -> wire.Device:
+        """Raises NotFoundError."""
+        served = self._by_name.get(name)
+        if served is None:
+            raise errors.NotFoundError(f"no device {name!r}")
+        return served.device
+
+    def by_node(self, node: int) -> wire.Device:
+        """Raises NotFoundError."""
+        served = self._by_node.get(node)
+        if served is None:
+            raise errors.NotFoundError(f"no device with node id {node}")
+        return served.device
+
+    def listing(self, after: int, count: int) -> list[wire.Device]:
+        """The devices with node ids above `after`, ascending, at most `count`."""
+        nodes = sorted(node for node in list(self._by_node) if node > after)
+        found = (self._by_node.get(node) for node in nodes[:count])
+        return [served.device for served in found if served is not None]
+
+    def block(self, node: int, index: int, done: BlockDone) -> None:
+        """One block for a reader that waits."""
+        served = self._by_node.get(node)
+        if served is None:
+            done(errors.NotFoundError(f"no device with node id {node}"))
+            return
+        layer = served.layer
+        if index >= len(layer.block_map.blocks):
+            done(errors.InvalidInputError(f"layer {layer.map_digest} has no block {index}"))
+            return
+        if layer.block_map.blocks[index].zero:
+            done(None)
+            return
+        key = (layer.map_digest, index)
+        failed_at = self._failed.get(key)
+        if failed_at is not None and time.monotonic() - failed_at < _SAME_READ_SECONDS:
+            done(errors.UnavailableError(f"layer {key[0]}: block {index} has just failed"))
+            return
+
+        def arrived(result: int | Exception) -> None:
+            if isinstance(result, Exception):
+                self._note_failure(key, result)
+            done(result)
+
+        self._fetcher.request(layer.map_digest, index, Priority.DEMAND, arrived)
+
+    def _note_failure(self, key: tuple[str, int], error: Exception) -> None:
+        now = time.monotonic()
+        if len(self._failed) > 1024:
+            recent = {k: at for k, at in list(self._failed.items()) if now - at < _SAME_READ_SECONDS}
+            self._failed = recent
+        self._failed[key] = now
+        _log(f"read failed: {error}")
+
+    # -- control -----------------------------------------------------------------------------------
+
+    def attach(self, request: Mapping[str, Any]) -> None:
+        """Make layers into devices (`layers`, `origins`, `owner`). All of them, or none."""
+        listed = request.get("layers")
+        if not isinstance(listed, list):
+            raise errors.InvalidInputError("control: attach without layers")
+        specs = [decode_spec(value) for value in listed]
+        origins = connect.Options.from_json(request.get("origins") or {}).to_json()
+        owner = control.string(request, "owner")
+        maps: dict[str, blockmap.BlockMap] = {}
+        for spec in specs:
+            # Outside the lock: it may ask the origin for the map.
+            origin = self._origin(Source(spec.origin_ref, origins))
+            if spec.map_digest not in maps:
+                maps[spec.map_digest] = self._read_map(spec, origin)
+        with self._lock:
+            if self._closed:
+                raise control.StoppingError("the device server is stopping")
+            for record in self._table.attach(specs, origins, owner):
+                self._serve(record, maps[record.spec.map_digest], owner)
+
+    def detach(self, owner: str) -> list[int]:
+        """Remove an owner. Returns the nodes that are gone; their pending reads have failed."""
+        gone = []
+        with self._lock:
+            for record in self._table.detach(owner):
+                if not record.owners:
+                    gone.append(record.node)
+                    self._by_node.pop(record.node, None)
+                    self._by_name.pop(device_name(record.spec.map_digest).encode(), None)
+                self._fetcher.detach(record.spec.map_digest)
+                if not record.owners:
+                    map_path(self._settings.state_dir, record.spec.map_digest).unlink(missing_ok=True)
+        return gone
+
+    def close_if_idle(self) -> bool:
+        """Refuse further attaches, if there is no device."""
+        with self._lock:
+            self._closed = self._closed or not self._table.records()
+            return self._closed
+
+    def close(self) -> None:
+        """Stop fetching, and let the cache write what it still holds."""
+        self._fetcher.close()
+        self._cache.close()
+
+    def status(self) -> dict[str, Any]:
+        """A JSON object: devices, cache, fetch counters."""
+        return {
+            "devices": [
+                {
+                    "name": device_name(record.spec.map_digest),
+                    "map_digest": record.spec.map_digest,
+                    "blob_digest": record.spec.blob_digest,
+                    "blob_bytes": record.spec.blob_size,
+                    "image_bytes": served.device.size if (served := self._by_node.get(record.node)) else None,
+                    "origins": sorted({source.origin_ref for source in record.owners.values()}),
+                    "owners": sorted(record.owners),
+                }
+                for record in self._table.records()
+            ],
+            "cache": {
+                "directory": str(self._settings.cache_dir),
+                **dataclasses.asdict(self._cache.stats()),
+            },
+            "fetch": dataclasses.asdict(self._fetcher.stats()),
+        }
+
+    def events(self) -> list[dict[str, Any]]:
+        """The fetcher's events as JSON objects; priorities by name."""
+        return [
+            {**dataclasses.asdict(event), "priority": event.priority.name.lower()}
+            for event in self._fetcher.events()
+        ]
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def _serve(self, record: Record, block_map: blockmap.BlockMap, owner: str | None = None) -> None:
+        """Take up a row of the table: for one owner that was added, or for all of them after a restart."""
+        spec = record.spec
+        for source in [record.owners[owner]] if owner else record.owners.values():
+            layer = LazyLayer(spec.map_digest, spec.blob_digest, block_map, self._origin(source))
+            self._fetcher.attach(layer)
+        name = device_name(spec.map_digest).encode()
+        device = wire.Device(record.node, block_map.image_bytes, block_map.block_bytes, name)
+        for key in [key for key in self._failed if key[0] == spec.map_digest]:
+            self._failed.pop(key, None)
+        self._by_node[record.node] = self._by_name[name] = _Served(device, layer)
+
+    def _origin(self, source: Source) -> Origin:
+        key = json.dumps([source.origin_ref, source.origins], sort_keys=True)
+        origin = self._origins.get(key)
+        if origin is None:
+            options = connect.Options.from_json(source.origins)
+            origin = connect.connect(reference.parse(source.origin_ref), options)
+            origin = self._origins.setdefault(key, origin)
+        return origin
+
+    def _read_map(self, spec: LayerSpec, origin: Origin) -> blockmap.BlockMap:
+        """The map from the state directory, where the client put it, or from the origin. Verified."""
+        path = map_path(self._settings.state_dir, spec.map_digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = origin.read_blob(spec.map_digest, min(spec.map_size, blockmap.MAX_MAP_BYTES))
+            write_atomically(path, data)
+        if "sha256:" + hashlib.sha256(data).hexdigest() != spec.map_digest:
+            path.unlink(missing_ok=True)
+            raise errors.IntegrityError(f"{path}: the block map's bytes are not {spec.map_digest}")
+        block_map = blockmap.decode(data)
+        frames.check_sizes(block_map, spec.map_digest)
+        if "sha256:" + block_map.blob_digest.hex() != spec.blob_digest:
+            raise errors.IntegrityError(
+                f"block map {spec.map_digest} is of blob sha256:{block_map.blob_digest.hex()}, "
+                f"not of {spec.blob_digest}"
+            )
+        return block_map
+
+
+def map_path(state_dir: Path, map_digest: str) -> Path:
+    """Where the block map of a layer is kept while it is a device."""
+    return state_dir / "maps" / map_digest.partition(":")[2]
+
+
+def _log(message: str) -> None:
+    logging.getLogger(__name__).warning("%s", message)

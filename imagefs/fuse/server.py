@@ -1,0 +1,365 @@
+"""The device server: which devices there are, their blocks, and the workers that serve them.
+
+A process of its own, `python -m imagefs.fuse.server --state DIR`, started by the keeper (or by systemd),
+killed and started again at any time. It owns the device table, the block cache and the fetcher, the control
+socket, and the worker processes; it never reads /dev/fuse itself, and never touches the mount, which would
+be waiting for itself.
+
+Start: register with the keeper (its answer carries the clones), start a worker on each, ask the kernel to
+queue again what a predecessor left unanswered, open the control socket, say "ready"; only then import what
+takes long, and take up the devices of the table. Questions wait for that.
+
+Threads: one per worker (its life and its questions), one per control connection, the fetcher's own (which
+call `_Channel.answer`), and the main one, which watches the keeper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import errno
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagefs import errors
+from imagefs.fuse import control, keeper, protocol, wire
+from imagefs.fuse.devices import DeviceTable
+
+if TYPE_CHECKING:
+    from imagefs.fuse.layers import Layers
+
+_ANSWER_BUFFER_BYTES = 4 << 20
+_STUCK_SECONDS = 10
+"""A worker that takes no answer for so long is killed and replaced, before it holds up the fetcher."""
+_SHORT_LIFE_SECONDS = 1.0
+_LONGEST_BACKOFF_SECONDS = 2.0
+_MAX_CONNECTIONS = 64
+
+
+class KeeperLink:
+    """The registration with the keeper. Holds what the keeper holds, so that it can be replaced."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        # The keeper waits for the end of this pipe: every worker holds the write end as well.
+        self._liveness, self.lifeline = os.pipe2(os.O_CLOEXEC)
+        self.clones: list[int] = []
+        self.token = ""
+        self.resend = False
+        self._restarts = False
+        self._socket = self._register()
+
+    def send(self, operation: str) -> None:
+        """A message without an answer."""
+        with contextlib.suppress(OSError):
+            self._socket.send(json.dumps({"op": operation}).encode())
+
+    def watch(self) -> None:
+        """Until the keeper says goodbye. One that was killed is replaced."""
+        while True:
+            try:
+                data = self._socket.recv(4096)
+            except ConnectionError:
+                data = b""
+            if data and json.loads(data).get("op") == "bye":
+                return
+            if not data:
+                log("the keeper is gone: starting another")
+                self._replace_keeper()
+
+    def _register(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(os.fspath(self._state_dir / "keeper.sock"))
+        rights = array.array("i", [self._liveness])
+        connection.sendmsg(
+            [json.dumps({"op": "register"}).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+        )
+        fds = array.array("i")
+        data, ancillary, _, _ = connection.recvmsg(4096, socket.CMSG_SPACE(253 * fds.itemsize))
+        for _, _, payload in ancillary:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        answer = json.loads(data) if data else {"error": "the keeper went away"}
+        if "error" in answer:
+            raise errors.ConfigurationError(f"{self._state_dir}: {answer['error']}")
+        self.token = str(answer["token"])
+        self.resend = bool(answer["resend"])
+        self._restarts = bool(answer["restarts"])
+        if self.clones:
+            for fd in fds:
+                os.close(fd)
+        else:
+            self.clones = list(fds)
+        return connection
+
+    def _replace_keeper(self) -> None:
+        self._socket.close()
+        clones = ",".join(map(str, self.clones))
+        ready, ready_writer = os.pipe2(os.O_CLOEXEC)
+        command = [sys.executable, "-m", "imagefs.fuse.keeper", "--state", os.fspath(self._state_dir)]
+        command += ["--adopt", f"{self.token}:{clones}", "--ready-fd", str(ready_writer)]
+        if self._restarts:
+            command.append("--start-server")
+        subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=[*self.clones, ready_writer], check=True)
+        os.close(ready_writer)
+        os.read(ready, 1)  # "listening", or its end
+        os.close(ready)
+        self._socket = self._register()
+
+
+class _Channel:
+    """The server's end of one worker's socket pair. Any thread may answer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()  # a descriptor number must not be reused between close and send
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_BUFFER_BYTES)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _STUCK_SECONDS, 0))
+
+    def answer(self, message: wire.Answer | wire.Drop, fd: int = -1) -> None:
+        """Send; `fd` stays the caller's. A worker that is gone will not miss it."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        with self._lock:
+            try:
+                self._socket.sendmsg([wire.encode_answer(message)], rights)
+            except BlockingIOError:
+                log(f"a worker takes no answers for {_STUCK_SECONDS} s: replacing it")
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return
+
+    def next_question(self) -> wire.Question | None:
+        """None when the worker is gone."""
+        try:
+            data = self._socket.recv(wire.MAX_MESSAGE_BYTES)
+        except ConnectionError:
+            return None
+        return wire.decode_question(data) if data else None
+
+    def close(self) -> None:
+        """Give the descriptor back. Answers that are still to come go nowhere."""
+        with self._lock:
+            self._socket.close()
+
+
+class Server:
+    """See the module."""
+
+    def __init__(self, settings: control.ServerSettings) -> None:
+        self._settings = settings
+        self._link = KeeperLink(settings.state_dir)
+        self._channels: dict[int, _Channel] = {}
+        self._pids: dict[int, int] = {}
+        self._loaded = threading.Event()
+        self._load_error: errors.ImagefsError | None = None
+        self._layers: Layers | None = None
+        self._restarts = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until a clean stop."""
+        for slot, clone in enumerate(self._link.clones):
+            threading.Thread(target=self._tend_worker, args=(slot, clone), daemon=True).start()
+        self._resend()
+        listener = keeper.listen(self._settings.state_dir / "control.sock", socket.SOCK_STREAM)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        self._link.send("ready")
+        threading.Thread(target=self._load, daemon=True).start()
+        self._link.watch()
+        self._stopping = True
+        if self._layers is not None:
+            self._layers.close()
+
+    def _load(self) -> None:
+        try:
+            # The cache, the fetcher and libzstd take longer to import than all the rest takes to start.
+            from imagefs.fuse import layers
+
+            table = DeviceTable(self._settings.state_dir / "devices.json", self._link.token)
+            self._layers = layers.Layers(self._settings, table)
+        except errors.ImagefsError as exc:
+            self._load_error = exc
+        except Exception as exc:
+            self._load_error = errors.ConfigurationError(f"the device server cannot work: {exc!r}")
+        if self._load_error is not None:
+            log(str(self._load_error))
+        self._loaded.set()
+
+    def _ready_layers(self) -> Layers:
+        self._loaded.wait()
+        if self._layers is None:
+            assert self._load_error is not None
+            raise self._load_error
+        return self._layers
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _tend_worker(self, slot: int, clone: int) -> None:
+        """One worker after another on one clone."""
+        failures = 0
+        while not self._stopping:
+            started = time.monotonic()
+            process, channel = self._start_worker(clone)
+            self._pids[slot] = process.pid
+            self._channels[slot] = channel
+            if self._restarts:
+                self._resend()
+            while (question := channel.next_question()) is not None:
+                self._answer(channel, question)
+            del self._channels[slot]
+            process.kill()
+            status = process.wait()
+            channel.close()
+            if self._stopping:
+                return
+            log(f"worker {process.pid} ended with status {status}: replacing it")
+            self._restarts += 1
+            failures = failures + 1 if time.monotonic() - started < _SHORT_LIFE_SECONDS else 0
+            if failures > 1:
+                time.sleep(min(0.05 * 2**failures, _LONGEST_BACKOFF_SECONDS))
+
+    def _start_worker(self, clone: int) -> tuple[subprocess.Popen[bytes], _Channel]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "imagefs.fuse.worker", str(clone), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[clone, theirs.fileno(), self._link.lifeline],
+            )
+        return process, _Channel(ours)
+
+    def _resend(self) -> None:
+        """Have the kernel queue again what was taken and not answered: by a process that is gone now."""
+        if self._link.resend:
+            with contextlib.suppress(OSError):
+                os.write(self._link.clones[0], protocol.resend_notice())
+
+    def _answer(self, channel: _Channel, question: wire.Question) -> None:
+        try:
+            layers = self._ready_layers()
+            if question.ask is wire.Ask.BLOCK:
+                layers.block(question.node, question.index, _block_answer(channel, question.tag))
+            elif question.ask is wire.Ask.LIST:
+                listing = layers.listing(question.node, wire.LISTING_DEVICES)
+                channel.answer(wire.Answer(question.tag, 0, tuple(listing)))
+            else:
+                by_name = question.ask is wire.Ask.NAME
+                device = layers.by_name(question.name) if by_name else layers.by_node(question.node)
+                channel.answer(wire.Answer(question.tag, 0, (device,)))
+        except errors.ImagefsError as exc:
+            channel.answer(wire.Answer(question.tag, _errno(exc)))
+        except Exception as exc:
+            # A bug here must not leave a reader waiting for ever.
+            log(f"cannot answer {question}: {exc!r}")
+            channel.answer(wire.Answer(question.tag, errno.EIO))
+
+    # -- control -----------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        while True:
+            connection, _ = listener.accept()
+            slots.acquire()
+            threading.Thread(target=self._serve, args=(connection, slots), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, slots: threading.BoundedSemaphore) -> None:
+        try:
+            with connection:
+                if not keeper.same_user(connection):
+                    return
+                while (request := control.receive(connection)) is not None:
+                    try:
+                        reply = {"ok": self._operate(request)}
+                    except errors.ImagefsError as exc:
+                        reply = control.encode_error(exc)
+                    control.send(connection, reply)
+                    if self._stopping:
+                        self._link.send("stop")
+        except (OSError, errors.ImagefsError) as exc:
+            log(f"control connection: {exc}")
+        finally:
+            slots.release()
+
+    def _operate(self, request: dict[str, Any]) -> Any:
+        operation = request.get("op")
+        if operation == "ping":
+            return None
+        if operation == "stop":
+            self._stopping = True
+            return None
+        layers = self._ready_layers()
+        if operation == "attach":
+            return layers.attach(request)
+        if operation == "detach":
+            gone = layers.detach(control.string(request, "owner"))
+            for node in gone:
+                for channel in list(self._channels.values()):
+                    channel.answer(wire.Drop(node))
+            return None
+        if operation == "status":
+            return {**layers.status(), "processes": self._processes()}
+        if operation == "events":
+            return layers.events()
+        if operation == "stop_if_idle":
+            self._stopping = layers.close_if_idle()
+            return self._stopping
+        raise errors.InvalidInputError(f"control: unknown operation {operation!r}")
+
+    def _processes(self) -> dict[str, Any]:
+        return {
+            "server": os.getpid(),
+            "workers": [self._pids[slot] for slot in sorted(self._pids)],
+            "workers_replaced": self._restarts,
+            "survives_kill": self._link.resend,
+        }
+
+
+def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Exception | None], None]:
+    def done(result: int | Exception | None) -> None:
+        if isinstance(result, int):
+            try:
+                channel.answer(wire.Answer(tag), result)
+            finally:
+                os.close(result)
+        else:
+            channel.answer(wire.Answer(tag, 0 if result is None else errno.EIO))
+
+    return done
+
+
+def _errno(error: errors.ImagefsError) -> int:
+    return errno.ENOENT if isinstance(error, errors.NotFoundError) else errno.EIO
+
+
+def log(message: str) -> None:
+    """One line to the log that the keeper opened as our standard error."""
+    print(f"glowplug server {os.getpid()}: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="glowplug-server", description="Serves the block devices of STATE.")
+    parser.add_argument("--state", type=Path, required=True)
+    arguments = parser.parse_args()
+    try:
+        settings = control.decode_settings((arguments.state / "settings.json").read_bytes())
+        Server(settings).run()
+    except (errors.ImagefsError, OSError) as exc:
+        log(str(exc))
+        sys.exit(1)
+    finally:
+        sys.stderr.flush()
+    os._exit(0)  # daemon threads wait in system calls; workers end with their sockets
+
+
+if __name__ == "__main__":
+    main()

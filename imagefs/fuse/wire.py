@@ -1,0 +1,119 @@
+"""What a worker and the server say to each other, over one SOCK_SEQPACKET pair per worker.
+
+Pure. A worker asks Questions, each with a tag of its own; the server gives one Answer with the same tag, in
+any order, and sends Drop by itself. The descriptor of a block travels beside its Answer (SCM_RIGHTS).
+
+Both ends are ours and of the same build (a worker is started by its server): a message that does not parse
+is a bug, hence InvalidInputError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+
+from imagefs import errors
+
+MAX_MESSAGE_BYTES = 64 * 1024
+LISTING_DEVICES = 256
+"""Devices per answer to LIST; with names of 71 bytes well under MAX_MESSAGE_BYTES."""
+
+_QUESTION = struct.Struct("=BIQQ")
+_ANSWER = struct.Struct("=BIi")
+_DROP = struct.Struct("=BQ")
+_DEVICE = struct.Struct("=QQIB")
+_ANSWER_KIND, _DROP_KIND = 1, 2
+
+
+class Ask(enum.IntEnum):
+    """What a worker wants to know."""
+
+    NAME = 1
+    """The device called `name`."""
+    NODE = 2
+    """The device with id `node`."""
+    LIST = 3
+    """The attached devices with ids above `node`, ascending, LISTING_DEVICES at most."""
+    BLOCK = 4
+    """Block `index` of device `node`, verified."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """Worker -> server."""
+
+    ask: Ask
+    tag: int
+    node: int = 0
+    index: int = 0
+    name: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Device:
+    """A layer image as the kernel sees it: a file called `name` with inode number `node`."""
+
+    node: int
+    size: int
+    block_bytes: int
+    name: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """Server -> worker. `error` is an errno or 0. To BLOCK no device but a descriptor beside the message, or
+    none, which means all zeros."""
+
+    tag: int
+    error: int = 0
+    devices: tuple[Device, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drop:
+    """Server -> worker: device `node` was detached; let go of its blocks."""
+
+    node: int
+
+
+def encode_question(value: Question) -> bytes:
+    """One message."""
+    return _QUESTION.pack(value.ask, value.tag, value.node, value.index) + value.name
+
+
+def decode_question(data: bytes) -> Question:
+    """The inverse of encode_question."""
+    try:
+        ask, tag, node, index = _QUESTION.unpack_from(data)
+        return Question(Ask(ask), tag, node, index, data[_QUESTION.size :])
+    except (struct.error, ValueError) as exc:
+        raise errors.InvalidInputError(f"worker's question of {len(data)} bytes: {exc}") from exc
+
+
+def encode_answer(value: Answer | Drop) -> bytes:
+    """One message."""
+    if isinstance(value, Drop):
+        return _DROP.pack(_DROP_KIND, value.node)
+    head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error)
+    return head + b"".join(
+        _DEVICE.pack(device.node, device.size, device.block_bytes, len(device.name)) + device.name
+        for device in value.devices
+    )
+
+
+def decode_answer(data: bytes) -> Answer | Drop:
+    """The inverse of encode_answer."""
+    try:
+        if data[:1] == bytes([_DROP_KIND]):
+            return Drop(_DROP.unpack(data)[1])
+        _, tag, error = _ANSWER.unpack_from(data)
+        devices = []
+        position = _ANSWER.size
+        while position < len(data):
+            node, size, block_bytes, length = _DEVICE.unpack_from(data, position)
+            position += _DEVICE.size + length
+            devices.append(Device(node, size, block_bytes, data[position - length : position]))
+    except struct.error as exc:
+        raise errors.InvalidInputError(f"server's answer of {len(data)} bytes: {exc}") from exc
+    return Answer(tag, error, tuple(devices))

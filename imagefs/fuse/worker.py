@@ -1,0 +1,331 @@
+"""A worker: reads the kernel's requests from one clone of /dev/fuse and answers them from block files.
+
+A process of its own, single-threaded, started by the server as `python -m imagefs.fuse.worker FUSE_FD
+SERVER_FD` with nothing else open. It holds no cache logic and no network: a block that it lacks it asks of
+the server, once however many requests wait for it, and goes on reading; each request is answered when all
+its blocks are there.
+
+Invariants:
+* The loop never waits for the server. Whatever needs an answer from it is a continuation in `_answers`.
+* Every descriptor that the server sends was verified, whole. What is here is bounded (HELD_BYTES,
+  HELD_BLOCKS), because a held block occupies disk, or memory where the disk is full, after the cache has
+  evicted its name.
+* It may be killed at any instruction: the server and the keeper hold the same descriptors, and the kernel
+  gives what was not answered to the successor. When the server is gone, it exits at once, for the same
+  reason.
+
+Data goes by pread into one reused buffer and writev from it. splice would save a copy, but a reply of 1 MiB
+needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have (fs.pipe-max-size).
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import errno
+import mmap
+import os
+import select
+import socket
+import sys
+from collections.abc import Callable
+
+from imagefs.fuse import protocol, wire
+
+HELD_BLOCKS = 512
+HELD_BYTES = 256 << 20
+_ZEROS = -1
+"""In place of a descriptor: a block of zeros."""
+_GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
+_ROOT = protocol.Attributes(protocol.ROOT_NODE, 0, directory=True)
+
+_Key = tuple[int, int]
+"""(node, block index)"""
+_Continuation = Callable[[wire.Answer, int], None]
+"""Called with the server's answer and the descriptor beside it (or -1), which it owns."""
+
+
+class Worker:
+    """The loop's state. `fuse_fd` is non-blocking; `server` is the worker's end of the pair."""
+
+    def __init__(self, fuse_fd: int, server: socket.socket) -> None:
+        self._fuse_fd = fuse_fd
+        self._server = server
+        self._request = bytearray(protocol.REQUEST_BUFFER_BYTES)
+        self._buffer = memoryview(mmap.mmap(-1, protocol.MAX_READ_BYTES))
+        self._zeros = bytes(protocol.MAX_READ_BYTES)
+        self._devices: dict[int, wire.Device] = {}
+        self._held: collections.OrderedDict[_Key, int] = collections.OrderedDict()
+        self._held_bytes = 0
+        self._waiting: dict[_Key, list[protocol.Read]] = {}
+        self._answers: dict[int, _Continuation] = {}
+        self._tag = 0
+
+    def run(self) -> None:
+        """Serve until the server or the mount is gone."""
+        poll = select.poll()
+        poll.register(self._server, select.POLLIN)
+        poll.register(self._fuse_fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                alive = self._read_kernel() if fd == self._fuse_fd else self._read_server()
+                if not alive:
+                    return
+
+    # -- the kernel's side -------------------------------------------------------------------------
+
+    def _read_kernel(self) -> bool:
+        try:
+            length = os.readv(self._fuse_fd, [self._request])
+        except BlockingIOError:
+            return True  # a sibling took it
+        except OSError as exc:
+            if exc.errno == errno.ENOENT:
+                return True  # the request was interrupted before we read it
+            if exc.errno in _GONE:
+                return False
+            raise
+        request = protocol.decode(memoryview(self._request)[:length])
+        if isinstance(request, protocol.Read):
+            self._read(request)
+        elif isinstance(request, protocol.Lookup):
+            self._lookup(request)
+        elif isinstance(request, protocol.ReadDirectory):
+            self._list(request)
+        elif isinstance(request, protocol.Simple):
+            self._simple(request)
+        elif isinstance(request, protocol.Malformed):
+            log(f"the kernel sent a message that we cannot read: {request.reason}")
+            if request.unique:
+                self._reply(protocol.error_reply(request.unique, errno.EIO))
+        elif isinstance(request, protocol.Init):
+            self._reply(
+                protocol.error_reply(request.unique, errno.EPROTO)
+            )  # the keeper answered the real one
+        return True
+
+    def _reply(self, *pieces: bytes | memoryview) -> None:
+        try:
+            os.writev(self._fuse_fd, pieces)
+        except OSError as exc:
+            # ENOENT: the reader is gone, or the request was queued again and a sibling answered it.
+            if exc.errno != errno.ENOENT and exc.errno not in _GONE:
+                log(f"the kernel refused a reply of {sum(map(len, pieces))} bytes: {exc}")
+
+    def _lookup(self, request: protocol.Lookup) -> None:
+        def answered(answer: wire.Answer, _: int) -> None:
+            if answer.error:
+                self._reply(protocol.error_reply(request.unique, answer.error))
+                return
+            (device,) = answer.devices
+            self._devices[device.node] = device
+            self._reply(protocol.entry_reply(request.unique, protocol.Attributes(device.node, device.size)))
+
+        if request.node != protocol.ROOT_NODE:
+            self._reply(protocol.error_reply(request.unique, errno.ENOTDIR))
+        else:
+            self._ask(wire.Ask.NAME, answered, name=request.name)
+
+    def _list(self, request: protocol.ReadDirectory) -> None:
+        def answered(answer: wire.Answer, _: int) -> None:
+            if answer.error:
+                self._reply(protocol.error_reply(request.unique, answer.error))
+                return
+            entries = [protocol.DirectoryEntry(d.node, d.name, d.node) for d in answer.devices]
+            self._reply(protocol.directory_reply(request.unique, entries, request.size))
+
+        # Cookies are node ids, so that a listing goes on rightly whatever was attached in between; "." and
+        # ".." have no place in that order, and nothing needs them.
+        self._ask(wire.Ask.LIST, answered, node=request.offset)
+
+    def _simple(self, request: protocol.Simple) -> None:
+        root = request.node == protocol.ROOT_NODE
+        if request.opcode == protocol.GETATTR:
+            if root:
+                self._reply(protocol.attributes_reply(request.unique, _ROOT))
+            else:
+                self._attributes(request)
+        elif request.opcode in (protocol.OPEN, protocol.OPENDIR):
+            directory = request.opcode == protocol.OPENDIR
+            self._reply(protocol.open_reply(request.unique, directory=directory))
+        elif request.opcode == protocol.STATFS:
+            self._reply(protocol.statfs_reply(request.unique, len(self._devices)))
+        elif request.opcode in (
+            protocol.RELEASE,
+            protocol.RELEASEDIR,
+            protocol.ACCESS,
+            protocol.DESTROY,
+        ):
+            self._reply(protocol.error_reply(request.unique, 0))
+        else:
+            self._reply(protocol.unsupported_reply(request))
+
+    def _attributes(self, request: protocol.Simple) -> None:
+        def known(device: wire.Device) -> None:
+            attributes = protocol.Attributes(device.node, device.size)
+            self._reply(protocol.attributes_reply(request.unique, attributes))
+
+        self._with_device(request.unique, request.node, known)
+
+    def _with_device(self, unique: int, node: int, then: Callable[[wire.Device], None]) -> None:
+        """Go on with the device, asking for it where a predecessor or sibling had the LOOKUP."""
+
+        def answered(answer: wire.Answer, _: int) -> None:
+            if answer.error:
+                self._reply(protocol.error_reply(unique, answer.error))
+                return
+            (found,) = answer.devices
+            self._devices[node] = found
+            then(found)
+
+        device = self._devices.get(node)
+        if device is not None:
+            then(device)
+        else:
+            self._ask(wire.Ask.NODE, answered, node=node)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _read(self, request: protocol.Read) -> None:
+        self._with_device(request.unique, request.node, lambda device: self._read_device(request, device))
+
+    def _read_device(self, request: protocol.Read, device: wire.Device) -> None:
+        length = max(0, min(request.size, device.size - request.offset))
+        if length > protocol.MAX_READ_BYTES:
+            self._reply(protocol.error_reply(request.unique, errno.EINVAL))
+            return
+        if length == 0:
+            self._reply(protocol.read_header(request.unique, 0))
+            return
+        first = request.offset // device.block_bytes
+        last = (request.offset + length - 1) // device.block_bytes
+        missing = [index for index in range(first, last + 1) if (device.node, index) not in self._held]
+        for index in missing:
+            if (device.node, index) not in self._waiting:
+                self._waiting[device.node, index] = []
+                self._ask_block(device, index)
+        if missing:
+            # Parked at one block only; when that has come, the others are looked at again.
+            self._waiting[device.node, missing[0]].append(request)
+        else:
+            self._send(request, device, length)
+
+    def _send(self, request: protocol.Read, device: wire.Device, length: int) -> None:
+        """Reply with `length` bytes, all of whose blocks are held."""
+        index, within = divmod(request.offset, device.block_bytes)
+        filled = 0
+        while filled < length:
+            key = (device.node, index)
+            count = min(device.block_bytes - within, length - filled)
+            view = self._buffer[filled : filled + count]
+            fd = self._held[key]
+            self._held.move_to_end(key)
+            if fd == _ZEROS:
+                view[:] = self._zeros[:count]
+            elif not _fill(fd, view, within):
+                log(f"block {index} of {device.name.decode()} could not be read back from the cache")
+                self._let_go(key, device.block_bytes)
+                self._reply(protocol.error_reply(request.unique, errno.EIO))
+                return
+            filled += count
+            index += 1
+            within = 0
+        self._reply(protocol.read_header(request.unique, length), self._buffer[:length])
+
+    def _ask_block(self, device: wire.Device, index: int) -> None:
+        key = (device.node, index)
+
+        def answered(answer: wire.Answer, fd: int) -> None:
+            if not answer.error:
+                self._hold(key, fd, device.block_bytes)
+            for request in self._waiting.pop(key):
+                if answer.error:
+                    self._reply(protocol.error_reply(request.unique, answer.error))
+                else:
+                    self._read(request)
+
+        self._ask(wire.Ask.BLOCK, answered, node=device.node, index=index)
+
+    def _hold(self, key: _Key, fd: int, block_bytes: int) -> None:
+        self._held[key] = fd
+        self._held_bytes += 0 if fd == _ZEROS else block_bytes
+        while len(self._held) > HELD_BLOCKS or self._held_bytes > HELD_BYTES:
+            oldest = next(iter(self._held))
+            self._let_go(oldest, self._devices[oldest[0]].block_bytes)
+
+    def _let_go(self, key: _Key, block_bytes: int) -> None:
+        fd = self._held.pop(key)
+        if fd != _ZEROS:
+            self._held_bytes -= block_bytes
+            os.close(fd)
+
+    # -- the server's side -------------------------------------------------------------------------
+
+    def _ask(
+        self, ask: wire.Ask, then: _Continuation, *, node: int = 0, index: int = 0, name: bytes = b""
+    ) -> None:
+        self._tag = (self._tag + 1) & 0xFFFFFFFF
+        self._answers[self._tag] = then
+        self._server.sendall(wire.encode_question(wire.Question(ask, self._tag, node, index, name)))
+
+    def _read_server(self) -> bool:
+        data, fds = receive(self._server)
+        if not data:
+            return False
+        message = wire.decode_answer(data)
+        if isinstance(message, wire.Drop):
+            self._drop(message.node)
+        else:
+            self._answers.pop(message.tag)(message, fds[0] if fds else _ZEROS)
+        return True
+
+    def _drop(self, node: int) -> None:
+        device = self._devices.get(node)
+        if device is None:
+            return
+        for key in [key for key in self._held if key[0] == node]:
+            self._let_go(key, device.block_bytes)
+
+
+def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and the descriptors beside it; (b"", []) when the other side is gone."""
+    size = array.array("i").itemsize
+    try:
+        data, ancillary, _, _ = channel.recvmsg(wire.MAX_MESSAGE_BYTES, socket.CMSG_SPACE(size))
+    except ConnectionError:
+        return b"", []
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % size])
+    return data, list(fds)
+
+
+def _fill(fd: int, view: memoryview, offset: int) -> bool:
+    """Read exactly `view` from byte `offset`. False if the file is shorter, or the disk fails."""
+    try:
+        return os.preadv(fd, [view], offset) == len(view)
+    except OSError:
+        return False
+
+
+def log(message: str) -> None:
+    """One line to the log that the keeper opened as our standard error."""
+    print(f"glowplug worker {os.getpid()}: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point: FUSE_FD SERVER_FD."""
+    server = socket.socket(fileno=int(sys.argv[2]))
+    try:
+        Worker(int(sys.argv[1]), server).run()
+    except ConnectionError:
+        pass  # the server died between our question and its answer
+    except KeyboardInterrupt:
+        pass
+    # Open blocks need no tidy-up, and a kernel request must not wait for the interpreter's.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
