@@ -20,10 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter import blob, layer, publish, readback, report, reuse, tasks, tree
+from converter import blob, layer, lower, publish, report, reuse, tasks, tree
 from converter import source as sources
 from converter.observer import Observer
-from imagefs import artifact, erofs, errors, reference
+from imagefs import artifact, errors, reference
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
@@ -253,11 +253,5 @@ class _ImageConversion:
 
     def _below(self, number: int) -> tree.Lower | None:
         """The layers below, merged, once they are all finished."""
-        from converter import lower
-
-        recent = readback.RecentBlocks()
-        layers = [
-            lower.LowerLayer(erofs.Reader(readback.LayerImage(below, promise.get().readable, recent)))
-            for below, promise in enumerate(self._done[:number])
-        ]
-        return tree.MergedLower(layers[::-1]) if layers else None
+        layers = [promise.get().readable for promise in self._done[:number]]
+        return lower.Stack(layers) if layers else None
