@@ -53,7 +53,7 @@ def mount(
     else:
         image, client = open_with_server(storage, origins, open_image)
         collect(table, client)
-        choice = _mount_in_kernel(image, record, table, client, options)
+        choice = _mount_in_kernel(image, record, table, client, options, origins)
         if choice is not None:
             return image, directory, choice
         why = "this kernel cannot mount EROFS"
@@ -88,7 +88,7 @@ def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
     _unmount_leftovers(table.folder(record.id))
     if record.pid is not None:
         _await_end(record)
-    release(record, table, _running_server(state_dir))
+    release(record, table, control.DeviceClient.connect(state_dir))
 
 
 def open_with_server(
@@ -142,23 +142,17 @@ def forget_other_roots(table: MountTable) -> None:
     mount_layer.unmount_all([Path(record.directory) for record in table.records() if record.directory])
 
 
-def _running_server(state_dir: Path) -> control.DeviceClient | None:
-    try:
-        return control.DeviceClient.running(state_dir)
-    except errors.NotFoundError:
-        return None
-
-
 def _mount_in_kernel(
     image: LazyImage,
     record: Record,
     table: MountTable,
     client: control.DeviceClient,
     options: assembly.Options,
+    origins: Options,
 ) -> Choice | None:
     folder = table.claim(record)
     try:
-        devices = client.attach(layer_specs(image), record.id)
+        devices = client.attach(record.id, layer_specs(image), origins)
         choice = assembly.assemble(image, devices, folder, Path(record.directory), options)
         if choice is not None:
             table.update(dataclasses.replace(record, mode=choice.mode.value))

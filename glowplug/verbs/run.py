@@ -84,7 +84,7 @@ def command(
     options = assembly.Options(None if mode == "auto" else Mode(mode), True, suid, dev)
     folder: Path = table.claim(record) / "private"
     try:
-        devices = client.attach(mounting.layer_specs(image), record.id)
+        devices = client.attach(record.id, mounting.layer_specs(image), origins)
         namespaces.enter_private_mounts()
         mounting.forget_other_roots(table)
         folder.mkdir()
