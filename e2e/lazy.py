@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e import link, machine, timeline
+from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
 
@@ -57,7 +58,8 @@ class Glowplug:
         return any(" - overlay " in line and str(self.folder) in line for line in lines)
 
     def _events(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        client = control.DeviceClient.connect(self.folder / "state")
+        return [] if client is None else client.events()
 
     @contextlib.contextmanager
     def mounted(self, image: str, directory: Path, *, near: bool = False) -> Iterator[None]:
