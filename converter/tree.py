@@ -140,6 +140,24 @@ def refuse(entry: Entry, problem: str) -> NoReturn:
     raise errors.InvalidLayerError(f"{tarstream.describe(entry.name, entry.offset)}: {problem}")
 
 
+def is_aufs_metadata(path: Path) -> bool:
+    """Whether the path lies in what AUFS keeps for itself in a layer's root."""
+    return bool(path) and path[0].startswith(WHITEOUT_META) and path[0] != OPAQUE_MARKER
+
+
+def is_aufs_link_target(path: Path, entry: Entry) -> bool:
+    """Of AUFS' metadata, which makes nothing itself, whether hard links may point at this entry."""
+    return path[0] == AUFS_LINKS and len(path) == 2 and entry.kind is Kind.FILE
+
+
+def removed_name(path: Path, entry: Entry) -> bytes:
+    """What a whiteout, other than the opaque marker, removes."""
+    name = path[-1][len(WHITEOUT) :]
+    if not rootedpath.is_name(name):
+        refuse(entry, "a whiteout that names nothing")
+    return name
+
+
 def is_directory(node: Node) -> bool:
     """Whether the node is a directory."""
     return node.children is not None
@@ -203,7 +221,7 @@ class LayerTree:
         """
         if WHITEOUT in entry.name:
             path = rootedpath.clean(entry.name)
-            if path and path[0].startswith(WHITEOUT_META) and path[0] != OPAQUE_MARKER:
+            if is_aufs_metadata(path):
                 return self._add_aufs_metadata(path, entry)
             if path and path[-1].startswith(WHITEOUT):
                 self._add_whiteout(path, entry)
@@ -281,8 +299,7 @@ class LayerTree:
         return node.target if node is not None and is_symlink(node) else None
 
     def _add_aufs_metadata(self, path: Path, entry: Entry) -> Node | None:
-        """AUFS' own directories make nothing, but hard links may point at the files in one of them."""
-        if path[0] != AUFS_LINKS or len(path) != 2 or entry.kind is not Kind.FILE:
+        if not is_aufs_link_target(path, entry):
             return None
         node = make_node(entry)
         self._count(node, entry)
@@ -295,11 +312,7 @@ class LayerTree:
         if path[-1] == OPAQUE_MARKER:
             parent.opaque = True
             return
-        name = path[-1][len(WHITEOUT) :]
-        if name.startswith(WHITEOUT):
-            return
-        if not rootedpath.is_name(name):
-            refuse(entry, "a whiteout that names nothing")
+        name = removed_name(path, entry)
         existing = children_of(parent).get(name)
         missing = self._missing.get(existing) if existing is not None else None
         if existing is None or (missing and missing.parent is parent and missing.path[-1] == name):
