@@ -13,7 +13,7 @@ begin: no byte is moved.
 Invariants: at most `buffers` blocks are held in memory, compressed ones waiting for their turn included;
 the first error in any thread is raised by the caller's next call, and nobody waits for what will not come;
 after `abort` there is no spool file. Frames carry their content size and no checksum (the map has sha256);
-the seek table is zstd's seekable format (skippable frame 0x184D2A5E), without checksums.
+the seek table is `imagefs.seektable`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import struct
 import threading
 from collections.abc import Iterable
 from typing import Final
@@ -31,7 +30,7 @@ from typing import Final
 import zstandard
 
 from converter.erofs_writer import Layout
-from imagefs import artifact, blockmap, errors, origin
+from imagefs import artifact, blockmap, errors, origin, seektable
 
 DEFAULT_LEVEL: Final = 1
 LIBZSTD_VERSION: Final = (
@@ -42,10 +41,6 @@ _BUFFER_BUDGET_BYTES = 24 * 1024 * 1024
 _MIN_BUFFERS = 4
 """The layer image writer holds three at a time: with fewer, it would wait for itself."""
 _MAX_BUFFERS = 32
-_SEEK_TABLE_MAGIC = 0x184D2A5E
-_SEEKABLE_MAGIC = 0x8F92EAB1
-_SEEK_ENTRY = struct.Struct("<II")
-_SEEK_FOOTER = struct.Struct("<IBI")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -312,12 +307,9 @@ def _map_blocks(entries: Iterable[_Entry]) -> tuple[blockmap.Block, ...]:
 
 
 def _seek_table(entries: Iterable[_Entry]) -> bytes:
-    out = bytearray()
-    for entry in entries:
-        for compressed, length in zip(entry.frame_compressed, entry.frame_lengths, strict=True):
-            out += _SEEK_ENTRY.pack(compressed, length)
-    footer = _SEEK_FOOTER.pack(len(out) // _SEEK_ENTRY.size, 0, _SEEKABLE_MAGIC)
-    return _SEEK_ENTRY.pack(_SEEK_TABLE_MAGIC, len(out) + len(footer)) + out + footer
+    return seektable.encode(
+        pair for entry in entries for pair in zip(entry.frame_compressed, entry.frame_lengths, strict=True)
+    )
 
 
 def _compress_bound(length: int) -> int:

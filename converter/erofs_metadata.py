@@ -293,7 +293,6 @@ class _Emission:
 
     def _emit(self, node: Node, nid: int, parent_nid: int) -> None:
         offset = self._start + nid * _SLOT
-        self._advance(offset)
         kind = stat.S_IFMT(node.mode)
         links, size, place, tail = 1, node.size, 0, node.tail
         if node.children is not None:
@@ -311,6 +310,8 @@ class _Emission:
         xattrs = _xattr_body(node.xattrs) if node.xattrs else b""
         self._inode_number += 1
         seconds, nanoseconds = divmod(node.mtime_ns, ondisk.NANOSECONDS)
+        # Only now: blocks of the node's own may lie before its inode.
+        self._advance(offset)
         buffer, position = self._target.at(offset)
         ondisk.INODE.pack_into(
             buffer,
