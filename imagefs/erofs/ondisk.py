@@ -138,7 +138,7 @@ def check_superblock(first_4k: bytes) -> Superblock:
     if block_bits != BLOCK_BITS:
         raise errors.InvalidInputError(f"EROFS superblock: blocks of 2^{block_bits} bytes, not {BLOCK_BYTES}")
     unused = (extension_slots, build_seconds, build_nanoseconds, xattr_block)
-    if any(unused) or any(volume_name) or any(rest) or any(data[SUPERBLOCK.size :]):
+    if any(unused) or any(volume_name) or any(rest):
         raise errors.InvalidInputError("EROFS superblock: a field that layer images leave zero is set")
     if root_nid == 0 or metadata_block * BLOCK_BYTES + root_nid * SLOT_BYTES + INODE_BYTES > (
         blocks * BLOCK_BYTES
