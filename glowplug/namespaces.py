@@ -52,6 +52,7 @@ _DEVICE_LINKS = {
 }
 _HOST_FILES = ("/etc/resolv.conf", "/etc/hosts")
 _QUIET = syscalls.MS_NOSUID | syscalls.MS_NOEXEC | syscalls.MS_NODEV
+_MAX_FDS = 1 << 20
 _MAX_ACCOUNT_FILE_BYTES = 4 * 1024 * 1024
 
 
@@ -146,6 +147,7 @@ def _exec(spec: process.Process, identity: process.Identity) -> NoReturn:
         for number in _WAITED | {signal.SIGPIPE}:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.closerange(3, _MAX_FDS)
         os.umask(0o022)
         os.setgroups(identity.groups)
         os.setgid(identity.gid)

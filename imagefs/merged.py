@@ -40,7 +40,16 @@ class Node:
     def number(self) -> int:
         """Inode number, unique in the view."""
         layer, inode = self.attributes
-        return (layer + 1) << _LAYER_SHIFT | inode.nid
+        return _number(layer, inode.nid)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Name:
+    """A name in a directory: its file type (ondisk.FILE_TYPES) and inode number."""
+
+    name: bytes
+    file_type: int
+    number: int
 
 
 class MergedView:
@@ -80,8 +89,8 @@ class MergedView:
                 break
         return Node(tuple(found), found[0]) if found else None
 
-    def readdir(self, directory: Node) -> Iterator[tuple[bytes, int]]:
-        """Names and file types (ondisk.FILE_TYPES) of a directory, without . and .."""
+    def readdir(self, directory: Node) -> Iterator[Name]:
+        """The names in a directory, without . and .."""
         seen: set[bytes] = set()
         device = ondisk.FILE_TYPES[stat.S_IFCHR]
         for layer, parent in directory.stack:
@@ -91,7 +100,7 @@ class MergedView:
                     continue
                 seen.add(entry.name)
                 if entry.file_type != device or not _whiteout(reader.inode(entry.nid)):
-                    yield entry.name, entry.file_type
+                    yield Name(entry.name, entry.file_type, _number(layer, entry.nid))
 
     def read(self, file: Node, offset: int, length: int) -> bytes:
         """Bytes of a regular file, short at its end."""
@@ -111,6 +120,10 @@ class MergedView:
 
     def _opaque(self, layer: int, inode: Inode) -> bool:
         return self._readers[layer].xattrs(inode).get(_OPAQUE) == b"y"
+
+
+def _number(layer: int, nid: int) -> int:
+    return (layer + 1) << _LAYER_SHIFT | nid
 
 
 def _whiteout(inode: Inode) -> bool:

@@ -30,7 +30,7 @@ def security_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("mount")
 @click.argument("ref")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--rw", "writable", is_flag=True, help="A writable overlay; changes go when it is unmounted.")
 @click.option(
     "--mode",

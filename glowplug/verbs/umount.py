@@ -10,7 +10,7 @@ from glowplug import settings
 
 
 @click.command("umount")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, readable=False))
 @click.option("--force", is_flag=True, help="Unmount even if processes still use it; their reads may fail.")
 @settings.state_option
 def command(directory: Path, force: bool, state_dir: Path) -> None:

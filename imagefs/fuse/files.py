@@ -96,10 +96,12 @@ class ImageFiles(mfusepy.Operations):  # type: ignore[misc]
 
     def readdir(self, path: str, fh: int) -> Any:
         node = self._lookup(path)
-        yield ".", stat.S_IFDIR, 0
-        yield "..", stat.S_IFDIR, 0
-        for name, file_type in self._guard(lambda: list(self._view.readdir(node))):
-            yield os.fsdecode(name), _TYPES[file_type], 0
+        # Numbers are not optional: a name with inode number 0 counts as deleted.
+        for own in (".", ".."):
+            yield own, {"st_mode": stat.S_IFDIR, "st_ino": node.number}, 0
+        for entry in self._guard(lambda: list(self._view.readdir(node))):
+            attributes = {"st_mode": _TYPES[entry.file_type], "st_ino": entry.number}
+            yield os.fsdecode(entry.name), attributes, 0
 
     def readlink(self, path: str) -> str:
         node = self._lookup(path)
@@ -177,7 +179,7 @@ def serve(files: ImageFiles, directory: Path, *, suid: bool, dev: bool) -> None:
         )
     except RuntimeError as exc:
         raise errors.ConfigurationError(
-            f"libfuse could not mount {directory} (code {exc}); are /dev/fuse and fusermount3 here?"
+            f"libfuse could not mount {directory} (code {exc}); are /dev/fuse and fusermount3 usable?"
         ) from exc
 
 

@@ -59,11 +59,12 @@ def start(job: Job, log: Path) -> int:
         daemon.kill()
         daemon.wait()
         raise
-    answer = json.loads(line) if line else {"error": f"the mount's process ended; see {log}"}
+    answer = json.loads(line) if line else {"error": "the process of the mount ended"}
     if "error" in answer:
         daemon.wait()
         kind = getattr(errors, str(answer.get("kind")), errors.ConfigurationError)
-        raise kind(answer["error"])
+        said = log.read_text(errors="replace").strip().splitlines()
+        raise kind("; ".join([answer["error"], *said[-1:]]))
     return int(answer["pid"])
 
 
