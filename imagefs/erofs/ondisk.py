@@ -32,7 +32,7 @@ FORMAT_PLAIN: Final = 1 | 0 << 1
 FORMAT_INLINE: Final = 1 | 2 << 1
 """i_format: bit 0 says 64-byte inode, the bits above it the data layout."""
 
-SUPERBLOCK: Final = struct.Struct("<IIIBBHQQIIII16s16sI40s")
+SUPERBLOCK: Final = struct.Struct("<IIIBBHQQIIII16s16sI44s")
 INODE: Final = struct.Struct("<HHHHQIIIIqII16x")
 """format, xattr units, mode, reserved, size, block or rdev, ino, uid, gid, mtime s, mtime ns, links."""
 DIRENT: Final = struct.Struct("<QHBx")
@@ -92,7 +92,7 @@ def encode_superblock(value: Superblock) -> bytes:
         value.uuid,
         bytes(16),
         0,
-        bytes(40),
+        bytes(44),
     )
     data = bytearray(BLOCK_BYTES - SUPERBLOCK_OFFSET)
     SUPERBLOCK.pack_into(data, 0, MAGIC, 0, COMPATIBLE_FEATURES, *fields)
