@@ -1,0 +1,92 @@
+"""Verify a block image against its own digests, from the first byte of each layer blob to the last.
+
+Called by `glowplug check`. One thread per layer is the caller's choice: `verify_layer` keeps no state and
+holds one block at a time, so memory does not grow with the image. Reads each blob once, in order.
+
+What holds afterwards, for each layer: the blob has the digest and size that manifest and block map say;
+the blob is the frames of the map's blocks followed by the seek table of exactly those frames; each block
+has its digest (and each frame its own); blocks flagged zero are zero; the superblock is one that our writer
+makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from imagefs import erofs, errors, frames, seektable
+from imagefs.artifact import Descriptor
+from imagefs.lazylayer import LazyLayer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verified:
+    """What one layer came to. Bytes of the layer image, bytes of its blob, and its blocks."""
+
+    blocks: int
+    zero_blocks: int
+    image_bytes: int
+    blob_bytes: int
+
+
+def verify_layer(
+    layer: LazyLayer, blob: Descriptor, progress: Callable[[int], None] = lambda read_bytes: None
+) -> Verified:
+    """Read a layer's whole blob and verify it. Raises IntegrityError naming layer, block and offset;
+    `progress` is told the compressed bytes of each block as it is verified."""
+    block_map = layer.block_map
+    if blob.size != block_map.blob_bytes:
+        raise errors.IntegrityError(
+            f"layer {layer.map_digest}: the manifest says its blob has {blob.size} bytes, "
+            f"the block map {block_map.blob_bytes}"
+        )
+    pieces = _Pieces(layer.origin.stream_blob(layer.blob_digest, blob.size))
+    zero_blocks = 0
+    for index, block in enumerate(block_map.blocks):
+        compressed = pieces.take(block.compressed_bytes)
+        data = frames.decode_block(block_map, index, memoryview(compressed), layer.map_digest)
+        if block.zero:
+            zero_blocks += 1
+            if any(data):
+                raise errors.IntegrityError(
+                    f"layer {layer.map_digest}: block {index} is flagged zero and is not"
+                )
+        if index == 0:
+            erofs.check_superblock(bytes(data[:4096]))
+        progress(block.compressed_bytes)
+    tail = pieces.rest(limit=seektable.MAX_BYTES)
+    if tail != seektable.encode(seektable.entries(block_map)):
+        raise errors.IntegrityError(
+            f"layer {layer.map_digest}: the {len(tail)} bytes after its last frame "
+            "are not the seek table of its frames"
+        )
+    return Verified(len(block_map.blocks), zero_blocks, block_map.image_bytes, blob.size)
+
+
+class _Pieces:
+    """An iterator of bytes, taken in the lengths that the caller wants."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def take(self, length: int) -> bytearray:
+        out = bytearray()
+        while len(out) < length:
+            if not self._left:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    raise errors.IntegrityError(f"layer blob ends {length - len(out)} bytes early")
+                self._left = memoryview(piece)
+            wanted = length - len(out)
+            out += self._left[:wanted]
+            self._left = self._left[wanted:]
+        return out
+
+    def rest(self, limit: int) -> bytes:
+        out = bytearray(self._left)
+        for piece in self._pieces:
+            out += piece
+            if len(out) > limit:
+                raise errors.IntegrityError(f"layer blob has more than {limit} bytes after its last frame")
+        return bytes(out)
