@@ -425,7 +425,10 @@ class Fetcher:
             self._counts["corrupt_blocks"] += failure is plan.Failure.CORRUPT
             self._time.notify()
         if began:
-            _log.warning("layer %s: its origin fails; reads wait and retry: %s", fetch.layer, error)
+            # A traceback only for what no origin should raise.
+            unexpected = None if error is exc else exc
+            text = "layer %s: its origin fails; reads wait and retry: %s"
+            _log.warning(text, fetch.layer, error, exc_info=unexpected)
         elif failure is plan.Failure.CORRUPT:
             _log.warning("refused wrong bytes from %s: %s", fetch.origin, error)
         self._refuse(answer, error)
@@ -488,7 +491,6 @@ def _classify(exc: Exception) -> tuple[plan.Failure, errors.ImagefsError]:
         return plan.Failure.CORRUPT, exc
     if isinstance(exc, errors.ImagefsError):
         return plan.Failure.FINAL, exc
-    _log.error("unexpected error while fetching", exc_info=exc)
     return plan.Failure.UNAVAILABLE, errors.UnavailableError(f"unexpected {type(exc).__name__}: {exc}")
 
 
