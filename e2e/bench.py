@@ -109,7 +109,7 @@ def warm(bench: Bench) -> Result:
             _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
             largest = _largest(local)
             actions: dict[str, Callable[[Path], None]] = {
-                f"read {largest.name} ({(local / largest).stat().st_size / 1e6:.0f} MB)": lambda at: _shell(
+                f"read one library of {(local / largest).stat().st_size / 1e6:.0f} MB": lambda at: _shell(
                     f"dd if={at / largest} of=/dev/null bs=1M"
                 ),
                 "read every file": lambda at: _shell(
@@ -255,10 +255,11 @@ _PART: dict[str, Callable[[Bench], Result]] = {
 
 
 def _table(rows: Result) -> str:
+    width = max(len(row.name) for row in rows)
     lines = []
     for row in rows:
         value = row.text() if isinstance(row, Row) else f"{row.value:10.3f} times"
-        lines.append(f"{row.part:9} {row.name:52} {value}")
+        lines.append(f"{row.part:9} {row.name:{width}} {value}")
     return "\n".join(lines)
 
 

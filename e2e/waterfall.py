@@ -67,7 +67,7 @@ def draw(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], start: timeline
     """All fetches, one row each in the order in which they were wanted, layer by layer, top layer first."""
     last = max([start.ready_seconds, *(fetch.arrived_seconds for fetch in fetches)])
     axis = Axis(_LEFT, width - _RIGHT, last * 1.02)
-    top = 22.0
+    top = 34.0
     body = []
     for number in reversed(range(len(layers))):
         own = sorted((f for f in fetches if f.layer == number), key=lambda f: (f.wanted_seconds, f.block))
@@ -79,10 +79,14 @@ def draw(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], start: timeline
             body.append(_bar(fetch, axis, top, layers[number].name))
             top += _ROW
         top += 8
-    marks = "".join(_moment(mark, start.seconds[mark], axis, top) for mark in timeline.MARKS)
+    marks = "".join(
+        # On two heights in turns: two moments may be close to one another.
+        _moment(mark, start.seconds[mark], axis, 12 + 12 * (number % 2), top)
+        for number, mark in enumerate(timeline.MARKS)
+    )
     return (
         f'<svg viewBox="0 0 {width} {top + 24:.0f}" role="img" aria-label="Waterfall of fetched blocks">'
-        f"{axis.grid(18, top, top + 16)}{''.join(body)}{marks}</svg>"
+        f"{axis.grid(30, top, top + 16)}{''.join(body)}{marks}</svg>"
     )
 
 
@@ -112,12 +116,12 @@ def _bar(fetch: Fetch, axis: Axis, top: float, layer: str) -> str:
     )
 
 
-def _moment(mark: str, seconds: float, axis: Axis, bottom: float) -> str:
+def _moment(mark: str, seconds: float, axis: Axis, top: float, bottom: float) -> str:
     x = axis.x(seconds)
     anchor = "end" if x > axis.right - 60 else "mid"
     return (
-        f'<line x1="{x:.1f}" y1="18" x2="{x:.1f}" y2="{bottom:.1f}" class="moment"/>'
-        f'<text x="{x:.1f}" y="12" class="{anchor}">{mark}</text>'
+        f'<line x1="{x:.1f}" y1="{top + 6:.1f}" x2="{x:.1f}" y2="{bottom:.1f}" class="moment"/>'
+        f'<text x="{x:.1f}" y="{top:.1f}" class="{anchor}">{mark} {seconds:.2f} s</text>'
     )
 
 
