@@ -11,10 +11,11 @@ unless plain HTTP is allowed there. Docker registry token specification; OAuth2 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import urlencode
 
 from imagefs import artifact, errors
@@ -44,27 +45,29 @@ class Authenticator:
         self._tokens: dict[Scopes, _Token] = {}
         self._bearer: Mapping[str, str] | None = None
 
-    def authorization(self, scopes: Scopes, what: str) -> str | None:
+    def authorization(self, scopes: Scopes, what: str, deadline: float | None = None) -> str | None:
         """The Authorization to send, None before the registry asked for any. A token that is about to
         expire is renewed here, without the round trip of a 401."""
-        with self._lock:
+        with self._locked(what, deadline):
             token = self._tokens.get(scopes)
             if token is None or time.monotonic() < token.renew_at or self._bearer is None:
                 return token.authorization if token else None
-            return self._renew_bearer(scopes, self._bearer, what)
+            return self._renew_bearer(scopes, self._bearer, what, deadline)
 
-    def renew(self, answer: transport.Answer, scopes: Scopes, stale: str | None) -> str | None:
+    def renew(
+        self, answer: transport.Answer, scopes: Scopes, stale: str | None, deadline: float | None = None
+    ) -> str | None:
         """The Authorization to try after the 401 `answer` to one with `stale`; None if there is nothing
         else to try. DeniedError if the token server refuses; ConfigurationError for broken settings."""
         challenges = headers.challenges(answer.fields.getlist("WWW-Authenticate"))
-        with self._lock:
+        with self._locked(answer.what, deadline):
             token = self._tokens.get(scopes)
             if token is not None and token.authorization != stale:
                 return token.authorization  # another thread renewed meanwhile
             for challenge in challenges:
                 if challenge.scheme == "bearer" and "realm" in challenge.parameters:
                     self._bearer = challenge.parameters
-                    return self._renew_bearer(scopes, challenge.parameters, answer.what)
+                    return self._renew_bearer(scopes, challenge.parameters, answer.what, deadline)
             if any(challenge.scheme == "basic" for challenge in challenges):
                 return self._renew_basic(scopes, stale)
         return None
@@ -83,7 +86,20 @@ class Authenticator:
         self._tokens[scopes] = _Token(authorization, float("inf"))
         return authorization
 
-    def _renew_bearer(self, scopes: Scopes, challenge: Mapping[str, str], what: str) -> str:
+    @contextlib.contextmanager
+    def _locked(self, what: str, deadline: float | None) -> Iterator[None]:
+        """Hold the lock; whoever has a deadline does not wait past it for another thread's renewal."""
+        timeout = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._lock.acquire(timeout=timeout):
+            raise errors.UnavailableError(f"{what}: no token came from the token server in time")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _renew_bearer(
+        self, scopes: Scopes, challenge: Mapping[str, str], what: str, deadline: float | None
+    ) -> str:
         realm = challenge["realm"]
         what = f"{what}: token server"
         self._http.check_url(realm, what)
@@ -95,7 +111,11 @@ class Authenticator:
         scope = sorted(scopes | frozenset(challenge.get("scope", "").split()))
         service = challenge.get("service", "")
         started = time.monotonic()
-        document = retry.call(self._policy, lambda: self._ask(realm, service, scope, credential, what))
+        document = retry.call(
+            self._policy,
+            lambda: self._ask(realm, service, scope, credential, what, deadline),
+            deadline,
+        )
         token = document.get("token") or document.get("access_token")
         # A line end in it would let the token server write header fields of our requests.
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
@@ -113,6 +133,7 @@ class Authenticator:
         scope: list[str],
         credential: credentials.Credential | None,
         what: str,
+        deadline: float | None,
     ) -> dict[str, object]:
         if credential is not None and credential.identity_token:
             form = {
@@ -128,6 +149,7 @@ class Authenticator:
                 what,
                 fields={"Content-Type": "application/x-www-form-urlencoded"},
                 body=lambda: urlencode(form).encode(),
+                deadline=deadline,
             )
         else:
             query: list[tuple[str, str]] = [("service", service)] if service else []
@@ -137,7 +159,8 @@ class Authenticator:
                 query += [("client_id", _CLIENT_ID), ("account", credential.username)]
                 fields["Authorization"] = _basic(credential)
             separator = "&" if "?" in realm else "?"
-            answer = self._http.open("GET", f"{realm}{separator}{urlencode(query)}", what, fields=fields)
+            url = f"{realm}{separator}{urlencode(query)}"
+            answer = self._http.open("GET", url, what, fields=fields, deadline=deadline)
         if answer.status in (400, 401, 403):
             answer.discard()
             used = f"the credentials in {self.describe()}" if credential else "anonymous access"

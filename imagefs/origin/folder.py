@@ -168,14 +168,27 @@ class FolderOrigin:
                 if any(isinstance(e, dict) and e.get("digest") == entry["digest"] for e in entries):
                     return
             else:
-                entries = [e for e in entries if _ref_name(e) != tag]
-                entries = [e for e in entries if _digest(e) != entry["digest"] or _ref_name(e) is not None]
+                entries = [e for e in entries if _digest(e) != entry["digest"] or _ref_name(e)]
+                entries = self._untagged(entries, tag, entry["digest"])
                 entry = {**entry, "annotations": {REF_NAME: tag}}
             document = {**index, "manifests": [*entries, entry]}
             with self._replacing(self._directory / "index.json") as fd:
                 _write_all(fd, json.dumps(document, separators=(",", ":")).encode())
         finally:
             os.close(lock)
+
+    def _untagged(self, entries: list[Any], tag: str, new: str) -> list[Any]:
+        """`entries` after `tag` moved away. What loses its last entry that way is no longer listed, unless
+        it is a referrer: those are found by being listed."""
+        moved = [e for e in entries if _ref_name(e) == tag]
+        kept = [e for e in entries if _ref_name(e) != tag]
+        listed = {_digest(e) for e in kept} | {new}
+        for entry in moved:
+            descriptor = artifact.decode_descriptor(entry, f"{self.name}: index.json")
+            if descriptor.digest not in listed and self._referrer(descriptor) is not None:
+                annotations = {k: v for k, v in entry["annotations"].items() if k != REF_NAME}
+                kept.append({**entry, "annotations": annotations})
+        return kept
 
     def _read_index(self) -> dict[str, Any]:
         path = self._directory / "index.json"

@@ -73,6 +73,8 @@ class RegistryOrigin:
     # -- reading -----------------------------------------------------------------------------------
 
     def read_manifest(self, reference: str) -> Manifest:
+        if ":" in reference:
+            _check_digest(reference)
         what = f"{self.name}: manifest {reference}"
         manifest = retry.call(self._policy, lambda: self._get_manifest(reference, what))
         if manifest is None:
@@ -126,6 +128,8 @@ class RegistryOrigin:
             return False  # not permitted, or not supported: the caller sends the bytes
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None) -> str:
+        if tag is not None and not reference.TAG.match(tag):
+            raise errors.InvalidInputError(f"{self.name}: {tag!r} is not a tag")
         digest = artifact.digest_of(data)
         referrer = referrers.referrer(data, media_type)
         if referrer is None:
@@ -155,9 +159,6 @@ class RegistryOrigin:
             raise transport.status_error(answer)
         data = answer.read(MAX_MANIFEST_BYTES)
         found = artifact.digest_of(data)
-        length = headers.content_length(answer.fields.get("Content-Length"))
-        if length is not None and length != len(data):
-            raise errors.UnavailableError(f"{what}: {len(data)} of {length} bytes came")
         wanted = reference if ":" in reference else answer.fields.get("Docker-Content-Digest", found)
         if wanted.startswith("sha256:") and wanted != found:
             raise errors.IntegrityError(f"{what}: the registry sent {found}, expected {wanted}")

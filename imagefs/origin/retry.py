@@ -71,9 +71,9 @@ class Attempts:
         time.sleep(delay)
 
 
-def call(policy: Policy, function: Callable[[], T]) -> T:
+def call(policy: Policy, function: Callable[[], T], deadline: float | None = None) -> T:
     """`function()`, again after each UnavailableError while the budget lasts."""
-    attempts = Attempts(policy)
+    attempts = Attempts(policy, deadline)
     while True:
         try:
             return function()

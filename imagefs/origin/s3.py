@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from imagefs.origin.connect import Options
 
 T = TypeVar("T")
+
+# At DEBUG, botocore logs requests with their signatures and session tokens.
+logging.getLogger("botocore").setLevel(logging.INFO)
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
 PART_BYTES = 16 * 1024 * 1024

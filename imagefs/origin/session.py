@@ -43,13 +43,13 @@ class Session:
         if not self._is_own(url):
             self.http.check_url(url, what)
             return self.http.open(method, url, what, fields=fields, body=body, deadline=deadline)
-        authorization = self._auth.authorization(scopes, what)
+        authorization = self._auth.authorization(scopes, what, deadline)
         for last in (False, True):
             own = {**(fields or {}), **({"Authorization": authorization} if authorization else {})}
             answer = self.http.open(method, url, what, fields=own, body=body, deadline=deadline)
             if answer.status != 401:
                 return answer
-            renewed = None if last else self._auth.renew(answer, scopes, authorization)
+            renewed = None if last else self._auth.renew(answer, scopes, authorization, deadline)
             answer.discard()
             if renewed is None:
                 break
