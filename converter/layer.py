@@ -134,18 +134,10 @@ class LayerConversion:
         limits = self._parameters.limits
         writer = erofs_writer.ErofsWriter(sink, self._parameters.block_bytes)
         reader = tarstream.TarReader(source, limits)
-        image_bytes = 0
         for entry in reader:
             node = layer_tree.add(entry)
-            if node is None:
-                continue
-            image_bytes += entry.size
-            if image_bytes > limits.max_image_bytes:
-                raise errors.LimitError(
-                    f"tar byte {entry.offset}: entry {entry.name!r}: more than "
-                    f"{limits.max_image_bytes} bytes of files, holes included (--max-image-size)"
-                )
-            writer.add_file(node, entry.size, reader)
+            if node is not None:
+                writer.add_file(node, entry.size, reader)
         depends = layer_tree.depends_on_lower()
         for copy in layer_tree.resolve(lower() if depends else None):
             writer.add_file(copy.node, copy.entry.size, _LowerData(copy.entry))
@@ -156,7 +148,7 @@ class LayerConversion:
         descriptor = self._layer.descriptor
         encoding = media.encoding(descriptor)
         with located(self._where), self._layer.open() as pieces:
-            blob_bytes = _VerifiedBlob(pieces, descriptor.digest, descriptor.size, self._advance)
+            blob_bytes = VerifiedBlob(pieces, descriptor.digest, descriptor.size, self._advance)
             try:
                 for piece in inflate.inflate(iter(blob_bytes), encoding):
                     self._tar_bytes += len(piece)
@@ -174,7 +166,7 @@ class LayerConversion:
         limits = self._parameters.limits
         if self._tar_bytes > limits.max_layer_bytes:
             raise errors.LimitError(
-                f"more than {limits.max_layer_bytes} bytes uncompressed (--max-layer-size)"
+                f"more than {limits.max_layer_bytes} bytes uncompressed (--max-layer-bytes)"
             )
         if self._tar_bytes > max(_RATIO_FLOOR_BYTES, compressed_bytes * limits.max_ratio):
             raise errors.LimitError(
@@ -209,7 +201,7 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
-class _VerifiedBlob:
+class VerifiedBlob:
     """The pieces of a source blob; once they were all read, size and digest are what was declared."""
 
     def __init__(

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -66,19 +66,19 @@ longer than the work on one piece of data: the stages would wait for the parser,
     help="Limit of a path.",
 )
 @click.option(
-    "--max-header-size",
+    "--max-header-bytes",
     type=settings.SIZE,
     default=_LIMITS.max_header_bytes,
     help="Limit of a tar extension header (default 1M).",
 )
 @click.option(
-    "--max-layer-size",
+    "--max-layer-bytes",
     type=settings.SIZE,
     default=_LIMITS.max_layer_bytes,
     help="Limit of an uncompressed tar (default 1T).",
 )
 @click.option(
-    "--max-image-size",
+    "--max-image-bytes",
     type=settings.SIZE,
     default=_LIMITS.max_image_bytes,
     help="Limit of a layer's files, holes included (default 4T).",
@@ -105,7 +105,7 @@ def command(
     jobs: int | None,
     as_json: bool,
     origins: Options,
-    **bounds: Any,
+    **bounds: int,
 ) -> None:
     """Turn the OCI image SOURCE into a block image, stored beside it or in DEST.
 
@@ -126,7 +126,7 @@ def command(
             block_bytes=block_size,
             frame_bytes=frame_bytes,
             compression_level=level or blob.DEFAULT_LEVEL,
-            limits=_limits(**bounds),
+            limits=limits.Limits(**bounds),
         ),
         options=origins,
         jobs=jobs or min(os.cpu_count() or 1, 8),
@@ -137,25 +137,6 @@ def command(
     with progress.conversion() as observer:
         result = pipeline.convert(request, observer)
     click.echo(json.dumps(result.document(), indent=2) if as_json else _summary(result))
-
-
-def _limits(
-    *,
-    max_entries: int,
-    max_path_bytes: int,
-    max_header_size: int,
-    max_layer_size: int,
-    max_image_size: int,
-    max_ratio: int,
-) -> limits.Limits:
-    return limits.Limits(
-        max_entries=max_entries,
-        max_path_bytes=max_path_bytes,
-        max_header_bytes=max_header_size,
-        max_layer_bytes=max_layer_size,
-        max_image_bytes=max_image_size,
-        max_ratio=max_ratio,
-    )
 
 
 def _summary(result: Result) -> str:
