@@ -6,7 +6,6 @@ server, so that what a killed command attached can be released by whoever finds 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glowplug import settings
+from glowplug import device_server, namespaces, process, settings
 from imagefs import assembly, errors, holders, mounts, syscalls
 from imagefs import mount as mount_layer
 from imagefs.fuse import control
@@ -40,18 +39,20 @@ def mount(
     storage: settings.Storage,
     origins: Options,
     open_image: Callable[[], LazyImage],
+    server: device_server.Starting | None,
 ) -> tuple[LazyImage, Path, Choice]:
-    """Mount an image at a directory. Returns it, the directory's full path, and how it was mounted."""
+    """Mount an image at a directory, without `server` file by file. Returns the image, the directory's full
+    path, and how it was mounted."""
     directory = assembly.check_directory(directory)
     table = MountTable(storage.state_dir)
     if table.find(directory) is not None:
         raise errors.BusyError(f"{directory} is mounted already; `glowplug umount {directory}` first")
     record = Record(mounts.mount_id(directory), str(directory), ref, "", options.writable)
-    if options.mode is Mode.FUSE or (options.mode is None and os.geteuid() != 0):
-        image = open_image()
+    image = open_image()
+    if server is None:
         why = "asked for" if options.mode else "only root may mount(2)"
     else:
-        image, client = open_with_server(storage, origins, open_image)
+        client = server.client()
         collect(table, client)
         choice = _mount_in_kernel(image, record, table, client, options, origins)
         if choice is not None:
@@ -60,6 +61,41 @@ def mount(
     choice = Choice(Mode.FUSE, why)
     _mount_files(image, record, table, options, storage, origins)
     return image, directory, choice
+
+
+def run(
+    ref: str,
+    image: LazyImage,
+    spec: process.Process,
+    options: assembly.Options,
+    storage: settings.Storage,
+    origins: Options,
+    client: control.DeviceClient,
+) -> int:
+    """Run a process in an image; returns its exit code. What it writes goes to a tmpfs.
+
+    The mounts lie in a namespace of this process: they go with it, whatever ends it.
+    """
+    table = MountTable(storage.state_dir)
+    collect(table, client)
+    pid, start = os.getpid(), mounts.process_start(os.getpid())
+    record = Record(f"run-{pid}-{start}", "", ref, "", True, pid, start, ephemeral=True)
+    folder = table.claim(record) / "private"
+    try:
+        devices = client.attach(record.id, layer_specs(image), origins)
+        namespaces.enter_private_mounts()
+        _forget_other_roots(table)
+        folder.mkdir()
+        syscalls.mount("glowplug", folder, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=700")
+        root = folder / "root"
+        root.mkdir()
+        if assembly.assemble(image, devices, folder, root, options) is None:
+            raise errors.ConfigurationError("this kernel cannot mount EROFS, which run needs")
+        with namespaces.signals_held():
+            return namespaces.run(root, spec)
+    finally:
+        mount_layer.unmount_all([folder, folder / "root"])
+        release(record, table, client)
 
 
 def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
@@ -89,16 +125,6 @@ def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
     if record.pid is not None:
         _await_end(record)
     release(record, table, control.DeviceClient.connect(state_dir))
-
-
-def open_with_server(
-    storage: settings.Storage, origins: Options, open_image: Callable[[], LazyImage]
-) -> tuple[LazyImage, control.DeviceClient]:
-    """Open an image while the device server starts: both take their time."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(control.DeviceClient.ensure, settings.server_settings(storage, origins))
-        image = open_image()
-        return image, starting.result()
 
 
 def layer_specs(image: LazyImage) -> list[control.LayerSpec]:
@@ -136,7 +162,7 @@ def collect(table: MountTable, client: control.DeviceClient | None) -> None:
                 table.forget(record)
 
 
-def forget_other_roots(table: MountTable) -> None:
+def _forget_other_roots(table: MountTable) -> None:
     """In a mount namespace of our own: let go of the copies of other mounts of ours, so that they can be
     unmounted, and their devices freed, while we live."""
     mount_layer.unmount_all([Path(record.directory) for record in table.records() if record.directory])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,12 +63,20 @@ def command(
     Only the block maps and the layers' metadata are fetched now, file contents when they are read. Without
     root, or where the kernel has no EROFS, the mount is a FUSE filesystem of files (--mode fuse).
     """
-    from glowplug import mounting
-    from imagefs.assembly import Options as MountOptions
-    from imagefs.mount import Mode
+    from glowplug import device_server
 
-    options = MountOptions(None if mode == "auto" else Mode(mode), writable, suid, dev)
-    image, place, choice = mounting.mount(ref, directory, options, storage, origins, lambda: open_image(ref))
+    # Without the kernel's EROFS there is no use for the device server.
+    in_kernel = mode in ("erofs", "loop") or (mode == "auto" and os.geteuid() == 0)
+    starting = device_server.starting(storage, origins) if in_kernel else contextlib.nullcontext()
+    with starting as server:
+        from glowplug import mounting
+        from imagefs import assembly
+        from imagefs.mount import Mode
+
+        options = assembly.Options(None if mode == "auto" else Mode(mode), writable, suid, dev)
+        image, place, choice = mounting.mount(
+            ref, directory, options, storage, origins, lambda: open_image(ref), server
+        )
     if as_json:
         import json
 
