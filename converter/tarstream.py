@@ -95,6 +95,8 @@ _KINDS = {
 _WITH_DATA = frozenset((b"0", b"\0", b"7", b"S", b"D"))
 """Other types have no data, whatever their size field says (as in Go's archive/tar)."""
 _EXTENSIONS = frozenset((b"x", b"X", b"g", b"L", b"K"))
+_SPARSE_KEYS = frozenset((b"GNU.sparse.size", b"GNU.sparse.realsize", b"GNU.sparse.map"))
+"""Every PAX sparse file has one of them."""
 _NO_RECORDS: dict[bytes, bytes] = {}
 
 
@@ -279,7 +281,7 @@ class TarReader:
             self._data_left = stored_bytes
             if sparse_header is not None:
                 apparent_bytes, segments = self._old_sparse(sparse_header)
-            elif b"GNU.sparse.map" in records or b"GNU.sparse.major" in records:
+            elif not _SPARSE_KEYS.isdisjoint(records):
                 name, apparent_bytes, segments = self._pax_sparse(name, records)
             self._image_bytes += apparent_bytes
             if self._image_bytes > self._limits.max_image_bytes:
@@ -335,10 +337,10 @@ class TarReader:
         name = self._name = records.get(b"GNU.sparse.name") or name
         size_text = records.get(b"GNU.sparse.realsize") or records.get(b"GNU.sparse.size") or b""
         apparent_bytes = tarheader.decimal(size_text, "sparse size")
-        if b"GNU.sparse.map" in records:
-            numbers = tarheader.pax_sparse_map(records[b"GNU.sparse.map"])
-        elif version == (b"1", b"0"):
+        if version == (b"1", b"0"):
             numbers = self._sparse_map_in_data()
+        elif version[0] == b"0":
+            numbers = tarheader.pax_sparse_map(records.get(b"GNU.sparse.map", b""))
         else:
             self._refuse(f"unknown sparse format {version[0]!r}.{version[1]!r}")
         return name, apparent_bytes, self._expect_sparse(numbers, apparent_bytes)

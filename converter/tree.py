@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn
 
 from converter import errors, rootedpath, tarstream
@@ -380,7 +380,7 @@ class LayerTree:
         """Whether the layer image depends on the layers below, so that its key is the chain_id."""
         if self.root.opaque or any(node.links > 0 for node in self._missing):
             return True
-        return any(child.implied for _, child in _visible_directories(self.root))
+        return _inherits(self.root)
 
     def resolve(self, lower: Lower | None) -> list[Copy]:
         """Settle what depends on the layers below (None: there are none); call it once, after the last `add`.
@@ -395,8 +395,12 @@ class LayerTree:
         if lower is not None:
             if self.root.opaque:
                 self._hide_all(lower)
+            found = self._look_up_missing(lower)
             _Settling(self, lower).run()
-            copies = self._copy_up(lower)
+            if self.root.opaque:
+                # The marker stood in a directory that is a link to the root below.
+                self._hide_all(lower)
+            copies = self._copy_up(found)
         _write_overlay_marks(self.root)
         return copies
 
@@ -412,24 +416,32 @@ class LayerTree:
                 _cut_off(existing)
         self.root.opaque = False
 
-    def _copy_up(self, lower: Lower) -> list[Copy]:
+    def _look_up_missing(self, lower: Lower) -> dict[Node, LowerEntry]:
+        """The link targets that lower layers have, looked up while the tree's paths are still the tar's."""
+        readlink = _CombinedLinks(self.root, lower).readlink
+        found = {}
+        for node, missing in self._missing.items():
+            path = (*self._follow(missing.path[:-1], readlink, missing.entry), missing.path[-1])
+            below = None if hidden_below(self.root, path) else lower.lookup(path)
+            if below is not None:
+                found[node] = below
+        return found
+
+    def _copy_up(self, found: dict[Node, LowerEntry]) -> list[Copy]:
         copies = []
         for node, missing in self._missing.items():
             if node.links <= 0:
                 continue
-            entry = missing.entry
-            readlink = _CombinedLinks(self.root, lower).readlink
-            path = (*self._follow(missing.path[:-1], readlink, entry), missing.path[-1])
-            found = None if hidden_below(self.root, path) else lower.lookup(path)
-            if found is None:
-                refuse(entry, f"a hard link to {rootedpath.show(path)}, which is in no layer")
-            if stat.S_ISDIR(found.mode):
-                refuse(entry, f"a hard link to the directory {rootedpath.show(path)} of a lower layer")
-            _copy_attributes(node, found)
-            node.size, node.target = found.size, found.target
-            node.rdev_major, node.rdev_minor = found.rdev_major, found.rdev_minor
-            if stat.S_ISREG(found.mode):
-                copies.append(Copy(node, found))
+            below = found.get(node)
+            if below is None:
+                refuse(missing.entry, f"a hard link to {rootedpath.show(missing.path)}, which is in no layer")
+            if stat.S_ISDIR(below.mode):
+                refuse(missing.entry, f"a hard link to the directory {rootedpath.show(missing.path)}")
+            _copy_attributes(node, below)
+            node.size, node.target = below.size, below.target
+            node.rdev_major, node.rdev_minor = below.rdev_major, below.rdev_minor
+            if stat.S_ISREG(below.mode):
+                copies.append(Copy(node, below))
         return copies
 
 
@@ -448,18 +460,19 @@ def _copy_attributes(node: Node, source: LowerEntry) -> None:
     node.xattrs = kept or None
 
 
-def _visible_directories(root: Node) -> Iterator[tuple[Path, Node]]:
-    """The directories below the root that something of the lower layers may shine through."""
-    pending: list[tuple[Path, Node]] = [((), root)]
+def _inherits(root: Node) -> bool:
+    """Whether a directory below the root takes its attributes from the layers below."""
+    pending = [root]
     while pending:
-        path, node = pending.pop()
+        node = pending.pop()
         if node.opaque:
             continue
-        for name, child in children_of(node).items():
+        for child in children_of(node).values():
+            if child.implied:
+                return True
             if child.children is not None:
-                inside = (*path, name)
-                yield inside, child
-                pending.append((inside, child))
+                pending.append(child)
+    return False
 
 
 def hidden_below(root: Node, path: Path) -> bool:
@@ -504,18 +517,7 @@ class _Settling:
     def run(self) -> None:
         settled: set[Node] = set()
         for _ in range(rootedpath.MAX_LINKS):
-            moves = []
-            for path, node in _visible_directories(self._root):
-                if not node.implied or node in settled:
-                    continue
-                settled.add(node)
-                below = self._lower.lookup(path)
-                if below is None:
-                    continue
-                if stat.S_ISDIR(below.mode):
-                    _copy_attributes(node, below)
-                elif stat.S_ISLNK(below.mode):
-                    moves.append(path)
+            moves = self._settle(settled)
             if not moves:
                 self._replace_aliases()
                 return
@@ -524,6 +526,29 @@ class _Settling:
         raise errors.InvalidLayerError(
             f"{rootedpath.show(moves[0])}: too many symbolic links in lower layers"
         )
+
+    def _settle(self, settled: set[Node]) -> list[Path]:
+        """Give implied directories the attributes they have below; returns those that are links there."""
+        moves: list[Path] = []
+        pending: list[tuple[Path, Node]] = [((), self._root)]
+        while pending:
+            parent, directory = pending.pop()
+            if directory.opaque:
+                continue
+            for name, node in children_of(directory).items():
+                if node.children is None:
+                    continue
+                path = (*parent, name)
+                if node.implied and node not in settled:
+                    below = self._lower.lookup(path)
+                    if below is not None and stat.S_ISLNK(below.mode):
+                        moves.append(path)
+                        continue
+                    settled.add(node)
+                    if below is not None and stat.S_ISDIR(below.mode):
+                        _copy_attributes(node, below)
+                pending.append((path, node))
+        return moves
 
     def _move(self, path: Path) -> None:
         """Move an implied directory's content to where the link at its path below leads."""
@@ -549,21 +574,35 @@ class _Settling:
             names = children_of(into)
             for name, child in children_of(source).items():
                 existing = names.get(name)
-                if existing is None:
-                    names[name] = child
-                elif child.children is not None and existing.children is not None:
+                if existing is not None and child.children is not None and existing.children is not None:
                     pending.append((child, existing))
-                else:
-                    names[name] = self._winner(child, existing)
+                    continue
+                if self._stands_in(child, source, name):
+                    missing = self._tree._missing[child]
+                    self._tree._missing[child] = dataclasses.replace(missing, parent=into)
+                names[name] = child if existing is None else self._winner(child, existing, into, name)
 
-    def _winner(self, one: Node, other: Node) -> Node:
+    def _stands_in(self, node: Node, parent: Node, name: bytes) -> bool:
+        """Whether the name is that of a hard link's missing target (and not the link's own)."""
+        missing = self._tree._missing.get(node)
+        return missing is not None and missing.parent is parent and missing.path[-1] == name
+
+    def _winner(self, one: Node, other: Node, parent: Node, name: bytes) -> Node:
         """Which of two nodes of one layer has their common name: the later, and any before a whiteout."""
+        if one is other:
+            one.links -= 1
+            return one
         if is_whiteout(one) or (not is_whiteout(other) and other.order > one.order):
             one, other = other, one
-        if one in self._tree._missing and not is_whiteout(other):
+        if self._stands_in(one, parent, name) and not is_whiteout(other):
             # The link's target was in this tar all along, under its other path.
+            if other.children is not None:
+                entry = self._tree._missing[one].entry
+                refuse(
+                    entry, f"a hard link to the directory {rootedpath.show(rootedpath.clean(entry.linkname))}"
+                )
             self._aliases[one] = other
-            return one
+            return other
         self._tree._drop(other)
         _cut_off(one)
         return one
