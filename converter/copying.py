@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from converter import errors, tasks
+from converter import tasks
 from imagefs import artifact, image, platforms, reference
 from imagefs import errors as imagefs_errors
 from imagefs.artifact import Descriptor, Manifest
@@ -104,7 +104,7 @@ def _copy(
         entries = image.index_entries(top, str(source))
         top = here.read_manifest(platforms.choose(entries, platform, str(source)).digest)
     if destination.digest not in (None, top.digest):
-        raise errors.LayerDigestError(f"{destination}: the source's digest is {top.digest}")
+        raise imagefs_errors.IntegrityError(f"{destination}: the source's digest is {top.digest}")
     images = list(_walk(here, top, image.MAX_INDEX_DEPTH + 1))
     block_images = [
         _Item(origin.read_manifest(candidate.digest), origin)

@@ -244,8 +244,11 @@ class _PipeSource:
         self._left = memoryview(b"")
 
     def readinto(self, buffer: memoryview, /) -> int:
-        if not self._left:
-            self._left = memoryview(next(self._pieces, b""))
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._left = memoryview(piece)
         count = min(len(buffer), len(self._left))
         buffer[:count] = self._left[:count]
         self._left = self._left[count:]

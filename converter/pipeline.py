@@ -176,8 +176,7 @@ class _ImageConversion:
                 self._group.start(f"layer-worker-{number}", self._work)
             self._group.wait()
         finally:
-            # The workers have given up their blobs: what is left in the pool is not waited for by anyone.
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)
         return [promise.get() for promise in self._done]
 
     def _work(self) -> None:

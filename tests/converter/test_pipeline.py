@@ -13,46 +13,19 @@ from typing import Any
 import pytest
 import zstandard
 
-from converter import blob, errors, layer, limits, pipeline, report
-from converter.observer import Silent
+from converter import blob, errors, limits
 from converter.source import Wanted
-from imagefs import artifact, blockmap, erofs, reference
+from imagefs import artifact, blockmap, erofs
 from imagefs import errors as imagefs_errors
 from imagefs.origin import Origin, connect
 from tests.fixtures import images, servers, tars
+from tests.fixtures.conversion import BLOCK, SMALL, block_image, convert, origin_of
 
-BLOCK = 64 * 1024
-SMALL = layer.Parameters(BLOCK, BLOCK, 3, limits.Limits())
 GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-
-
-def request(source: object, destination: object | None = None, **changes: Any) -> pipeline.Request:
-    base = pipeline.Request(
-        source=reference.parse(str(source)),
-        destination=reference.parse(str(destination)) if destination else None,
-        wanted=None,
-        parameters=SMALL,
-        options=connect.Options(),
-        jobs=2,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def convert(source: object, destination: object | None = None, **changes: Any) -> report.Result:
-    return pipeline.convert(request(source, destination, **changes), Silent())
 
 
 def layout(directory: Path, image: images.Image) -> str:
     return f"oci:{image.write_layout(directory)}:latest"
-
-
-def origin_of(ref: str) -> Origin:
-    return connect.connect(reference.parse(ref), connect.Options())
-
-
-def block_image(result: report.Result, number: int = 0) -> artifact.BlockImage:
-    image = result.images[number]
-    return artifact.decode(origin_of(image.ref).read_manifest(image.block_image).data)
 
 
 def layer_image(origin: Origin, found: artifact.Layer) -> bytes:

@@ -1,0 +1,125 @@
+"""Copying an image with its block image: whole, unchanged, twice, and between kinds of places."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from converter import copying
+from imagefs import artifact, reference
+from imagefs import errors as imagefs_errors
+from imagefs.origin import connect
+from tests.fixtures import images, servers
+from tests.fixtures.conversion import block_image, convert, origin_of
+
+TARS = [images.tar_of([("a", os.urandom(100_000))]), images.tar_of([("b", b"two" * 1000)])]
+
+
+def copy(source: str, destination: str, **more: object) -> copying.Copied:
+    options = more.pop("options", connect.Options())
+    return copying.copy(reference.parse(source), reference.parse(destination), options, **more)  # type: ignore[arg-type]
+
+
+def assert_whole(
+    ref: str, digest: str, block_images: tuple[str, ...], options: connect.Options | None = None
+) -> None:
+    """Manifest, every blob and every block image are there, and found."""
+    origin = connect.connect(reference.parse(ref), options or connect.Options())
+    manifest = origin.read_manifest(digest)
+    document = artifact.parse_json_object(manifest.data, "manifest")
+    for entry in [document["config"], *document["layers"]]:
+        assert len(origin.read_blob(entry["digest"], 1 << 24)) == entry["size"]
+    assert tuple(c.digest for c in origin.referrers(digest)) == block_images
+    for found in block_images:
+        for layer in artifact.decode(origin.read_manifest(found).data).layers:
+            assert len(origin.read_blob(layer.blob.digest, 1 << 24)) == layer.blob.size
+            assert len(origin.read_blob(layer.block_map.digest, 1 << 24)) == layer.block_map.size
+
+
+@pytest.mark.parametrize("target", ["docker", "oci", "s3"])
+def test_an_image_and_its_block_image(
+    tmp_path: Path, registry: servers.RegistryServer, s3_server: servers.S3Server, target: str
+) -> None:
+    made = images.make(TARS)
+    source = f"oci:{made.write_layout(tmp_path / 'source')}:latest"
+    result = convert(source)
+    place = {
+        "docker": f"docker://{registry.host}/{servers.unique_name()}",
+        "oci": f"oci:{tmp_path}/out",
+        "s3": f"s3://{s3_server.bucket}/{servers.unique_name()}",
+    }[target]
+    options = connect.Options(s3_endpoint_url=s3_server.endpoint_url)
+    first = copy(source, f"{place}:v1", options=options)
+    expected = (result.images[0].block_image,)
+    assert (first.digest, first.block_images) == (made.top, expected)
+    assert first.blobs_present == 0
+    assert_whole(place, made.top, expected, options)
+    assert connect.connect(reference.parse(place), options).read_manifest("v1").digest == made.top
+    again = copy(source, f"{place}:v1", options=options)
+    assert (again.blobs_present, again.bytes_copied) == (again.blobs, 0)
+
+
+def test_blobs_are_mounted_inside_one_registry(registry: servers.RegistryServer) -> None:
+    one, two = (f"docker://{registry.host}/{servers.unique_name()}" for _ in range(2))
+    made = images.make(TARS)
+    made.push(origin_of(one), "v1")
+    result = convert(f"{one}:v1")
+    copied = copy(f"{one}:v1", two)
+    assert copied.blobs_mounted == copied.blobs
+    assert copied.bytes_copied == 0
+    assert_whole(two, made.top, (result.images[0].block_image,))
+    assert origin_of(two).read_manifest("v1").digest == made.top
+
+
+def test_a_whole_index_or_one_platform_of_it(tmp_path: Path) -> None:
+    amd, arm = images.make(TARS), images.make(TARS[:1], architecture="arm64")
+    index = images.make_index({"linux/amd64": amd, "linux/arm64": arm}, attestations=True)
+    source = f"oci:{index.write_layout(tmp_path / 'source')}:latest"
+    result = convert(source, wanted="all")
+    copied = copy(source, f"oci:{tmp_path}/all:v1")
+    assert copied.digest == index.top
+    assert set(copied.block_images) == {image.block_image for image in result.images}
+    assert_whole(f"oci:{tmp_path}/all", amd.top, (result.images[0].block_image,))
+    assert_whole(f"oci:{tmp_path}/all", arm.top, (result.images[1].block_image,))
+    from imagefs import platforms
+
+    one = copy(source, f"oci:{tmp_path}/one:v1", platform=platforms.parse("linux/arm64"))
+    assert (one.digest, one.block_images) == (arm.top, (result.images[1].block_image,))
+
+
+def test_block_images_that_are_kept_elsewhere(tmp_path: Path) -> None:
+    made = images.make(TARS)
+    source = f"oci:{made.write_layout(tmp_path / 'mirror')}:latest"
+    kept = f"oci:{tmp_path}/kept"
+    result = convert(source, kept)
+    assert copy(source, f"oci:{tmp_path}/without:v1").block_images == ()
+    copied = copy(source, f"oci:{tmp_path}/with:v1", block_repository=reference.parse(kept))
+    assert copied.block_images == (result.images[0].block_image,)
+    assert_whole(f"oci:{tmp_path}/with", made.top, copied.block_images)
+
+
+def test_a_blob_that_differs_stops_the_copy_before_the_tag(
+    tmp_path: Path, registry: servers.RegistryServer
+) -> None:
+    place = f"docker://{registry.host}/{servers.unique_name()}"
+    made = images.make(TARS)
+    source = f"oci:{made.write_layout(tmp_path / 'source')}:latest"
+    result = convert(source)
+    blob = block_image(result).layers[0].blob
+    path = tmp_path / "source/blobs/sha256" / blob.digest.removeprefix("sha256:")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(imagefs_errors.IntegrityError, match=blob.digest):
+        copy(source, f"{place}:v1")
+    with pytest.raises(imagefs_errors.NotFoundError):
+        origin_of(place).read_manifest("v1")
+
+
+def test_what_cannot_be_copied(tmp_path: Path) -> None:
+    made = images.make(TARS)
+    source = f"oci:{made.write_layout(tmp_path / 'source')}:latest"
+    with pytest.raises(imagefs_errors.InvalidInputError, match="docker-archive:"):
+        copy("docker-archive:/x", f"oci:{tmp_path}/out")
+    with pytest.raises(imagefs_errors.IntegrityError, match=made.top):
+        copy(source, f"oci:{tmp_path}/out@sha256:{'0' * 64}")
