@@ -111,9 +111,10 @@ class RegistryOrigin:
         if self.has_blob(digest):
             return
         what = f"{self.name}: upload of blob {digest}"
-        upload.Upload(self._session, self.repository, self._push, what, self._policy).run(
-            digest, size, source
+        blob = upload.Upload(
+            self._session, self.repository, self._push, what, self._policy, lambda: self.has_blob(digest)
         )
+        blob.run(digest, size, source)
 
     def mount_blob(self, digest: str, other: Origin) -> bool:
         if not isinstance(other, RegistryOrigin) or other.host != self.host:

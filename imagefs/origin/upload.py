@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urljoin
 
 from imagefs import errors
@@ -35,14 +35,15 @@ class Upload:
         scopes: frozenset[str],
         what: str,
         policy: retry.Policy,
-        chunk_bytes: int = CHUNK_BYTES,
+        is_there: Callable[[], bool],
     ) -> None:
         self._session = registry
         self._uploads_url = f"/v2/{repository}/blobs/uploads/"
         self._scopes = scopes
         self._what = what
         self._policy = policy
-        self._chunk_bytes = chunk_bytes
+        self._is_there = is_there
+        self._chunk_bytes = CHUNK_BYTES
         self._location: str | None = None
         self._sent = 0
         self._hasher = hashlib.sha256()
@@ -68,6 +69,8 @@ class Upload:
             except errors.UnavailableError as exc:
                 if isinstance(exc, _UploadLostError):
                     self._location = None
+                    if self._is_there():
+                        return  # lost was only the answer that said so
                 if self._sent > before:
                     attempts.progressed()
                 self._retry(attempts, exc)
