@@ -379,7 +379,7 @@ class Fetcher:
             origin.read_range(layer.blob_digest, start, part, deadline)
         except Exception as exc:
             for index in missing:
-                self._fail(fetch, index, exc, more_origins=fetch.attempt + 1 < len(origins))
+                self._fail(fetch, index, exc, more_origins=len(origins) > 1)
             return
         self._count(fetched_bytes=len(part), coalesced_blocks=len(missing) - 1)
         for index in missing:

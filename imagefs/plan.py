@@ -27,6 +27,7 @@ from typing import Generic, TypeVar
 
 from imagefs import blockmap, readahead
 
+K = TypeVar("K")
 W = TypeVar("W")
 """A waiter: opaque here, given back when its block was answered."""
 
@@ -54,20 +55,23 @@ class Policy:
     """Limits on fetches in flight, requests and retries.
 
     `connections` bounds the whole, `connections_per_origin` and `connections_per_layer` one origin and one
-    layer; of each of the three, `demand_connections` are for demands only. An origin whose last fetch failed
-    gets `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds one
-    request that takes neighbours along (compressed), for boot and read-ahead, and for fill. Pauses between
-    tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the
-    pause after refused credentials. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
+    layer; of each of the three, `demand_connections` are for demands only. Fill, which nobody waits for, gets
+    `fill_connections` of an origin, and none while that origin is fetching a demand. An origin whose last
+    fetch failed gets `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds
+    one request that takes neighbours along (compressed) for boot and read-ahead, `fill_request_bytes` for
+    fill. Pauses between tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`;
+    `denied_retry_seconds` is the least pause after refused credentials. `corrupt_attempts` is how often a
+    block is fetched whose bytes are wrong.
     """
 
     connections: int = 32
     connections_per_origin: int = 8
     connections_per_layer: int = 6
     demand_connections: int = 2
+    fill_connections: int = 3
     failing_connections: int = 2
     request_bytes: int = 2 * 1024 * 1024
-    fill_request_bytes: int = 8 * 1024 * 1024
+    fill_request_bytes: int = 4 * 1024 * 1024
     retry_seconds: float = 0.1
     retry_max_seconds: float = 3.0
     denied_retry_seconds: float = 5.0
@@ -149,6 +153,7 @@ class Plan(Generic[W]):
         self._jobs: dict[tuple[str, int], _Job[W]] = {}
         self._in_flight = 0
         self._in_flight_by_origin: collections.Counter[str] = collections.Counter()
+        self._in_flight_by_kind: collections.Counter[tuple[str, Priority]] = collections.Counter()
         self._in_flight_by_layer: collections.Counter[str] = collections.Counter()
         self._failing_origins: set[str] = set()
         self._numbers = itertools.count()
@@ -270,13 +275,9 @@ class Plan(Generic[W]):
     def finished(self, fetch: Fetch) -> None:
         """The connection of `fetch` is free again."""
         self._in_flight -= 1
-        for counter, key in (
-            (self._in_flight_by_origin, fetch.origin),
-            (self._in_flight_by_layer, fetch.layer),
-        ):
-            counter[key] -= 1
-            if not counter[key]:
-                del counter[key]
+        _decrement(self._in_flight_by_origin, fetch.origin)
+        _decrement(self._in_flight_by_kind, (fetch.origin, fetch.priority))
+        _decrement(self._in_flight_by_layer, fetch.layer)
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -331,7 +332,7 @@ class Plan(Generic[W]):
             limit = policy.connections_per_origin - reserved
             if origin in self._failing_origins:
                 limit = policy.failing_connections
-            if self._in_flight_by_origin[origin] >= limit:
+            if self._in_flight_by_origin[origin] >= limit or not self._may_fill(origin, priority):
                 continue
             for layer in layers:
                 state = self._layers[layer]
@@ -343,6 +344,13 @@ class Plan(Generic[W]):
                 ):
                     return layer
         return None
+
+    def _may_fill(self, origin: str, priority: Priority) -> bool:
+        """Fill shares the link with demands: it keeps out of their way."""
+        return priority is not Priority.FILL or (
+            self._in_flight_by_kind[origin, Priority.FILL] < self._policy.fill_connections
+            and not self._in_flight_by_kind[origin, Priority.DEMAND]
+        )
 
     def _start(self, layer: str, priority: Priority, now: float) -> Fetch:
         state = self._layers[layer]
@@ -369,6 +377,7 @@ class Plan(Generic[W]):
             self._leave_turns(state.origin, layer)
         self._in_flight += 1
         self._in_flight_by_origin[state.origin] += 1
+        self._in_flight_by_kind[state.origin, priority] += 1
         self._in_flight_by_layer[layer] += 1
         attempt = self._jobs[layer, first].attempts
         indices = tuple(range(first, end))
@@ -423,3 +432,10 @@ class Plan(Generic[W]):
     def _waits(self, entry: tuple[float, int, tuple[str, int]]) -> bool:
         job = self._jobs.get(entry[2])
         return job is not None and entry[1] in job.patient
+
+
+def _decrement(counter: collections.Counter[K], key: K) -> None:
+    """A counter's zeros would pile up with layers that came and went."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -49,22 +49,25 @@ def test_priorities_go_in_order_whatever_the_order_of_wanting() -> None:
     for index, priority in ((40, Priority.FILL), (30, Priority.READ_AHEAD), (20, Priority.BOOT)):
         queue.want("a", index, priority, 0.0)
     queue.want("a", 10, Priority.DEMAND, 0.0, "reader", 60.0)
-    order = [queue.next_fetch(1.0) for _ in range(4)]
-    assert [indices(fetch) for fetch in order] == [(10,), (20,), (30,), (40,)]
-    assert queue.next_fetch(1.0) is None
+    order = []
+    while (fetch := queue.next_fetch(1.0)) is not None:
+        order.append(fetch.indices)
+        queue.arrived("a", fetch.indices[0])
+        queue.finished(fetch)
+    assert order == [(10,), (20,), (30,), (40,)]
 
 
 def test_a_demand_raises_a_queued_block_and_is_fetched_alone() -> None:
     queue = plan_of(("a", "o"))
     for index in range(8):
-        queue.want("a", index, Priority.FILL, 0.0)
+        queue.want("a", index, Priority.READ_AHEAD, 0.0)
     queue.want("a", 5, Priority.DEMAND, 1.0, "reader", 60.0)
     assert indices(queue.next_fetch(1.0)) == (5,)
     assert indices(queue.next_fetch(1.0)) == (0, 1, 2, 3, 4)
     assert indices(queue.next_fetch(1.0)) == (6, 7)
     answer, _ = queue.arrived("a", 5)
     assert answer.waiters == ("reader",)
-    assert (answer.reason, answer.priority) == (Priority.FILL, Priority.DEMAND)
+    assert (answer.reason, answer.priority) == (Priority.READ_AHEAD, Priority.DEMAND)
     assert answer.wanted_at == 0.0
 
 
@@ -94,12 +97,12 @@ def test_limits_per_layer_and_origin_leave_room_for_others_and_for_demands() -> 
         connections_per_origin=6,
         connections_per_layer=4,
         demand_connections=1,
-        fill_request_bytes=0,
+        request_bytes=0,
     )
     queue = plan_of(("a", "o"), ("b", "o"), ("c", "p"), policy=policy)
     for layer in ("a", "b", "c"):
         for index in range(20):
-            queue.want(layer, index, Priority.FILL, 0.0)
+            queue.want(layer, index, Priority.BOOT, 0.0)
     started = []
     while (fetch := queue.next_fetch(0.0)) is not None:
         started.append(fetch.layer)
@@ -110,12 +113,36 @@ def test_limits_per_layer_and_origin_leave_room_for_others_and_for_demands() -> 
     assert indices(queue.next_fetch(0.0)) == (19,), "a connection is kept for demands"
 
 
+def test_fill_is_narrow_and_waits_while_its_origin_fetches_a_demand() -> None:
+    policy = plan.Policy(fill_request_bytes=0, fill_connections=2)
+    queue = plan_of(("a", "o"), ("b", "p"), policy=policy)
+    for index in range(9):
+        queue.want("a", index, Priority.FILL, 0.0)
+    filling = [queue.next_fetch(0.0) for _ in range(3)]
+    assert [indices(fetch) for fetch in filling] == [(0,), (1,), None]
+    queue.want("a", 40, Priority.DEMAND, 0.0, "reader", 60.0)
+    demand = queue.next_fetch(0.0)
+    assert demand is not None
+    for fetch in filling[:2]:
+        assert fetch is not None
+        queue.arrived("a", fetch.indices[0])
+        queue.finished(fetch)
+    assert queue.next_fetch(0.0) is None
+    queue.want("b", 0, Priority.FILL, 0.0)
+    other = queue.next_fetch(0.0)
+    assert other is not None
+    assert other.layer == "b"
+    queue.arrived("a", 40)
+    queue.finished(demand)
+    assert indices(queue.next_fetch(0.0)) == (2,)
+
+
 def test_origins_and_layers_take_turns() -> None:
-    policy = plan.Policy(fill_request_bytes=0)
+    policy = plan.Policy(request_bytes=0)
     queue = plan_of(("a", "o"), ("b", "o"), ("c", "p"), policy=policy)
     for layer in ("a", "b", "c"):
         for index in range(2):
-            queue.want(layer, index, Priority.FILL, 0.0)
+            queue.want(layer, index, Priority.BOOT, 0.0)
     order = [queue.next_fetch(0.0) for _ in range(6)]
     layers = [fetch.layer for fetch in order if fetch]
     assert layers == ["a", "c", "b", "c", "a", "b"]
@@ -135,7 +162,7 @@ def test_everyone_who_waits_is_answered_by_one_fetch() -> None:
 def test_an_outage_is_waited_out_by_demands_only_one_fetch_at_a_time() -> None:
     queue = plan_of(("a", "o"))
     queue.want("a", 0, Priority.DEMAND, 0.0, "reader", 60.0)
-    queue.want("a", 9, Priority.FILL, 0.0, "filler")
+    queue.want("a", 9, Priority.BOOT, 0.0, "filler")
     demand, fill = queue.next_fetch(0.0), queue.next_fetch(0.0)
     assert demand is not None
     assert fill is not None
@@ -254,8 +281,8 @@ def test_removing_a_layer_answers_its_waiters_and_forgets_its_queue() -> None:
     queue.want("a", 0, Priority.DEMAND, 0.0, "running", 60.0)
     running = queue.next_fetch(0.0)
     queue.want("a", 1, Priority.DEMAND, 0.0, "queued", 60.0)
-    queue.want("a", 2, Priority.FILL, 0.0)
-    queue.want("b", 0, Priority.FILL, 0.0)
+    queue.want("a", 2, Priority.BOOT, 0.0)
+    queue.want("b", 0, Priority.BOOT, 0.0)
     answers = queue.remove_layer("a")
     assert sorted(w for answer in answers for w in answer.waiters) == ["queued", "running"]
     assert queue.remove_layer("a") == []
