@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -32,7 +33,9 @@ import zstandard
 from converter.erofs_writer import Layout
 from imagefs import artifact, blockmap, errors, origin, seektable
 
-DEFAULT_LEVEL: Final = 1
+DEFAULT_LEVEL: Final = 2
+"""Blocks are compressed once and fetched often, so the highest level that keeps up: docs/format.md has the
+figures."""
 LIBZSTD_VERSION: Final = (
     zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
 )
@@ -100,7 +103,7 @@ class LayerBlobWriter:
         self._frame_bytes = frame_bytes
         self._level = level
         self._executor = executor
-        self._zeros = bytes(block_bytes)
+        self._zeros = _zeros(block_bytes)
         self._packed_zeros: _Packed | None = None
         self._thread = threading.local()
 
@@ -310,6 +313,12 @@ def _seek_table(entries: Iterable[_Entry]) -> bytes:
     return seektable.encode(
         pair for entry in entries for pair in zip(entry.frame_compressed, entry.frame_lengths, strict=True)
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _zeros(length: int) -> bytes:
+    """One constant for all layers of a conversion: it is as large as a block."""
+    return bytes(length)
 
 
 def _compress_bound(length: int) -> int:

@@ -279,6 +279,25 @@ def test_a_hundred_thousand_files_in_one_directory(tmp_path: pathlib.Path) -> No
         assert not os.path.exists(top + b"/d/file-050000.da")
 
 
+def test_two_thousand_directories_deep() -> None:
+    root = directory()
+    deepest = root
+    for _ in range(2000):
+        assert deepest.children is not None
+        deepest.children[b"d"] = deepest = directory()
+    source = layer_image.reader(layer_image.build(root, {}))
+    inode, parent = source.root(), source.root()
+    for _ in range(2000):
+        found = source.lookup(inode, b"d")
+        assert found is not None
+        up = source.lookup(found, b"..")
+        assert up is not None
+        assert up.nid == inode.nid
+        parent, inode = inode, found
+    assert parent.links == 3
+    assert inode.links == 2
+
+
 # -- any tree --------------------------------------------------------------------------------------------
 
 names = st.binary(min_size=1, max_size=255).filter(
