@@ -28,7 +28,7 @@ from imagefs import errors
 from imagefs.fuse import keeper
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import device_name, encode_spec, write_atomically
-from imagefs.origin import connect
+from imagefs.origin.connect import Options
 
 MAX_REQUEST_BYTES = 4 << 20
 MAX_REPLY_BYTES = 64 << 20
@@ -57,7 +57,7 @@ class ServerSettings:
     workers: int = dataclasses.field(default_factory=lambda: max(2, min(4, os.cpu_count() or 1)))
     read_deadline_seconds: float = 60.0
     connections: int = 8
-    origins: connect.Options = dataclasses.field(default_factory=connect.Options)
+    origins: Options = dataclasses.field(default_factory=Options)
 
 
 def encode_settings(value: ServerSettings) -> bytes:
@@ -73,7 +73,7 @@ def decode_settings(data: bytes) -> ServerSettings:
     """Inverse of encode_settings. Raises ConfigurationError."""
     try:
         document = json.loads(data)
-        document["origins"] = connect.Options.from_json(document["origins"])
+        document["origins"] = Options.from_json(document["origins"])
         for name in ("state_dir", "cache_dir"):
             document[name] = Path(document[name])
         return ServerSettings(**document)
@@ -102,7 +102,7 @@ class DeviceClient:
         client = cls(ServerSettings(state_dir, state_dir, 0, 0))
         return client if client._answers_within(_RESTART_SECONDS) else None
 
-    def attach(self, owner: str, layers: Sequence[LayerSpec], origins: connect.Options) -> list[Path]:
+    def attach(self, owner: str, layers: Sequence[LayerSpec], origins: Options) -> list[Path]:
         """Make layers readable for `owner`, a name of the client's choice (a mount id). All or none.
         Attaching twice counts once. Returns the device files, in the order of `layers`."""
         state_dir = self._settings.state_dir

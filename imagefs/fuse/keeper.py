@@ -1,7 +1,7 @@
 """The keeper: owns the FUSE mount of one state directory and every descriptor of it, so that servers may die.
 
 A process of its own, single-threaded, few imports, nothing that could fail once it runs:
-`python -m imagefs.fuse.keeper --state DIR --clones N [--start-server] [--ready-fd FD] [--adopt FD,FD...]`.
+`python -m imagefs.fuse.keeper --state DIR --clones N [--start-server] [--ready-fd FD] [--adopt ...]`.
 control.py starts it (with --start-server), or systemd does, which then starts the server itself; a server
 whose keeper was killed starts one with --adopt, handing it the clones.
 
@@ -139,12 +139,15 @@ class Keeper:
             fcntl.ioctl(clone, _IOC_CLONE, struct.pack("=I", self._master))
             self._clones.append(clone)
 
-    def adopt(self, clones: list[int], token: str) -> None:
-        """Take over the clones, and the mount behind them, of a keeper that was killed."""
-        for clone in clones:
-            os.set_inheritable(clone, False)
-        self._clones = clones
+    def adopt(self, token: str, liveness: int, clones: list[int], *, resend: bool) -> None:
+        """Take over the clones, and the mount behind them, of a keeper that was killed, and its server: from
+        now on, not from when that comes to say hello, because it may be killed before."""
+        for fd in (liveness, *clones):
+            os.set_inheritable(fd, False)
         self._token = token
+        self._clones = clones
+        self._resend = resend
+        self._watch(liveness)
         self._say_ready()
 
     def _greet(self) -> None:
@@ -250,6 +253,8 @@ class Keeper:
         operation = json.loads(data).get("op")
         if operation == "register" and len(fds) == 1:
             self._register(connection, fds[0])
+        elif operation == "rejoin":
+            return  # an adopted server; all that it needs is this connection
         elif operation == "ready":
             self._say_ready()
         elif operation == "stop":
@@ -267,6 +272,10 @@ class Keeper:
             {"token": self._token, "resend": self._resend, "restarts": self._start_server},
             self._clones,
         )
+
+    def _watch(self, liveness: int) -> None:
+        self._liveness = liveness
+        self._poll.register(liveness, select.POLLIN)
 
     def _say_ready(self) -> None:
         if self._ready_fd is not None:
@@ -359,7 +368,7 @@ def main() -> None:
     parser.add_argument("--clones", type=int, default=2, help="workers that a server may have")
     parser.add_argument("--start-server", action="store_true", help="start the server, again when it dies")
     parser.add_argument("--ready-fd", type=int, help="become a daemon; write a line here when serving")
-    parser.add_argument("--adopt", help="TOKEN:FD,FD... of a keeper that was killed")
+    parser.add_argument("--adopt", help="JSON: what a keeper that was killed had")
     arguments = parser.parse_args()
     lock = os.open(arguments.state / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -371,8 +380,8 @@ def main() -> None:
         _detach_from_starter(arguments.state)
     keeper = Keeper(arguments.state, start_server=arguments.start_server, ready_fd=arguments.ready_fd)
     if arguments.adopt:
-        token, _, fds = arguments.adopt.partition(":")
-        keeper.adopt([int(fd) for fd in fds.split(",")], token)
+        left = json.loads(arguments.adopt)
+        keeper.adopt(left["token"], left["liveness"], left["clones"], resend=left["resend"])
     else:
         if arguments.start_server:
             keeper.spawn_server()  # it starts while we mount

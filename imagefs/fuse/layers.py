@@ -34,7 +34,7 @@ from imagefs.fuse.devices import (
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
-_SAME_READ_SECONDS = 1.0
+SAME_READ_SECONDS = 1.0
 """A read of several pages that failed is asked again by the kernel, page by page: within this time that is
 the same read, and it must not wait for another deadline."""
 
@@ -114,7 +114,7 @@ class Layers:
             return
         key = (layer.map_digest, index)
         failed_at = self._failed.get(key)
-        if failed_at is not None and time.monotonic() - failed_at < _SAME_READ_SECONDS:
+        if failed_at is not None and time.monotonic() - failed_at < SAME_READ_SECONDS:
             done(errors.UnavailableError(f"layer {key[0]}: block {index} has just failed"))
             return
 
@@ -128,7 +128,7 @@ class Layers:
     def _note_failure(self, key: tuple[str, int], error: Exception) -> None:
         now = time.monotonic()
         if len(self._failed) > 1024:
-            recent = {k: at for k, at in list(self._failed.items()) if now - at < _SAME_READ_SECONDS}
+            recent = {k: at for k, at in list(self._failed.items()) if now - at < SAME_READ_SECONDS}
             self._failed = recent
         self._failed[key] = now
         _log(f"read failed: {error}")
@@ -147,8 +147,8 @@ class Layers:
         for spec in specs:
             # Outside the lock: it may ask the origin for the map.
             origin = self._origin(Source(spec.origin_ref, origins))
-            if spec.map_digest not in maps:
-                maps[spec.map_digest] = self._read_map(spec, origin)
+            known = maps.get(spec.map_digest)
+            maps[spec.map_digest] = self._checked_blob(spec, known) if known else self._read_map(spec, origin)
         with self._lock:
             if self._closed:
                 raise control.StoppingError("the device server is stopping")
@@ -167,7 +167,17 @@ class Layers:
                 self._fetcher.detach(record.spec.map_digest)
                 if not record.owners:
                     map_path(self._settings.state_dir, record.spec.map_digest).unlink(missing_ok=True)
+            if not self._table.records():
+                self._forget_all()
         return gone
+
+    def _forget_all(self) -> None:
+        """With the last device gone: maps that failed attaches left behind, and connections."""
+        for path in map_path(self._settings.state_dir, "").iterdir():
+            path.unlink(missing_ok=True)
+        origins, self._origins = self._origins, {}
+        for origin in origins.values():
+            origin.close()
 
     def close_if_idle(self) -> bool:
         """Refuse further attaches, if there is no device."""
@@ -245,6 +255,9 @@ class Layers:
             raise errors.IntegrityError(f"{path}: the block map's bytes are not {spec.map_digest}")
         block_map = blockmap.decode(data)
         frames.check_sizes(block_map, spec.map_digest)
+        return self._checked_blob(spec, block_map)
+
+    def _checked_blob(self, spec: LayerSpec, block_map: blockmap.BlockMap) -> blockmap.BlockMap:
         if "sha256:" + block_map.blob_digest.hex() != spec.blob_digest:
             raise errors.IntegrityError(
                 f"block map {spec.map_digest} is of blob sha256:{block_map.blob_digest.hex()}, "

@@ -44,6 +44,7 @@ _STUCK_SECONDS = 10
 _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
 _MAX_CONNECTIONS = 64
+_KEEPER_RETRY_SECONDS = 1.0
 
 
 class KeeperLink:
@@ -57,12 +58,20 @@ class KeeperLink:
         self.token = ""
         self.resend = False
         self._restarts = False
+        self._stopping = False
+        self._lock = threading.Lock()
         self._socket = self._register()
 
-    def send(self, operation: str) -> None:
-        """A message without an answer."""
-        with contextlib.suppress(OSError):
-            self._socket.send(json.dumps({"op": operation}).encode())
+    def say_ready(self) -> None:
+        """The control socket takes requests."""
+        self._send({"op": "ready"})
+
+    def stop(self) -> None:
+        """Have the keeper unmount and end; `watch` returns. May be called again."""
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
+                self._send({"op": "stop"})
 
     def watch(self) -> None:
         """Until the keeper says goodbye. One that was killed is replaced."""
@@ -71,15 +80,29 @@ class KeeperLink:
                 data = self._socket.recv(4096)
             except ConnectionError:
                 data = b""
-            if data and json.loads(data).get("op") == "bye":
+            if self._stopping or (data and json.loads(data).get("op") == "bye"):
                 return
             if not data:
                 log("the keeper is gone: starting another")
-                self._replace_keeper()
+                try:
+                    self._replace_keeper()
+                except (OSError, subprocess.CalledProcessError) as exc:
+                    log(
+                        f"cannot, and go on without: {exc}"
+                    )  # the mount is served; our own death would end it
+                    time.sleep(_KEEPER_RETRY_SECONDS)
 
-    def _register(self) -> socket.socket:
+    def _send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.send(json.dumps(message).encode())
+
+    def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(os.fspath(self._state_dir / "keeper.sock"))
+        return connection
+
+    def _register(self) -> socket.socket:
+        connection = self._connect()
         rights = array.array("i", [self._liveness])
         connection.sendmsg(
             [json.dumps({"op": "register"}).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
@@ -94,26 +117,29 @@ class KeeperLink:
         self.token = str(answer["token"])
         self.resend = bool(answer["resend"])
         self._restarts = bool(answer["restarts"])
-        if self.clones:
-            for fd in fds:
-                os.close(fd)
-        else:
-            self.clones = list(fds)
+        self.clones = list(fds)
         return connection
 
     def _replace_keeper(self) -> None:
         self._socket.close()
-        clones = ",".join(map(str, self.clones))
+        left = {
+            "token": self.token,
+            "resend": self.resend,
+            "liveness": self._liveness,
+            "clones": self.clones,
+        }
         ready, ready_writer = os.pipe2(os.O_CLOEXEC)
         command = [sys.executable, "-m", "imagefs.fuse.keeper", "--state", os.fspath(self._state_dir)]
-        command += ["--adopt", f"{self.token}:{clones}", "--ready-fd", str(ready_writer)]
+        command += ["--adopt", json.dumps(left), "--ready-fd", str(ready_writer)]
         if self._restarts:
             command.append("--start-server")
-        subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=[*self.clones, ready_writer], check=True)
+        fds = [self._liveness, *self.clones, ready_writer]
+        subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=fds, check=True)
         os.close(ready_writer)
-        os.read(ready, 1)  # "listening", or its end
+        os.read(ready, 1)  # it listens
         os.close(ready)
-        self._socket = self._register()
+        self._socket = self._connect()
+        self._send({"op": "rejoin"})
 
 
 class _Channel:
@@ -172,7 +198,7 @@ class Server:
         self._resend()
         listener = keeper.listen(self._settings.state_dir / "control.sock", socket.SOCK_STREAM)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        self._link.send("ready")
+        self._link.say_ready()
         threading.Thread(target=self._load, daemon=True).start()
         self._link.watch()
         self._stopping = True
@@ -283,7 +309,7 @@ class Server:
                         reply = control.encode_error(exc)
                     control.send(connection, reply)
                     if self._stopping:
-                        self._link.send("stop")
+                        self._link.stop()
         except (OSError, errors.ImagefsError) as exc:
             log(f"control connection: {exc}")
         finally:

@@ -1,0 +1,182 @@
+"""Processes that are killed in the middle of reads: readers see a pause, right bytes, and no error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from imagefs.fuse import control, keeper
+from tests.imagefs.fuse import stack
+from tests.imagefs.fuse.stack import Reader, eventually
+
+pytestmark = pytest.mark.root
+
+_BLOCK = 65536
+
+
+def _processes(client: stack.Client) -> dict[str, list[int]]:
+    found = client.status()["processes"]
+    return {"server": [found["server"]], "workers": found["workers"]}
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _one_worker(client: stack.Client) -> None:
+    _kill(_processes(client)["workers"][:1])
+
+
+def _all_workers(client: stack.Client) -> None:
+    _kill(_processes(client)["workers"])
+
+
+def _server(client: stack.Client) -> None:
+    _kill(_processes(client)["server"])
+
+
+def _workers_then_server(client: stack.Client) -> None:
+    found = _processes(client)
+    _kill(found["workers"] + found["server"])
+
+
+def _server_then_workers(client: stack.Client) -> None:
+    found = _processes(client)
+    _kill(found["server"] + found["workers"])
+
+
+@pytest.mark.parametrize(
+    "kill", [_one_worker, _all_workers, _server, _workers_then_server, _server_then_workers]
+)
+def test_readers_outlive(
+    tmp_path: Path, blobs: stack.BlobServer, kill: Callable[[stack.Client], None]
+) -> None:
+    layer = stack.make_layer(stack.random_image(12 << 20, 1), _BLOCK)
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        blobs.open.clear()
+        readers = [Reader(device), Reader(device, 6 << 20), Reader(device, 12 << 20), Reader(device, 1 << 20)]
+        for _ in range(3):  # reads hang in the kernel, in workers and at the origin
+            assert blobs.arrived.acquire(timeout=30)
+        before = _processes(client)
+        kill(client)
+        eventually(lambda: _processes(client) != before, "another process")
+        assert readers[0].running()
+        blobs.open.set()
+        image = layer.image
+        expected = [image, image[6 << 20 :], b"", image[1 << 20 :]]
+        assert [reader.outcome() for reader in readers] == [stack.digest(data) for data in expected]
+
+
+def test_killed_again_and_again(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """Readers go on while workers and servers die at whatever they are doing."""
+    layer = stack.make_layer(stack.random_image(48 << 20, 2), _BLOCK)
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        readers = [Reader(device, start << 20) for start in (0, 16, 32)]
+        for kill in (_one_worker, _server, _all_workers, _server_then_workers):
+            if readers[0].running():
+                _kill_and_wait(client, kill)
+        outcomes = [reader.outcome() for reader in readers]
+        assert outcomes == [stack.digest(layer.image[start << 20 :]) for start in (0, 16, 32)]
+
+
+def _kill_and_wait(client: stack.Client, kill: Callable[[stack.Client], None]) -> None:
+    before = _processes(client)
+    kill(client)
+    eventually(lambda: _processes(client) != before, "another process")
+
+
+def test_a_keeper_that_is_killed_is_replaced(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = stack.make_layer(stack.random_image(4 << 20, 3), _BLOCK)
+    values = stack.settings(tmp_path)
+    with stack.running(values) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        old = _keeper(values.state_dir)
+        blobs.open.clear()
+        reader = Reader(device)
+        assert blobs.arrived.acquire(timeout=30)
+        _kill([old])
+        eventually(lambda: _keeper(values.state_dir) not in (0, old), "another keeper")
+        # The new one does what the old one was for, from its first moment.
+        before = _processes(client)
+        _server(client)
+        eventually(lambda: _processes(client) != before, "another server")
+        blobs.open.set()
+        assert reader.outcome() == stack.digest(layer.image)
+
+
+def _keeper(state_dir: Path) -> int:
+    """Who holds the keeper's lock; 0 if nobody does."""
+    inode = (state_dir / "keeper.lock").stat().st_ino
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
+            return _holder(state_dir / "keeper.lock")
+    return 0
+
+
+def _holder(path: Path) -> int:
+    """The lock is taken before the keeper becomes a daemon, so that /proc/locks names its parent."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if any(os.readlink(fd) == os.fspath(path) for fd in (entry / "fd").iterdir()):
+                    return int(entry.name)
+            except OSError:
+                continue
+    return 0
+
+
+def test_everything_killed_and_started_anew(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """What a reboot or the death of all leaves: a dead mount, stale sockets, a table of dead devices."""
+    layer = stack.make_layer(stack.random_image(1 << 20, 4), _BLOCK)
+    spec, values = blobs.add(layer), stack.settings(tmp_path)
+    client = control.DeviceClient.ensure(values)
+    (device,) = client.attach("owner", [spec], stack.OPTIONS)
+    fd = os.open(device, os.O_RDONLY)  # keeps the dead mount busy
+    try:
+        found = _processes(client)
+        old = _keeper(values.state_dir)
+        os.kill(old, signal.SIGSTOP)  # else it would start another server
+        _kill([*found["server"], *found["workers"], old])
+        with pytest.raises(OSError, match=r"."):
+            os.pread(fd, 4096, 0)
+        assert keeper.mounted(keeper.device_directory(values.state_dir))
+        assert (values.state_dir / "control.sock").exists()
+        eventually(lambda: control.DeviceClient.connect(values.state_dir) is None, "all are gone")
+        with stack.running(values) as again:
+            assert len(keeper.mounted(keeper.device_directory(values.state_dir))) == 1
+            assert again.status()["devices"] == []
+            (device,) = again.attach("owner", [spec], stack.OPTIONS)
+            assert device.read_bytes() == layer.image
+    finally:
+        os.close(fd)
+
+
+def test_the_starter_may_die(tmp_path: Path) -> None:
+    """The processes outlive the session of the command that started them."""
+    values = stack.settings(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from imagefs.fuse import control;"
+        "control.DeviceClient.ensure(control.decode_settings(sys.stdin.buffer.read()))"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", code],
+        input=control.encode_settings(values),
+        start_new_session=True,
+        capture_output=True,
+        timeout=30,
+    )
+    assert started.returncode == 0, started.stderr
+    client = control.DeviceClient.connect(values.state_dir)
+    assert client is not None
+    assert client.status()["processes"]["survives_kill"]
+    client.stop()
