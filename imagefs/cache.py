@@ -266,9 +266,13 @@ class BlockCache:
             held = self._memory.get(digest)
             if held is None:
                 return None
+            try:
+                fd = os.dup(held[0])
+            except OSError:
+                return None  # no descriptor left: a miss; who fetches it will say so
             self._memory.move_to_end(digest)
             self._counts["hits"] += 1
-            return os.dup(held[0])
+            return fd
 
     def _put_memory(self, digest: bytes, data: bytes) -> int:
         fd = -1
@@ -318,7 +322,7 @@ class BlockCache:
             try:
                 work = self._work.get(timeout=_HOUSEKEEPING_SECONDS)
             except queue.Empty:
-                work = self._evict
+                work = self._keep_limits
             if work is None:
                 return
             work()
@@ -338,16 +342,18 @@ class BlockCache:
             self._counts["written"] += 1
             self._used_bytes += allocated
             self._blocks += 1
-        free_bytes, floor_bytes = self._space()
-        if (
-            self._used_bytes > self._quota_bytes
-            or free_bytes < floor_bytes
-            or time.monotonic() - self._scanned_at > _RESCAN_SECONDS
-        ):
-            self._evict()
+        if time.monotonic() - self._scanned_at > _RESCAN_SECONDS:
+            self._evict()  # others may have written, too
+        else:
+            self._keep_limits()
         if self._refused and time.monotonic() >= self._disk_retry_at:
             self._refused = False
             _log.warning("block cache: %s takes blocks again", self._files.path)
+
+    def _keep_limits(self) -> None:
+        free_bytes, floor_bytes = self._space()
+        if self._used_bytes > self._quota_bytes or free_bytes < floor_bytes:
+            self._evict()
 
     def _space(self) -> tuple[int, int]:
         """Free bytes, and how many must stay free."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import fcntl
 import logging
 import os
 import random
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from imagefs import blockmap, errors, frames, plan
+from imagefs import blockmap, errors, fetchlog, frames, plan
 from imagefs.cache import BlockCache
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
@@ -47,40 +48,6 @@ class FetchSettings:
     policy: plan.Policy = dataclasses.field(default_factory=plan.Policy)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FetchEvent:
-    """One block's way, for the waterfall. Times are time.monotonic_ns(). `reason` is why it was first
-    wanted, `priority` how urgent it was in the end. `outcome`: "origin", "cache" or "failed"."""
-
-    map_digest: str
-    block: int
-    priority: Priority
-    reason: str
-    wanted_ns: int
-    started_ns: int
-    arrived_ns: int
-    compressed_bytes: int
-    outcome: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FetchStats:
-    """Counters since start; `coalesced_blocks` came in the same request as a neighbour. Bytes are the
-    origin's, compressed, unless the name says otherwise."""
-
-    cache_hits: int
-    zero_hits: int
-    origin_requests: int
-    fetched_blocks: int
-    fetched_bytes: int
-    uncompressed_bytes: int
-    coalesced_blocks: int
-    failed_blocks: int
-    corrupt_blocks: int
-    expired_reads: int
-    threads: int
-
-
 @dataclasses.dataclass(slots=True)
 class _Attached:
     layer: LazyLayer
@@ -103,10 +70,8 @@ class Fetcher:
         self._idle = 0
         self._clock_until = 0.0
         self._closed = False
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._events: collections.deque[FetchEvent] = collections.deque(maxlen=settings.events)
-        self._zeros = os.memfd_create("glowplug-zeros")
-        os.ftruncate(self._zeros, blockmap.MAX_BLOCK_BYTES)
+        self._log = fetchlog.FetchLog(settings.events)
+        self._zeros = _zeros()
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
         self._clock.start()
@@ -154,13 +119,13 @@ class Fetcher:
             return
         block = known.layer.block_map.blocks[index]
         if block.zero:
-            self._count(zero_hits=1)
-            self._call(done, os.dup(self._zeros))
+            self._log.count(zero_hits=1)
+            self._hand_out(done, self._zeros)
             return
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
         if fd is not None:
-            self._note_hit(map_digest, index, priority, wanted_at)
+            self._log.note_hit(map_digest, index, priority, wanted_at)
             self._call(done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
@@ -205,16 +170,13 @@ class Fetcher:
                 future.add_done_callback(_close_result)
         return bytes(out)
 
-    def events(self) -> list[FetchEvent]:
+    def events(self) -> list[fetchlog.FetchEvent]:
         """The latest events, oldest first."""
-        with self._lock:
-            return list(self._events)
+        return self._log.events()
 
-    def stats(self) -> FetchStats:
+    def stats(self) -> fetchlog.FetchStats:
         """Counters; see FetchStats."""
-        with self._lock:
-            names = {field.name for field in dataclasses.fields(FetchStats)} - {"threads"}
-            return FetchStats(**{name: self._counts[name] for name in names}, threads=self._threads)
+        return self._log.stats(self._threads)
 
     def close(self) -> None:
         """Fail what is pending, and stop. Threads that hang in an origin are left to end by themselves."""
@@ -268,7 +230,7 @@ class Fetcher:
         if fd is None:
             self._want(map_digest, index, priority, done, wanted_at)
         else:
-            self._note_hit(map_digest, index, priority, wanted_at)
+            self._log.note_hit(map_digest, index, priority, wanted_at)
             self._call(done, fd)
 
     def _read_ahead(self, map_digest: str, index: int) -> None:
@@ -344,7 +306,7 @@ class Fetcher:
                     self._time.wait(None if until is None else max(0.0, until - now))
                 self._clock_until = 0.0
             for answer in expired:
-                self._count(expired_reads=len(answer.waiters))
+                self._log.count(expired_reads=len(answer.waiters))
                 self._refuse(answer, self._timed_out(answer))
 
     def _timed_out(self, answer: plan.Answer[Done]) -> errors.ImagefsError:
@@ -366,7 +328,7 @@ class Fetcher:
             if fd is None:
                 missing.append(index)
             else:
-                self._deliver(fetch.layer, index, fd, "cache")
+                self._deliver(layer, index, fd, "cache")
         if not missing:
             return
         start = block_map.blocks[missing[0]].offset
@@ -374,14 +336,14 @@ class Fetcher:
         part = buffer[: last.offset + last.compressed_bytes - start]
         origin = origins[fetch.attempt % len(origins)]
         deadline = time.monotonic() + self._settings.read_deadline_seconds
-        self._count(origin_requests=1)
+        self._log.count(origin_requests=1)
         try:
             origin.read_range(layer.blob_digest, start, part, deadline)
         except Exception as exc:
             for index in missing:
                 self._fail(fetch, index, exc, more_origins=len(origins) > 1)
             return
-        self._count(fetched_bytes=len(part), coalesced_blocks=len(missing) - 1)
+        self._log.count(fetched_bytes=len(part), coalesced_blocks=len(missing) - 1)
         for index in missing:
             block = block_map.blocks[index]
             compressed = part[block.offset - start :][: block.compressed_bytes]
@@ -393,22 +355,17 @@ class Fetcher:
             except Exception as exc:
                 self._fail(fetch, index, exc, more_origins=False)
             else:
-                self._count(fetched_blocks=1, uncompressed_bytes=len(data))
-                self._deliver(fetch.layer, index, fd, "origin")
+                self._log.count(fetched_blocks=1, uncompressed_bytes=len(data))
+                self._deliver(layer, index, fd, "origin")
 
-    def _deliver(self, map_digest: str, index: int, fd: int, outcome: str) -> None:
+    def _deliver(self, layer: LazyLayer, index: int, fd: int, outcome: str) -> None:
         with self._lock:
-            answer, recovered = self._plan.arrived(map_digest, index)
-            self._note(answer, outcome)
+            answer, recovered = self._plan.arrived(layer.map_digest, index)
+        self._log.note(answer, outcome, layer.block_map.blocks[index].compressed_bytes)
         if recovered:
-            _log.warning("layer %s: its origin answers again", map_digest)
+            _log.warning("layer %s: its origin answers again", layer.map_digest)
         for waiter in answer.waiters:
-            try:
-                own = os.dup(fd)
-            except OSError as exc:
-                self._call(waiter, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
-            else:
-                self._call(waiter, own)
+            self._hand_out(waiter, fd)
         os.close(fd)
 
     def _fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
@@ -421,9 +378,8 @@ class Fetcher:
             answer, began = self._plan.failed(
                 fetch.layer, index, failure, error, time.monotonic(), jitter, retry_after
             )
-            self._counts["failed_blocks"] += 1
-            self._counts["corrupt_blocks"] += failure is plan.Failure.CORRUPT
             self._time.notify()
+        self._log.count(failed_blocks=1, corrupt_blocks=int(failure is plan.Failure.CORRUPT))
         if began:
             # A traceback only for what no origin should raise.
             unexpected = None if error is exc else exc
@@ -437,10 +393,17 @@ class Fetcher:
 
     def _refuse(self, answer: plan.Answer[Done], error: Exception) -> None:
         if answer.waiters:
-            with self._lock:
-                self._note(answer, "failed")
+            self._log.note(answer, "failed", 0)
         for waiter in answer.waiters:
             self._call(waiter, error)
+
+    def _hand_out(self, done: Done, fd: int) -> None:
+        try:
+            own = os.dup(fd)
+        except OSError as exc:
+            self._call(done, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
+        else:
+            self._call(done, own)
 
     def _call(self, done: Done, result: int | Exception) -> None:
         try:
@@ -448,37 +411,6 @@ class Fetcher:
         except Exception:
             # A thread that serves everybody must outlive one caller's mistake.
             _log.exception("a callback for a fetched block failed")
-
-    def _note(self, answer: plan.Answer[Done], outcome: str) -> None:
-        """With the lock held."""
-        known = self._layers.get(answer.layer)
-        self._events.append(
-            FetchEvent(
-                map_digest=answer.layer,
-                block=answer.index,
-                priority=answer.priority,
-                reason=answer.reason.name.lower(),
-                wanted_ns=int(answer.wanted_at * 1e9),
-                started_ns=int(answer.started_at * 1e9),
-                arrived_ns=time.monotonic_ns(),
-                compressed_bytes=known.layer.block_map.blocks[answer.index].compressed_bytes if known else 0,
-                outcome=outcome,
-            )
-        )
-
-    def _note_hit(self, map_digest: str, index: int, priority: Priority, wanted_at: float) -> None:
-        wanted_ns = int(wanted_at * 1e9)
-        reason = priority.name.lower()
-        event = FetchEvent(
-            map_digest, index, priority, reason, wanted_ns, wanted_ns, time.monotonic_ns(), 0, "cache"
-        )
-        with self._lock:
-            self._events.append(event)
-            self._counts["cache_hits"] += 1
-
-    def _count(self, **counts: int) -> None:
-        with self._lock:
-            self._counts.update(counts)
 
 
 def _classify(exc: Exception) -> tuple[plan.Failure, errors.ImagefsError]:
@@ -492,6 +424,15 @@ def _classify(exc: Exception) -> tuple[plan.Failure, errors.ImagefsError]:
     if isinstance(exc, errors.ImagefsError):
         return plan.Failure.FINAL, exc
     return plan.Failure.UNAVAILABLE, errors.UnavailableError(f"unexpected {type(exc).__name__}: {exc}")
+
+
+def _zeros() -> int:
+    """A file of zeros as long as any block, which whoever gets a descriptor of it cannot change."""
+    fd = os.memfd_create("glowplug-zeros", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, blockmap.MAX_BLOCK_BYTES)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
 
 
 def _closing() -> errors.UnavailableError:

@@ -55,13 +55,13 @@ class Policy:
     """Limits on fetches in flight, requests and retries.
 
     `connections` bounds the whole, `connections_per_origin` and `connections_per_layer` one origin and one
-    layer; of each of the three, `demand_connections` are for demands only. Fill, which nobody waits for, gets
-    `fill_connections` of an origin, and none while that origin is fetching a demand. An origin whose last
-    fetch failed gets `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds
-    one request that takes neighbours along (compressed) for boot and read-ahead, `fill_request_bytes` for
-    fill. Pauses between tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`;
-    `denied_retry_seconds` is the least pause after refused credentials. `corrupt_attempts` is how often a
-    block is fetched whose bytes are wrong.
+    layer; of each of the three, `demand_connections` are for demands only, but never the last one. Fill,
+    which nobody waits for, gets `fill_connections` of an origin, and none while that origin is fetching a
+    demand. An origin whose last fetch failed gets `failing_connections`, so that dead ones cannot use up the
+    whole. `request_bytes` bounds one request that takes neighbours along (compressed) for boot and
+    read-ahead, `fill_request_bytes` for fill. Pauses between tries of a failing layer grow from
+    `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after refused
+    credentials. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
     """
 
     connections: int = 32
@@ -326,17 +326,17 @@ class Plan(Generic[W]):
         """The layer whose turn it is among those that may start a fetch of this priority."""
         policy = self._policy
         reserved = 0 if priority is Priority.DEMAND else policy.demand_connections
-        if self._in_flight >= policy.connections - reserved:
+        if self._in_flight >= max(1, policy.connections - reserved):
             return None
         for origin, layers in self._turns.items():
-            limit = policy.connections_per_origin - reserved
+            limit = max(1, policy.connections_per_origin - reserved)
             if origin in self._failing_origins:
                 limit = policy.failing_connections
             if self._in_flight_by_origin[origin] >= limit or not self._may_fill(origin, priority):
                 continue
             for layer in layers:
                 state = self._layers[layer]
-                limit = 1 if state.failures else policy.connections_per_layer - reserved
+                limit = 1 if state.failures else max(1, policy.connections_per_layer - reserved)
                 if (
                     state.queues[priority]
                     and state.retry_at <= now

@@ -119,6 +119,11 @@ def test_zero_blocks_are_never_fetched(tmp_path: pathlib.Path) -> None:
         assert made.fetcher.read(layer.map_digest, 0, len(data)) == data
         assert len(made.origin.calls) == 2
         assert made.fetcher.stats().zero_hits == 3
+        made.fetcher.request(layer.map_digest, 1, Priority.DEMAND, made.answers.expect("zero"))
+        [fd] = made.answers.wait(["zero"])
+        assert isinstance(fd, int)
+        with pytest.raises(OSError):
+            os.pwrite(fd, b"x", 0)
 
 
 def test_the_same_block_in_another_layer_is_not_fetched_again(tmp_path: pathlib.Path) -> None:

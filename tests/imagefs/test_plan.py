@@ -113,6 +113,18 @@ def test_limits_per_layer_and_origin_leave_room_for_others_and_for_demands() -> 
     assert indices(queue.next_fetch(0.0)) == (19,), "a connection is kept for demands"
 
 
+def test_one_connection_is_enough_for_everything() -> None:
+    policy = plan.Policy(connections=1, connections_per_origin=1, connections_per_layer=1)
+    queue = plan_of(("a", "o"), policy=policy)
+    for priority in Priority:
+        queue.want("a", 10 * priority, priority, 0.0)
+        fetch = queue.next_fetch(0.0)
+        assert fetch is not None
+        assert queue.next_fetch(0.0) is None
+        queue.arrived("a", fetch.indices[0])
+        queue.finished(fetch)
+
+
 def test_fill_is_narrow_and_waits_while_its_origin_fetches_a_demand() -> None:
     policy = plan.Policy(fill_request_bytes=0, fill_connections=2)
     queue = plan_of(("a", "o"), ("b", "p"), policy=policy)
