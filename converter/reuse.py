@@ -1,9 +1,9 @@
 """Layers that were converted before: where they are looked for, and what is checked before one is used.
 
 A layer index is a set of tags in an origin, one per reuse key: `glowplug-layer-` and 32 hex digits of the
-key's sha256. The tag names a small artifact manifest with the layer's block map and blob, which also keeps
-the two from garbage collection. Tags are what registries, buckets and folders all have, so the destination
-and the local layer cache (an OCI layout) are used through one class.
+key's sha256. The tag names a small artifact manifest, the block map its config and the blob its layer, which
+also keeps the two from garbage collection. Tags are what registries, buckets and folders all have, so the
+destination and the local layer cache (an OCI layout) are used through one class.
 
 Whatever is found was written by strangers: the full key, the map's digest and parameters, and the blob's
 presence are checked. What fails a check is treated as absent, because converting again is always right.
@@ -21,14 +21,9 @@ from collections.abc import Iterator
 
 from imagefs import artifact, blockmap, errors, lazylayer
 from imagefs.artifact import Descriptor
-from imagefs.origin import BytesSource, Origin
+from imagefs.origin import Origin
 
 LAYER_ARTIFACT_TYPE = "application/vnd.glowplug.layer.v1"
-_EMPTY_CONFIG = Descriptor(
-    "application/vnd.oci.empty.v1+json",
-    "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
-    2,
-)
 _UNUSABLE = (errors.NotFoundError, errors.InvalidInputError, errors.IntegrityError)
 
 
@@ -85,10 +80,11 @@ class LayerIndex:
         try:
             manifest = self.origin.read_manifest(_tag(key))
             document = artifact.parse_json_object(manifest.data, "layer manifest")
-            entries = document.get("layers")
-            if not isinstance(entries, list) or len(entries) != 2:
+            layers = document.get("layers")
+            if not isinstance(layers, list) or len(layers) != 1:
                 return None
-            block_map, blob = (artifact.decode_descriptor(entry, "layer manifest") for entry in entries)
+            block_map = artifact.decode_descriptor(document.get("config"), "layer manifest: config")
+            blob = artifact.decode_descriptor(layers[0], "layer manifest: layers[0]")
             if block_map.annotations.get(artifact.REUSE_KEY) != str(key):
                 return None
             return open_layer(self.origin, key, block_map, blob)
@@ -98,17 +94,13 @@ class LayerIndex:
     def record(self, key: Key, block_map: Descriptor, blob: Descriptor) -> None:
         """Make a layer whose map and blob are in the origin findable."""
         annotations = {artifact.REUSE_KEY: str(key), artifact.DIFF_ID: key.diff_id}
-        self.origin.put_blob(_EMPTY_CONFIG.digest, _EMPTY_CONFIG.size, BytesSource(b"{}"))
         data = artifact.canonical_json(
             {
                 "schemaVersion": 2,
                 "mediaType": artifact.OCI_MANIFEST,
                 "artifactType": LAYER_ARTIFACT_TYPE,
-                "config": artifact.encode_descriptor(_EMPTY_CONFIG),
-                "layers": [
-                    artifact.encode_descriptor(dataclasses.replace(block_map, annotations=annotations)),
-                    artifact.encode_descriptor(blob),
-                ],
+                "config": artifact.encode_descriptor(dataclasses.replace(block_map, annotations=annotations)),
+                "layers": [artifact.encode_descriptor(blob)],
             }
         )
         self.origin.put_manifest(data, artifact.OCI_MANIFEST, _tag(key))

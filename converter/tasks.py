@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 1.0
 """How long a cancelled group waits for threads that are inside a call to the outside."""
 
 
