@@ -1,0 +1,334 @@
+"""`glowplug mount` and `umount`, the real command on the real kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from imagefs import mounts
+from imagefs.fuse import control
+from tests.fixtures import block_images, images, tars
+from tests.fixtures.block_images import Command
+
+pytestmark = pytest.mark.root
+
+BASE = images.tar_of([("etc", None), ("etc/motd", b"base\n"), ("etc/gone", b"x"), ("data", b"d" * 300_000)])
+TOP = images.tar_of([("etc", None), ("etc/motd", b"top\n"), ("etc/.wh.gone", b"")])
+
+
+def entry(name: str, content: bytes | None = None, **attributes: object) -> bytes:
+    """A tar of one entry with these attributes."""
+    out = BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(name)
+        info.type = tarfile.REGTYPE if content is not None else tarfile.DIRTYPE
+        info.size = len(content or b"")
+        for key, value in attributes.items():
+            setattr(info, key, value)
+        tar.addfile(info, BytesIO(content or b""))
+    return out.getvalue()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+def listing(root: Path) -> dict[str, object]:
+    """Everything that stat, readlink and xattrs say, and the content, by path. overlayfs lists a whiteout in
+    a directory that only one layer has, but does not find it: such a name is passed over."""
+    out: dict[str, object] = {}
+    links: dict[tuple[int, int], str] = {}
+    for folder, names, files in os.walk(os.fsencode(root)):
+        for name in [b".", *names, *files] if folder == os.fsencode(root) else [*names, *files]:
+            path = os.path.join(folder, name)
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            key = os.path.relpath(path, os.fsencode(root)).decode("utf-8", "surrogateescape")
+            regular = stat.S_ISREG(status.st_mode)
+            first = links.setdefault((status.st_dev, status.st_ino), key) if regular else key
+            out[key] = (
+                oct(status.st_mode),
+                status.st_uid,
+                status.st_gid,
+                status.st_mtime_ns,
+                status.st_size if regular else 0,
+                status.st_nlink if regular else 0,
+                os.readlink(path) if stat.S_ISLNK(status.st_mode) else b"",
+                status.st_rdev,
+                first,
+                {
+                    n: os.getxattr(path, n, follow_symlinks=False)
+                    for n in os.listxattr(path, follow_symlinks=False)
+                },
+                hash(Path(os.fsdecode(path)).read_bytes()) if regular and status.st_size < 1 << 26 else 0,
+            )
+    return out
+
+
+@pytest.mark.parametrize("mode", ["auto", "loop", "fuse"])
+def test_an_image_is_mounted_read_and_unmounted(
+    glowplug: Command, tmp_path: Path, directory: Path, mode: str
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE, TOP])
+    said = glowplug("mount", ref, directory, "--mode", mode)
+    assert f"mode {'erofs' if mode == 'auto' else mode}" in said.stderr
+    assert said.stdout == ""
+    assert (directory / "etc/motd").read_bytes() == b"top\n"
+    assert (directory / "data").read_bytes() == b"d" * 300_000
+    assert sorted(os.listdir(directory / "etc")) == ["motd"]
+    with pytest.raises(OSError, match="Read-only"):
+        (directory / "new").write_text("x")
+    flags = os.statvfs(directory).f_flag
+    assert flags & os.ST_NOSUID
+    assert flags & os.ST_NODEV
+    glowplug("umount", directory)
+    assert os.listdir(directory) == []
+    assert glowplug.left() == []
+
+
+def test_a_file_level_mount_shows_what_the_kernel_shows(
+    glowplug: Command, tmp_path: Path, directory: Path
+) -> None:
+    ref = block_images.make(tmp_path / "image", list(tars.torture_layers()))
+    files = tmp_path / "files"
+    files.mkdir()
+    glowplug("mount", ref, directory)
+    glowplug("mount", ref, files, "--mode", "fuse")
+    kernel, own = listing(directory), listing(files)
+    assert len(kernel) > 50
+    assert own.keys() == kernel.keys()
+    for path, expected in kernel.items():
+        assert own[path] == expected, path
+
+
+def test_json_names_what_was_mounted(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    result = json.loads(glowplug("mount", ref, directory, "--json").stdout)
+    assert result["directory"] == str(directory)
+    assert result["mode"] == "erofs"
+    assert result["layers"] == 1
+
+
+def test_rw_keeps_changes_apart(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory, "--rw")
+    (directory / "etc/motd").write_text("changed")
+    (directory / "data").unlink()
+    assert (directory / "etc/motd").read_text() == "changed"
+    glowplug("umount", directory)
+    glowplug("mount", ref, directory)
+    assert (directory / "etc/motd").read_text() == "base\n"
+    assert (directory / "data").exists()
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_root_without_entry_looks_like_the_topmost_that_has_one(
+    glowplug: Command, tmp_path: Path, directory: Path, writable: bool
+) -> None:
+    layers = [
+        entry("./", mode=0o700, uid=1),
+        entry("./", mode=0o1771, uid=5, gid=6, mtime=1234, pax_headers={"SCHILY.xattr.user.of": "root"}),
+        images.tar_of([("file", b"x")], root=False),
+        images.tar_of([("file2", b"x")], root=False),
+    ]
+    ref = block_images.make(tmp_path / "image", layers)
+    glowplug("mount", ref, directory, *(["--rw"] if writable else []))
+    status = directory.stat()
+    assert (oct(status.st_mode), status.st_uid, status.st_gid) == ("0o41771", 5, 6)
+    assert status.st_mtime == 1234
+    assert os.getxattr(directory, "user.of") == b"root"
+
+
+def test_no_layer_has_a_root(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [images.tar_of([("file", b"x")], root=False)])
+    for mode in ("auto", "fuse"):
+        glowplug("mount", ref, directory, "--mode", mode)
+        status = directory.stat()
+        assert (oct(status.st_mode), status.st_uid, status.st_mtime) == ("0o40755", 0, 0)
+        glowplug("umount", directory)
+
+
+def test_128_layers(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    layers = [images.tar_of([("last", b"%d" % n), (f"own-{n}", b"%d" % n)]) for n in range(128)]
+    ref = block_images.make(tmp_path / "image", layers, encoding="plain")
+    glowplug("mount", ref, directory)
+    assert (directory / "last").read_bytes() == b"127"
+    assert len(os.listdir(directory)) == 129
+    assert (directory / "own-0").read_bytes() == b"0"
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
+def test_suid_and_dev_are_kept_where_asked(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory, "--suid", "--dev")
+    flags = os.statvfs(directory).f_flag
+    assert not flags & os.ST_NOSUID
+    assert not flags & os.ST_NODEV
+
+
+def test_a_busy_mount_says_who_holds_it(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory)
+    with (directory / "data").open("rb"):
+        said = glowplug("umount", directory, code=9).stderr
+    assert f"pid {os.getpid()} (" in said
+    assert ", fd " in said
+    holder = subprocess.Popen(["sleep", "1000"], cwd=directory)
+    try:
+        said = glowplug("umount", directory, code=9).stderr
+        assert f"pid {holder.pid} (sleep, cwd)" in said
+        glowplug("umount", "--force", directory)
+        assert not os.path.ismount(directory)
+        assert glowplug.left() == []
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_copy_in_another_mount_namespace_is_named(
+    glowplug: Command, tmp_path: Path, directory: Path
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory)
+    ready = tmp_path / "ready"
+    other = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"touch {ready}; exec sleep 1000"]
+    )
+    try:
+        while not ready.exists():
+            assert other.poll() is None
+        assert f"pid {other.pid}" in glowplug("umount", directory, code=9).stderr
+    finally:
+        other.kill()
+        other.wait()
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
+def test_what_is_not_ours_is_left_alone(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    assert "not a mount of glowplug" in glowplug("umount", directory, code=4).stderr
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    try:
+        assert "umount(8)" in glowplug("umount", directory, code=4).stderr
+        assert os.path.ismount(directory)
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+def test_wrong_directories_and_images(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    assert "does not exist" in glowplug("mount", ref, tmp_path / "nothing", code=3).stderr
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is not a directory" in glowplug("mount", ref, file, code=3).stderr
+    plain = block_images.layout(tmp_path / "plain", images.make([BASE]))
+    said = glowplug("mount", plain, directory, code=4).stderr
+    assert f"run `glowplug convert {plain}`" in said
+    glowplug("mount", ref, directory)
+    assert "mounted already" in glowplug("mount", ref, directory, code=9).stderr
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
+def test_a_blob_that_is_gone_undoes_the_mount(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE, TOP])
+    for blob in (tmp_path / "image/blobs/sha256").iterdir():
+        if blob.read_bytes()[:4] == b"\x28\xb5\x2f\xfd":  # zstd: the layer blobs
+            blob.write_bytes(b"")
+    said = glowplug("mount", ref, directory, code=7).stderr
+    assert "layer" in said
+    assert not os.path.ismount(directory)
+    assert glowplug.left() == []
+
+
+def test_umount_after_everything_was_killed(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory)
+    client = control.DeviceClient.connect(glowplug.state_dir)
+    assert client is not None
+    client.stop()
+    glowplug("umount", directory)
+    assert not os.path.ismount(directory)
+    assert glowplug.left() == []
+    glowplug("mount", ref, directory)
+    assert (directory / "etc/motd").read_text() == "base\n"
+
+
+def test_umount_finishes_what_a_killed_mount_began(
+    glowplug: Command, tmp_path: Path, directory: Path
+) -> None:
+    table = mounts.MountTable(glowplug.state_dir)
+    record = mounts.Record(mounts.mount_id(directory), str(directory), "oci:x", "", False)
+    folder = table.claim(record)
+    (folder / "0").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder / "0"], check=True)
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+    assert not folder.exists()
+
+
+def test_interrupted_while_the_origin_hangs(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    """SIGINT in the middle of a mount leaves nothing behind."""
+    ref = block_images.make(tmp_path / "image", [BASE])
+    for blob in (tmp_path / "image/blobs/sha256").iterdir():
+        if blob.read_bytes()[:4] == b"\x28\xb5\x2f\xfd":
+            blob.unlink()
+            os.mkfifo(blob)  # opening it waits for a writer that never comes
+    process = glowplug.start("mount", ref, directory, stderr=subprocess.PIPE)
+    while not any(mounts.MountTable(glowplug.state_dir).records()):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert not os.path.ismount(directory)
+    assert glowplug.left() == []
+
+
+def test_a_user_gets_a_file_level_mount(glowplug: Command, tmp_path: Path) -> None:
+    """Without root: in a mount namespace where everybody may reach the interpreter and /dev/fuse."""
+    ref = block_images.make(tmp_path / "image", [BASE])
+    place = Path("/tmp") / f"glowplug-user-{os.getpid()}"
+    home = place / "home"
+    (home / "mnt").mkdir(parents=True)
+    shutil.copytree(tmp_path / "image", place / "image")
+    subprocess.run(["chown", "-R", "nobody", place], check=True)
+    ref = f"oci:{place}/image:latest"
+    prefix = Path(os.path.realpath(os.sys.executable)).parent.parent  # type: ignore[attr-defined]
+    script = f"""set -e
+        mkdir {place}/python; mount --bind {prefix} {place}/python
+        top=/$(echo {prefix} | cut -d/ -f2)
+        if [ $top = /root ]; then
+            mount -t tmpfs -o mode=755 tmpfs $top; mkdir -p {prefix}; mount --bind {place}/python {prefix}
+        fi
+        mknod -m 666 {place}/fuse c 10 229; mount --bind {place}/fuse /dev/fuse; cd {home}
+        setpriv --reuid nobody --clear-groups sh -ec '
+            export HOME={home} GLOWPLUG_STATE={home}/state GLOWPLUG_CACHE={home}/cache GLOWPLUG_FREE_FLOOR=0
+            {block_images.GLOWPLUG} mount {ref} mnt
+            cat mnt/etc/motd
+            {block_images.GLOWPLUG} umount mnt
+            ls mnt state/mounts'
+        """
+    try:
+        result = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        assert "only root may mount(2)" in result.stderr
+        assert result.stdout.split() == ["base", "mnt:", "state/mounts:"]
+    finally:
+        shutil.rmtree(place)
