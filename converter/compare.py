@@ -12,7 +12,7 @@ import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from converter import rootedpath
 from converter.flatten import Attributes, Flattened
@@ -33,34 +33,54 @@ _KINDS = {
 }
 
 
-def first_difference(expected: Flattened, mounted_root: pathlib.Path) -> str | None:
-    """The first difference, in the order of paths, between a directory tree and what it must be.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Difference:
+    """One difference; as text a sentence."""
 
-    None if there is none. Compared are type, permissions, owner, mtime, xattrs (security, user, ACLs), device
-    numbers, link targets, which names are one inode, and content. OSError if the tree cannot be read.
+    path: Path
+    what: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{rootedpath.show(self.path)}: {self.what}: expected {self.expected}, found {self.found}"
+
+
+def first_difference(expected: Flattened, mounted_root: pathlib.Path) -> str | None:
+    """The first of `differences` as a sentence, None if there is none."""
+    with contextlib.closing(differences(expected, mounted_root)) as found:
+        first = next(found, None)
+    return str(first) if first is not None else None
+
+
+def differences(expected: Flattened, mounted_root: pathlib.Path) -> Generator[Difference, None, None]:
+    """Where a directory tree is not what it must be, in the order of paths, at most one for each path.
+
+    Compared are type, permissions, owner, mtime, xattrs (security, user, ACLs), device numbers, link targets,
+    which names are one inode, and content. OSError if the tree cannot be read.
     """
     root_fd = os.open(mounted_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _first_difference(expected, _Mounted(root_fd))
+        yield from _differences(expected, _Mounted(root_fd))
     finally:
         os.close(root_fd)
 
 
-def _first_difference(expected: Flattened, mounted: _Mounted) -> str | None:
-    wanted = expected.walk()
-    found = mounted.walk()
+def _differences(expected: Flattened, mounted: _Mounted) -> Iterator[Difference]:
+    """Both walks ascend: go along them side by side."""
+    wanted, found = expected.walk(), mounted.walk()
     want, have = next(wanted, None), next(found, None)
     while want or have:
-        if have is None or (want is not None and want[0] < have[0]):
-            assert want is not None
-            return f"{rootedpath.show(want[0])}: missing: expected {_kind(want[1].mode)}, found nothing"
-        if want is None or have[0] < want[0]:
-            return f"{rootedpath.show(have[0])}: too much: expected nothing, found {_kind(have[1].st_mode)}"
-        if difference := mounted.difference(want[0], want[1], have[1]):
-            what, one, other = difference
-            return f"{rootedpath.show(want[0])}: {what} differs: expected {one}, found {other}"
-        want, have = next(wanted, None), next(found, None)
-    return None
+        if want and (not have or want[0] < have[0]):
+            yield Difference(want[0], "missing", _kind(want[1].mode), "nothing")
+            want = next(wanted, None)
+        elif have and (not want or have[0] < want[0]):
+            yield Difference(have[0], "too much", "nothing", _kind(have[1].st_mode))
+            have = next(found, None)
+        elif want and have:
+            if difference := mounted.difference(want[0], want[1], have[1]):
+                yield Difference(want[0], *difference)
+            want, have = next(wanted, None), next(found, None)
 
 
 def _kind(mode: int) -> str:
@@ -95,22 +115,22 @@ class _Mounted:
     def difference(self, path: Path, want: Attributes, have: os.stat_result) -> tuple[str, str, str] | None:
         """What differs, expected and found; None if nothing does."""
         if stat.S_IFMT(want.mode) != stat.S_IFMT(have.st_mode):
-            return "type", _kind(want.mode), _kind(have.st_mode)
+            return "type differs", _kind(want.mode), _kind(have.st_mode)
         # A symbolic link's permissions mean nothing and differ between filesystems.
         if want.mode != have.st_mode and not stat.S_ISLNK(want.mode):
-            return "mode", f"{stat.S_IMODE(want.mode):04o}", f"{stat.S_IMODE(have.st_mode):04o}"
+            return "mode differs", f"{stat.S_IMODE(want.mode):04o}", f"{stat.S_IMODE(have.st_mode):04o}"
         if (want.uid, want.gid) != (have.st_uid, have.st_gid):
-            return "owner", f"{want.uid}:{want.gid}", f"{have.st_uid}:{have.st_gid}"
+            return "owner differs", f"{want.uid}:{want.gid}", f"{have.st_uid}:{have.st_gid}"
         if want.mtime_ns != have.st_mtime_ns:
-            return "mtime", f"{want.mtime_ns} ns", f"{have.st_mtime_ns} ns"
+            return "mtime differs", f"{want.mtime_ns} ns", f"{have.st_mtime_ns} ns"
         if stat.S_ISCHR(want.mode) or stat.S_ISBLK(want.mode):
             numbers = os.major(have.st_rdev), os.minor(have.st_rdev)
             if (want.rdev_major, want.rdev_minor) != numbers:
-                return "device", f"{want.rdev_major}:{want.rdev_minor}", f"{numbers[0]}:{numbers[1]}"
+                return "device differs", f"{want.rdev_major}:{want.rdev_minor}", f"{numbers[0]}:{numbers[1]}"
         if stat.S_ISLNK(want.mode):
             target = os.fsencode(os.readlink(_text(path), dir_fd=self.root_fd))
             if want.target != target:
-                return "link target", repr(want.target), repr(target)
+                return "link target differs", repr(want.target), repr(target)
         return (
             self._xattr_difference(path, want)
             or self._group_difference(want, have)
@@ -127,7 +147,7 @@ class _Mounted:
             for name in sorted(names | expected):
                 value = os.getxattr(place, name) if name in names else None
                 if want.xattrs.get(name) != value:
-                    label = f"xattr {name.decode('utf-8', 'backslashreplace')}"
+                    label = f"xattr {name.decode('utf-8', 'backslashreplace')} differs"
                     return label, repr(want.xattrs.get(name)), repr(value)
         return None
 
@@ -138,22 +158,22 @@ class _Mounted:
         known_inode = self.groups.setdefault(want.link_group, inode)
         known_group = self.inodes.setdefault(inode, want.link_group)
         if known_inode != inode:
-            return "hard link", "the same inode as an earlier name", "another one"
+            return "hard link differs", "the same inode as an earlier name", "another one"
         if known_group != want.link_group:
-            return "hard link", "an inode of its own", "that of an earlier name"
+            return "hard link differs", "an inode of its own", "that of an earlier name"
         return None
 
     def _content_difference(
         self, path: Path, want: Attributes, have: os.stat_result
     ) -> tuple[str, str, str] | None:
         if want.size != have.st_size:
-            return "size", f"{want.size} bytes", f"{have.st_size} bytes"
+            return "size differs", f"{want.size} bytes", f"{have.st_size} bytes"
         digest = hashlib.sha256()
         with self._open(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             while data := os.read(fd, _READ_BYTES):
                 digest.update(data)
         if want.sha256 != digest.digest():
-            return "content", f"sha256 {(want.sha256 or b'').hex()}", f"sha256 {digest.hexdigest()}"
+            return "content differs", f"sha256 {(want.sha256 or b'').hex()}", f"sha256 {digest.hexdigest()}"
         return None
 
     @contextlib.contextmanager
