@@ -98,19 +98,29 @@ class _Mounted:
 
     def walk(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Every path with its lstat, in the order of Flattened.walk."""
-        pending: list[Path] = [()]
-        while pending:
-            path = pending.pop()
-            try:
-                status = os.stat(_text(path), dir_fd=self.root_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                # A whiteout in a directory that no layer below has: overlayfs lists its name, no more.
-                continue
-            yield path, status
-            if stat.S_ISDIR(status.st_mode):
-                with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                    names = sorted((os.fsencode(name) for name in os.listdir(fd)), reverse=True)
-                pending.extend((*path, name) for name in names)
+        yield (), os.fstat(self.root_fd)
+        names: list[bytes] = []
+        levels = [iter(self._names(()))]
+        while levels:
+            for name in levels[-1]:
+                path = (*names, name)
+                try:
+                    status = os.stat(_text(path), dir_fd=self.root_fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    # A whiteout in a directory that no layer below has: overlayfs lists its name, no more.
+                    continue
+                yield path, status
+                if stat.S_ISDIR(status.st_mode):
+                    names.append(name)
+                    levels.append(iter(self._names(path)))
+                    break
+            else:
+                levels.pop()
+                del names[-1:]
+
+    def _names(self, path: Path) -> list[bytes]:
+        with self._open(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            return sorted(os.fsencode(name) for name in os.listdir(fd))
 
     def difference(self, path: Path, want: Attributes, have: os.stat_result) -> tuple[str, str, str] | None:
         """What differs, expected and found; None if nothing does."""

@@ -54,13 +54,19 @@ class Flattened:
     def walk(self) -> Iterator[tuple[Path, Attributes]]:
         """Every path with its attributes, ascending: directories before their content, siblings by name."""
         groups: dict[Node, int] = {}
-        pending: list[tuple[Path, Node]] = [((), self._root)]
-        while pending:
-            path, node = pending.pop()
-            yield path, self._attributes(node, groups.setdefault(node, len(groups)))
-            if node.children is not None:
-                names = sorted(node.children, reverse=True)
-                pending.extend(((*path, name), node.children[name]) for name in names)
+        yield (), self._attributes(self._root, groups.setdefault(self._root, 0))
+        names: list[bytes] = []
+        levels = [iter(sorted(children_of(self._root).items()))]
+        while levels:
+            for name, node in levels[-1]:
+                yield (*names, name), self._attributes(node, groups.setdefault(node, len(groups)))
+                if node.children is not None:
+                    names.append(name)
+                    levels.append(iter(sorted(node.children.items())))
+                    break
+            else:
+                levels.pop()
+                del names[-1:]
 
     def _attributes(self, node: Node, group: int) -> Attributes:
         digest = self._digests.get(node)
@@ -167,7 +173,7 @@ class _Layer:
         for name in path:
             child = children_of(node).get(name)
             if child is not None and tree.is_symlink(child):
-                return self._directory(self._follow(path, entry), entry)
+                return self._directory(tree.follow(self._root, path, entry), entry)
             if child is not None and child.children is None and self._is_own(node, name, child):
                 refuse(entry, f"{rootedpath.show(path)} leads through something that is not a directory")
             if child is None or child.children is None:
@@ -176,16 +182,6 @@ class _Layer:
             self._own.add(child)
             node = child
         return node
-
-    def _follow(self, path: Path, entry: Entry) -> Path:
-        try:
-            return rootedpath.follow(path, self._readlink)
-        except rootedpath.LoopError as exc:
-            refuse(entry, str(exc))
-
-    def _readlink(self, path: Path) -> bytes | None:
-        node = tree.find(self._root, path)
-        return node.target if node is not None and tree.is_symlink(node) else None
 
     def _is_own(self, parent: Node, name: bytes, node: Node) -> bool:
         return node in self._own and (parent, name) not in self._copied_names
@@ -224,7 +220,7 @@ class _Layer:
             refuse(entry, "a hard link to the root directory")
         if path[0] == tree.AUFS_LINKS and path[-1] in self._aufs_links:
             return self._aufs_links[path[-1]]
-        parent = tree.find(self._root, self._follow(path[:-1], entry))
+        parent = tree.find(self._root, tree.follow(self._root, path[:-1], entry))
         name = path[-1]
         node = parent.children.get(name) if parent is not None and parent.children is not None else None
         if parent is None or node is None:

@@ -73,38 +73,47 @@ class MergedLower:
     """
 
     def __init__(self, layers: Sequence[Lower]) -> None:
-        self._directories: dict[Path, tuple[Lower, ...]] = {(): tuple(layers)}
+        # The last directory asked for and, from the root down to it, the layers that share in each: a tree is
+        # asked for in its order, and a cache of all paths would not be bounded.
+        self._names: list[bytes] = []
+        self._sharing: list[tuple[Lower, ...]] = [tuple(layers)]
 
     def lookup(self, path: Path) -> LowerEntry | None:
         if not path:
-            return next((root for layer in self._layers(()) if (root := layer.lookup(()))), None)
-        found, _ = self._search(path)
-        return found
+            return next((root for layer in self._sharing[0] if (root := layer.lookup(()))), None)
+        return _search(self._layers(path[:-1]), path)[0]
 
     def children(self, path: Path) -> Iterable[bytes]:
-        names = {name for layer in self._layers(path) for name in layer.children(path)}
-        return sorted(name for name in names if self._search((*path, name))[0] is not None)
+        layers = self._layers(path)
+        names = {name for layer in layers for name in layer.children(path)}
+        return sorted(name for name in names if _search(layers, (*path, name))[0] is not None)
 
     def _layers(self, path: Path) -> tuple[Lower, ...]:
         """The layers whose directories at `path` make up the merged one."""
-        if path not in self._directories:
-            self._directories[path] = self._search(path)[1]
-        return self._directories[path]
+        common = 0
+        while common < min(len(path), len(self._names)) and path[common] == self._names[common]:
+            common += 1
+        del self._names[common:], self._sharing[common + 1 :]
+        for name in path[common:]:
+            self._names.append(name)
+            self._sharing.append(_search(self._sharing[-1], tuple(self._names))[1])
+        return self._sharing[-1]
 
-    def _search(self, path: Path) -> tuple[LowerEntry | None, tuple[Lower, ...]]:
-        """What is at `path`, and if it is a directory the layers that share in it."""
-        first: LowerEntry | None = None
-        sharing: list[Lower] = []
-        for layer in self._layers(path[:-1]):
-            entry = layer.lookup(path)
-            if entry is None:
-                continue
-            if not stat.S_ISDIR(entry.mode):
-                if first is None and not is_whiteout(entry):
-                    first = entry
-                break
-            first = first or entry
-            sharing.append(layer)
-            if (entry.xattrs or {}).get(OPAQUE_XATTR) == b"y":
-                break
-        return first, tuple(sharing)
+
+def _search(layers: tuple[Lower, ...], path: Path) -> tuple[LowerEntry | None, tuple[Lower, ...]]:
+    """What is at `path` in the layers that share in its parent; the layers that share in it as a directory."""
+    first: LowerEntry | None = None
+    sharing: list[Lower] = []
+    for layer in layers:
+        entry = layer.lookup(path)
+        if entry is None:
+            continue
+        if not stat.S_ISDIR(entry.mode):
+            if first is None and not is_whiteout(entry):
+                first = entry
+            break
+        first = first or entry
+        sharing.append(layer)
+        if (entry.xattrs or {}).get(OPAQUE_XATTR) == b"y":
+            break
+    return first, tuple(sharing)

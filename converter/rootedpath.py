@@ -7,16 +7,21 @@ a directory tree. A path is a tuple of names, none empty, "." or ".."; the root 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 MAX_LINKS = 40
 """Symbolic links followed in one path, as Linux does."""
 
+MAX_STEPS = 8192
+"""Names walked over in one path, those of its links' targets included."""
+
 Path = tuple[bytes, ...]
+Place = TypeVar("Place")
 _NOT_NAMES = frozenset((b"", b".", b".."))
 
 
 class LoopError(ValueError):
-    """A path goes through more than MAX_LINKS symbolic links."""
+    """A path goes through more than MAX_LINKS symbolic links, or MAX_STEPS names."""
 
 
 def is_name(name: bytes) -> bool:
@@ -40,31 +45,35 @@ def show(path: Path) -> str:
     return "/" + b"/".join(path).decode("utf-8", "backslashreplace")
 
 
-def follow(path: Path, readlink: Callable[[Path], bytes | None]) -> Path:
+def follow(path: Path, root: Place, enter: Callable[[Place, bytes], tuple[Place, bytes | None]]) -> Path:
     """`path` with every symbolic link in it followed, the last name's included, scoped to the root.
 
-    `readlink` gives the target of the link at a path whose parents are no links, None for all else, what does
-    not exist included. Raises LoopError.
+    `enter(place, name)` gives the place of a name in a directory (any value that `enter` understands, also
+    for what does not exist) and, if it is a symbolic link, its target. Raises LoopError.
     """
     resolved: list[bytes] = []
+    places = [root]
     pending = list(reversed(path))
-    links = 0
+    links = steps = 0
     while pending:
         name = pending.pop()
+        steps += 1
         if name == b"..":
             del resolved[-1:]
+            del places[max(1, len(places) - 1) :]
             continue
         if not is_name(name):
             continue
-        resolved.append(name)
-        target = readlink(tuple(resolved))
+        place, target = enter(places[-1], name)
         if target is None:
+            resolved.append(name)
+            places.append(place)
             continue
         links += 1
-        if links > MAX_LINKS:
-            raise LoopError(f"more than {MAX_LINKS} symbolic links in the path {show(path)}")
-        resolved.pop()
+        if links > MAX_LINKS or steps > MAX_STEPS:
+            raise LoopError(f"too many symbolic links in the path {show(path)[:200]}")
         if target.startswith(b"/"):
             resolved.clear()
+            del places[1:]
         pending.extend(reversed(target.split(b"/")))
     return tuple(resolved)

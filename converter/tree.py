@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import stat
-from collections.abc import Callable
 from typing import NoReturn
 
 from converter import errors, rootedpath, tarstream
@@ -184,6 +183,20 @@ def find(root: Node, path: Path) -> Node | None:
     return node
 
 
+def follow(root: Node, path: Path, entry: Entry) -> Path:
+    """The path with all of the tree's links followed; InvalidLayerError, naming the entry, for too many."""
+    place: Node | None = root
+    try:
+        return rootedpath.follow(path, place, _enter)
+    except rootedpath.LoopError as exc:
+        refuse(entry, str(exc))
+
+
+def _enter(parent: Node | None, name: bytes) -> tuple[Node | None, bytes | None]:
+    node = parent.children.get(name) if parent is not None and parent.children is not None else None
+    return node, node.target if node is not None and is_symlink(node) else None
+
+
 def set_attributes(node: Node, source: Node) -> None:
     """Give a directory the attributes of a later entry of the same name."""
     node.mode, node.uid, node.gid = source.mode, source.uid, source.gid
@@ -282,21 +295,11 @@ class LayerTree:
                 children_of(node)[name] = child
             elif child.children is None:
                 if is_symlink(child):
-                    path = self._follow(path, self._readlink, entry)
+                    path = follow(self.root, path, entry)
                     return self._directory(path, entry, create_over_whiteout=create_over_whiteout)
                 refuse(entry, f"{rootedpath.show(path)} leads through something that is not a directory")
             node = child
         return node
-
-    def _follow(self, path: Path, readlink: Callable[[Path], bytes | None], entry: Entry) -> Path:
-        try:
-            return rootedpath.follow(path, readlink)
-        except rootedpath.LoopError as exc:
-            refuse(entry, str(exc))
-
-    def _readlink(self, path: Path) -> bytes | None:
-        node = find(self.root, path)
-        return node.target if node is not None and is_symlink(node) else None
 
     def _add_aufs_metadata(self, path: Path, entry: Entry) -> Node | None:
         if not is_aufs_link_target(path, entry):
@@ -347,7 +350,7 @@ class LayerTree:
             node = Node(stat.S_IFREG)
             self._count(node, entry)
             children_of(parent)[path[-1]] = node
-            resolved = (*self._follow(path[:-1], self._readlink, entry), path[-1])
+            resolved = (*follow(self.root, path[:-1], entry), path[-1])
             self._missing[node] = _Missing(parent, resolved, entry)
         elif is_whiteout(node):
             refuse(entry, f"a hard link to {rootedpath.show(path)}, which this layer removes")
@@ -418,10 +421,10 @@ class LayerTree:
 
     def _look_up_missing(self, lower: Lower) -> dict[Node, LowerEntry]:
         """The link targets that lower layers have, looked up while the tree's paths are still the tar's."""
-        readlink = _CombinedLinks(self.root, lower).readlink
+        links = _CombinedLinks(self.root, lower)
         found = {}
         for node, missing in self._missing.items():
-            path = (*self._follow(missing.path[:-1], readlink, missing.entry), missing.path[-1])
+            path = (*links.follow(missing.path[:-1], missing.entry), missing.path[-1])
             below = None if hidden_below(self.root, path) else lower.lookup(path)
             if below is not None:
                 found[node] = below
@@ -494,14 +497,21 @@ class _CombinedLinks:
     root: Node
     lower: Lower
 
-    def readlink(self, path: Path) -> bytes | None:
+    def follow(self, path: Path, entry: Entry) -> Path:
+        """The path with all links followed; InvalidLayerError for too many."""
+        try:
+            root: Path = ()
+            return rootedpath.follow(path, root, self._enter)
+        except rootedpath.LoopError as exc:
+            refuse(entry, str(exc))
+
+    def _enter(self, parent: Path, name: bytes) -> tuple[Path, bytes | None]:
+        path = (*parent, name)
         node = find(self.root, path)
         if node is not None and not node.implied:
-            return node.target if is_symlink(node) else None
-        if hidden_below(self.root, path):
-            return None
-        entry = self.lower.lookup(path)
-        return entry.target if entry is not None and stat.S_ISLNK(entry.mode) else None
+            return path, node.target if is_symlink(node) else None
+        below = None if hidden_below(self.root, path) else self.lower.lookup(path)
+        return path, below.target if below is not None and stat.S_ISLNK(below.mode) else None
 
 
 class _Settling:
@@ -530,16 +540,15 @@ class _Settling:
     def _settle(self, settled: set[Node]) -> list[Path]:
         """Give implied directories the attributes they have below; returns those that are links there."""
         moves: list[Path] = []
-        pending: list[tuple[Path, Node]] = [((), self._root)]
-        while pending:
-            parent, directory = pending.pop()
-            if directory.opaque:
-                continue
-            for name, node in children_of(directory).items():
+        names: list[bytes] = []
+        # One iterator a level, rather than a path for every directory: a path may have 2,000 names.
+        levels = [] if self._root.opaque else [iter(children_of(self._root).items())]
+        while levels:
+            for name, node in levels[-1]:
                 if node.children is None:
                     continue
-                path = (*parent, name)
                 if node.implied and node not in settled:
+                    path = (*names, name)
                     below = self._lower.lookup(path)
                     if below is not None and stat.S_ISLNK(below.mode):
                         moves.append(path)
@@ -547,7 +556,13 @@ class _Settling:
                     settled.add(node)
                     if below is not None and stat.S_ISDIR(below.mode):
                         _copy_attributes(node, below)
-                pending.append((path, node))
+                if not node.opaque:
+                    names.append(name)
+                    levels.append(iter(node.children.items()))
+                    break
+            else:
+                levels.pop()
+                del names[-1:]
         return moves
 
     def _move(self, path: Path) -> None:
@@ -558,7 +573,7 @@ class _Settling:
             return  # an earlier move of this round took its parent along
         # For messages only: what stands here is no single entry.
         entry = Entry(b"/".join(path), Kind.DIRECTORY, 0, 0, 0, 0, 0, b"", 0, 0, None, None, 0)
-        place = self._tree._follow(path, self._links.readlink, entry)
+        place = self._links.follow(path, entry)
         below = None if hidden_below(self._root, place) else self._lower.lookup(place)
         if find(self._root, place) is None and below is not None and not stat.S_ISDIR(below.mode):
             refuse(entry, f"is a link to {rootedpath.show(place)} in a lower layer, which is not a directory")

@@ -101,7 +101,7 @@ def test_what_is_refused_names_entry_and_place() -> None:
     with pytest.raises(errors.InvalidLayerError, match="not a directory"):
         flat(Builder().file(b"a").file(b"a/b"))
     assert paths(Builder().file(b"a"), Builder().file(b"a/b")) == ["/", "/a", "/a/b"]
-    with pytest.raises(errors.InvalidLayerError, match="40 symbolic links"):
+    with pytest.raises(errors.InvalidLayerError, match="too many symbolic links"):
         flat(Builder().symlink(b"a", b"a").file(b"a/b"))
     with pytest.raises(errors.LimitError, match="--max-entries"):
         flatten.flatten([io.BytesIO(bytes(Builder().file(b"d/" * 50 + b"f")))], limits.Limits(max_entries=20))

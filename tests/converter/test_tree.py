@@ -135,7 +135,7 @@ def test_links_in_a_path_stay_inside() -> None:
 
 def test_loops_and_files_as_parents() -> None:
     with pytest.raises(
-        errors.InvalidLayerError, match=r"entry 'a/x' at byte 1024 .*more than 40 symbolic links"
+        errors.InvalidLayerError, match=r"entry 'a/x' at byte 1024 .*too many symbolic links"
     ):
         build(Builder().symlink(b"a", b"b").symlink(b"b", b"a").file(b"a/x"))
     with pytest.raises(errors.InvalidLayerError, match="/f leads through something that is not a directory"):
@@ -377,7 +377,7 @@ def test_a_link_target_found_through_a_lower_link() -> None:
 
 
 def test_lower_links_that_lead_nowhere() -> None:
-    with pytest.raises(errors.InvalidLayerError, match="40 symbolic links"):
+    with pytest.raises(errors.InvalidLayerError, match="too many symbolic links"):
         build(Builder().file(b"a/x")).resolve(Things({"/a": symlink(b"b"), "/b": symlink(b"a")}))
     with pytest.raises(errors.InvalidLayerError, match="not a directory"):
         build(Builder().file(b"a/x")).resolve(Things({"/a": symlink(b"f"), "/f": file()}))
