@@ -110,8 +110,9 @@ class Fetcher:
 
     def request(self, map_digest: str, index: int, priority: Priority, done: Done) -> None:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
-        zero block may be longer than the block), or NotFoundError (layer not attached),
-        UnavailableError (the origin did not answer before the deadline), DeniedError, IntegrityError."""
+        zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
+        IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
+        a demand is not retried: it gets the first error."""
         wanted_at = time.monotonic()
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
@@ -218,8 +219,8 @@ class Fetcher:
         if self._idle:
             self._work.notify()
         elif self._threads < self._settings.policy.connections:
-            self._threads += 1
             threading.Thread(target=self._run, name="fetch", daemon=True).start()
+            self._threads += 1
 
     def _check(self, map_digest: str, index: int, priority: Priority, done: Done, wanted_at: float) -> None:
         known = self._layers.get(map_digest)

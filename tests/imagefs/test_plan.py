@@ -308,7 +308,7 @@ def test_removing_a_layer_answers_its_waiters_and_forgets_its_queue() -> None:
 
 
 ORIGINS = {"a": "o", "b": "o", "c": "p"}
-BLOCKS = 12
+BLOCKS = 5
 
 
 @dataclasses.dataclass
@@ -435,7 +435,7 @@ class Planning(RuleBasedStateMachine):
         assert self.plan.next_fetch(self.now) is None
 
 
-Planning.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Planning.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestPlanning = Planning.TestCase
 
 
