@@ -18,6 +18,9 @@ _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_DIRECT_IO = 16
+_BLKRASET = 0x1262
+_READ_AHEAD_SECTORS = 4096
 _BLOCK_BYTES = 4096
 _ATTEMPTS = 64
 
@@ -41,7 +44,9 @@ def attach(path: Path) -> tuple[int, Path]:
 
 
 def _configure_free(backing: int, path: Path) -> tuple[int, Path]:
-    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+    # Direct I/O, so that the backing file's pages are not kept beside the device's; a file that cannot do it
+    # is read through the page cache.
+    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO
     name = os.fsencode(path)[-63:]
     info = _LOOP_INFO64.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
     config = _LOOP_CONFIG.pack(backing, _BLOCK_BYTES, info)
@@ -52,6 +57,7 @@ def _configure_free(backing: int, path: Path) -> tuple[int, Path]:
             fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fcntl.ioctl(fd, _LOOP_CONFIGURE, config)
+                fcntl.ioctl(fd, _BLKRASET, _READ_AHEAD_SECTORS)
             except OSError as exc:
                 os.close(fd)
                 if exc.errno != errno.EBUSY:  # somebody else took it between the two calls

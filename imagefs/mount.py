@@ -8,6 +8,11 @@ Called by assembly.py, with devices at hand and superblocks checked. Three facts
   folder, so that 500 layers (overlayfs's own limit) fit on every kernel. That needs a working directory:
   a thread of its own gets one, with unshare(CLONE_FS), and the process keeps its.
 * overlayfs wants two lower directories where there is no upper one: an empty directory is always lowest.
+
+File-backed EROFS is mounted with `directio`: its pages would else be kept a second time, as pages of the
+device file. The device file's read-ahead is lost with that, so EROFS gets its own, as large. Measured, block
+cache full, page cache dropped, 2 cores: 300 MB read in 0.32 s with 380 MB of page cache, against 0.42 s and
+640 MB; 5,000 mapped pages in 250 places in 0.33 s against 0.53 s. Loop devices do the same by their own means.
 """
 
 from __future__ import annotations
@@ -29,6 +34,10 @@ MAX_LAYERS = 498
 
 _NO_FEATURES = "redirect_dir=nofollow,index=off,metacopy=off,xino=on"
 """Nothing in a layer may redirect to elsewhere; inode numbers are stable and unique across layers."""
+
+
+_BACKING_DEVICES = Path("/sys/class/bdi")
+_READ_AHEAD_KIB = 2048
 
 
 class Mode(enum.StrEnum):
@@ -70,6 +79,7 @@ def mount_layers(
         choice = Choice(Mode.LOOP, "asked for")
     elif wanted is Mode.EROFS:
         choice = Choice(Mode.EROFS, "asked for")
+    before = _erofs_backing_devices()
     try:
         for number, (name, device) in enumerate(devices):
             target = folder / str(number)
@@ -91,6 +101,9 @@ def mount_layers(
     except BaseException:
         unmount_all(done)
         raise
+    for name in _erofs_backing_devices() - before:
+        with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
+            (_BACKING_DEVICES / name / "read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
     return choice, done
 
 
@@ -155,13 +168,26 @@ def carry_attributes(path: Path, root: RootAttributes) -> None:
 def _mount_layer(mode: Mode, device: Path, target: Path) -> None:
     flags = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
     if mode is Mode.EROFS:
-        syscalls.mount(device, target, "erofs", flags)
+        try:
+            syscalls.mount(device, target, "erofs", flags, "directio")
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            syscalls.mount(device, target, "erofs", flags)  # the first kernels with file backing lack it
         return
     fd, block_device = loop.attach(device)
     try:
         syscalls.mount(block_device, target, "erofs", flags)
     finally:
         os.close(fd)
+
+
+def _erofs_backing_devices() -> set[str]:
+    """The kernel's names for what backs file-backed EROFS mounts, everybody's: it does not say whose is
+    whose, so that a mount made by another process meanwhile may get our read-ahead, which does no harm."""
+    with contextlib.suppress(OSError):
+        return {name for name in os.listdir(_BACKING_DEVICES) if name.startswith("erofs-")}
+    return set()
 
 
 def _fallback(error: OSError) -> Choice | None:

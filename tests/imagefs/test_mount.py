@@ -79,6 +79,33 @@ def test_a_kernel_that_wants_block_devices_gets_loop(
         mount.unmount_all(done)
 
 
+@pytest.mark.root
+def test_file_backed_layers_are_cached_once_and_read_ahead(devices: list[Path], folder: Path) -> None:
+    _, done = mount.mount_layers(None, named(devices), folder)
+    try:
+        lines = [
+            line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(folder) in line
+        ]
+        assert len(lines) == 2
+        assert all("directio" in line for line in lines)
+        found = [path.read_text().strip() for path in Path("/sys/class/bdi").glob("erofs-*/read_ahead_kb")]
+        assert found.count("2048") >= 2
+    finally:
+        mount.unmount_all(done)
+
+
+@pytest.mark.root
+def test_a_kernel_without_directio(
+    monkeypatch: pytest.MonkeyPatch, devices: list[Path], folder: Path
+) -> None:
+    seen = refuse(monkeypatch, errno.EINVAL)
+    choice, done = mount.mount_layers(None, named(devices), folder)
+    mount.unmount_all(done)
+    assert choice is not None
+    assert choice.mode is Mode.EROFS
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.EPERM])
 def test_without_erofs_nothing_is_mounted(
     monkeypatch: pytest.MonkeyPatch, devices: list[Path], folder: Path, code: int
