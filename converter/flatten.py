@@ -14,11 +14,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from converter import errors, rootedpath, tarstream, tree
+from converter import errors, rootedpath, tarstream
+from converter import node as inodes
 from converter.limits import Limits
+from converter.node import Node, children_of, refuse
 from converter.rootedpath import Path
 from converter.tarstream import Entry, Kind
-from converter.tree import Node, children_of, refuse
 
 _READ_BYTES = 1 << 20
 
@@ -87,7 +88,7 @@ class Flattened:
 
 def flatten(layers: Iterable[tarstream.Source], limits: Limits) -> Flattened:
     """Apply the layers' uncompressed tars, bottom first. InvalidLayerError and LimitError as the reader's."""
-    root = Node(tree.IMPLIED_MODE, children={}, implied=True)
+    root = Node(inodes.IMPLIED_MODE, children={}, implied=True)
     digests: dict[Node, bytes] = {}
     for source in layers:
         _Layer(root, digests, limits).apply(source)
@@ -125,28 +126,28 @@ class _Layer:
     def _add(self, entry: Entry) -> Node | None:
         """Apply an entry; returns the regular file whose content follows."""
         path = rootedpath.clean(entry.name)
-        if tree.is_aufs_metadata(path):
-            if not tree.is_aufs_link_target(path, entry):
+        if inodes.is_aufs_metadata(path):
+            if not inodes.is_aufs_link_target(path, entry):
                 return None
-            node = self._aufs_links[path[1]] = tree.make_node(entry)
+            node = self._aufs_links[path[1]] = inodes.make_node(entry)
             return node
         if not path:
             if entry.kind is not Kind.DIRECTORY:
                 refuse(entry, f"the root directory cannot be a {entry.kind.value}")
-            tree.set_attributes(self._root, tree.make_node(entry))
+            inodes.set_attributes(self._root, inodes.make_node(entry))
             return None
         parent, name = self._directory(path[:-1], entry), path[-1]
-        if name == tree.OPAQUE_MARKER:
+        if name == inodes.OPAQUE_MARKER:
             self._remove_older(parent)
-        elif name.startswith(tree.WHITEOUT):
-            self._white_out(parent, tree.removed_name(path, entry))
+        elif name.startswith(inodes.WHITEOUT):
+            self._white_out(parent, inodes.removed_name(path, entry))
         elif entry.kind is Kind.HARD_LINK:
             self._put(parent, name, self._link_target(entry), entry)
         else:
-            node = tree.make_node(entry)
+            node = inodes.make_node(entry)
             existing = children_of(parent).get(name)
             if node.children is not None and existing is not None and existing.children is not None:
-                tree.set_attributes(existing, node)
+                inodes.set_attributes(existing, node)
                 node = existing
             self._put(parent, name, node, entry)
             if node.children is not None:
@@ -155,8 +156,8 @@ class _Layer:
         return None
 
     def _put(self, parent: Node, name: bytes, node: Node, entry: Entry) -> None:
-        if len(name) > tree.MAX_NAME_BYTES:
-            refuse(entry, f"a name of {len(name)} bytes, Linux allows {tree.MAX_NAME_BYTES}")
+        if len(name) > inodes.MAX_NAME_BYTES:
+            refuse(entry, f"a name of {len(name)} bytes, Linux allows {inodes.MAX_NAME_BYTES}")
         self._made += 1
         if self._made > self._limits.max_entries:
             raise errors.LimitError(
@@ -172,12 +173,12 @@ class _Layer:
         node = self._root
         for name in path:
             child = children_of(node).get(name)
-            if child is not None and tree.is_symlink(child):
-                return self._directory(tree.follow(self._root, path, entry), entry)
+            if child is not None and inodes.is_symlink(child):
+                return self._directory(inodes.follow(self._root, path, entry), entry)
             if child is not None and child.children is None and self._is_own(node, name, child):
                 refuse(entry, f"{rootedpath.show(path)} leads through something that is not a directory")
             if child is None or child.children is None:
-                child = Node(tree.IMPLIED_MODE, children={}, implied=True)
+                child = Node(inodes.IMPLIED_MODE, children={}, implied=True)
                 self._put(node, name, child, entry)
             self._own.add(child)
             node = child
@@ -212,20 +213,20 @@ class _Layer:
     def _cut_off(self, directory: Node) -> None:
         """The lower layers' directory is gone; what this layer needs of it is a new one."""
         if directory not in self._listed:
-            tree.set_attributes(directory, Node(tree.IMPLIED_MODE))
+            inodes.set_attributes(directory, Node(inodes.IMPLIED_MODE))
 
     def _link_target(self, entry: Entry) -> Node:
         path = rootedpath.clean(entry.linkname)
         if not path:
             refuse(entry, "a hard link to the root directory")
-        if path[0] == tree.AUFS_LINKS and path[-1] in self._aufs_links:
+        if path[0] == inodes.AUFS_LINKS and path[-1] in self._aufs_links:
             return self._aufs_links[path[-1]]
-        parent = tree.find(self._root, tree.follow(self._root, path[:-1], entry))
+        parent = inodes.find(self._root, inodes.follow(self._root, path[:-1], entry))
         name = path[-1]
         node = parent.children.get(name) if parent is not None and parent.children is not None else None
         if parent is None or node is None:
             refuse(entry, f"a hard link to {rootedpath.show(path)}, which is nowhere")
-        if tree.is_directory(node):
+        if inodes.is_directory(node):
             refuse(entry, f"a hard link to the directory {rootedpath.show(path)}")
         if node in self._own:
             return node

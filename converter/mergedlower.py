@@ -101,7 +101,7 @@ class MergedLower:
 
 
 def _search(layers: tuple[Lower, ...], path: Path) -> tuple[LowerEntry | None, tuple[Lower, ...]]:
-    """What is at `path` in the layers that share in its parent; the layers that share in it as a directory."""
+    """What is at `path` in the layers that share in its parent, and those sharing in it as a directory."""
     first: LowerEntry | None = None
     sharing: list[Lower] = []
     for layer in layers:

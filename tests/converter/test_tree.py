@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converter import compare, errors, flatten, limits, rootedpath, tarstream, tree
+from converter.node import find
 from converter.rootedpath import Path
 from tests.fixtures import tars, trees
 from tests.fixtures.tars import Attributes, Builder
@@ -76,9 +77,9 @@ def build(builder: Builder, bounds: limits.Limits = LIMITS) -> tree.LayerTree:
 
 
 def at(built: tree.LayerTree, path: str) -> tree.Node:
-    node = tree.find(built.root, rootedpath.clean(path.encode()))
-    assert node is not None, f"{path} is not in the tree"
-    return node
+    found = find(built.root, rootedpath.clean(path.encode()))
+    assert found is not None, f"{path} is not in the tree"
+    return found
 
 
 def names(built: tree.LayerTree) -> list[str]:
@@ -134,9 +135,7 @@ def test_links_in_a_path_stay_inside() -> None:
 
 
 def test_loops_and_files_as_parents() -> None:
-    with pytest.raises(
-        errors.InvalidLayerError, match=r"entry 'a/x' at byte 1024 .*too many symbolic links"
-    ):
+    with pytest.raises(errors.InvalidLayerError, match=r"entry 'a/x' at byte 1024 .*too many symbolic links"):
         build(Builder().symlink(b"a", b"b").symlink(b"b", b"a").file(b"a/x"))
     with pytest.raises(errors.InvalidLayerError, match="/f leads through something that is not a directory"):
         build(Builder().file(b"f").file(b"f/x"))
