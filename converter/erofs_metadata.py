@@ -150,6 +150,13 @@ class _Region:
     def __init__(self, start: int) -> None:
         self.end = start
         self._gaps: list[list[int]] = []
+        self._reached = start
+
+    def close(self) -> None:
+        """Leave room after the last inode: fsck.erofs 1.5 reads 12 bytes of xattrs behind each inode, also
+        where there are none, and calls the end of the image a corruption."""
+        if self._reached == self.end:
+            self._grow(1)
 
     def place(self, length: int) -> int:
         """`length` (at most 4096) bytes that stay inside one block, from a multiple of 32."""
@@ -158,10 +165,12 @@ class _Region:
             offset = gap[0]
             if offset + length <= gap[1]:
                 gap[0] = offset + length
+                self._reached = max(self._reached, gap[0])
                 if gap[1] - gap[0] < _SMALLEST_GAP:
                     self._gaps.remove(gap)
                 return offset
         offset = self._grow(1)
+        self._reached = offset + length
         if _BLOCK - length >= _SMALLEST_GAP:
             self._gaps.append([offset + length, offset + _BLOCK])
         return offset
@@ -176,8 +185,10 @@ class _Region:
         into_block = shape.head_bytes % _BLOCK
         if into_block + shape.tail_bytes > _BLOCK:
             shift = (_BLOCK - into_block + _SLOT - 1) & -_SLOT
-        length = shift + shape.head_bytes + shape.tail_bytes
-        return self._grow(-(-length // _BLOCK)) + shift
+        length = (shift + shape.head_bytes + shape.tail_bytes + _SLOT - 1) & -_SLOT
+        offset = self._grow(-(-length // _BLOCK))
+        self._reached = offset + length
+        return offset + shift
 
     def _grow(self, count: int) -> int:
         offset = self.end
@@ -227,6 +238,7 @@ def _plan(root: Node, start: int) -> _Plan:
             if node.links > 1:
                 plan.linked[node] = [nids[-1], 1]
         stack.extend(reversed(below))
+    region.close()
     plan.end = region.end
     return plan
 

@@ -279,6 +279,14 @@ def test_a_hundred_thousand_files_in_one_directory(tmp_path: pathlib.Path) -> No
         assert not os.path.exists(top + b"/d/file-050000.da")
 
 
+def test_fsck_accepts_an_inode_at_the_very_end(tmp_path: pathlib.Path) -> None:
+    # Of 104 inodes, 40 fit beside the root; 64 fill the second block to its last byte.
+    for count in range(95, 110):
+        root = directory({b"%c" % (64 + n): Node(stat.S_IFIFO) for n in range(count)})
+        (tmp_path / "image").write_bytes(layer_image.build(root, {}))
+        subprocess.run(["fsck.erofs", tmp_path / "image"], check=True, capture_output=True)
+
+
 def test_two_thousand_directories_deep() -> None:
     root = directory()
     deepest = root
@@ -367,18 +375,31 @@ def test_any_tree_reads_back(tree: tuple[Node, dict[Node, bytes]]) -> None:
         assert inode.mode == node.mode
 
 
+def check_that_it_mounts(folder: pathlib.Path, tree: tuple[Node, dict[Node, bytes]]) -> None:
+    root, contents = tree
+    (folder / "image").write_bytes(layer_image.build(root, contents))
+    fsck = subprocess.run(["fsck.erofs", folder / "image"], capture_output=True, text=True)
+    assert fsck.returncode == 0, fsck.stdout + fsck.stderr
+    with layer_image.mounted(folder / "image", folder / "mnt") as top:
+        assert layer_image.listing_of_path(top) == layer_image.listing(root, contents)
+
+
+shared_folder = [hypothesis.HealthCheck.function_scoped_fixture]
+
+
 @pytest.mark.root
-@hypothesis.settings(
-    deadline=None,
-    max_examples=15,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@hypothesis.settings(deadline=None, max_examples=20, suppress_health_check=shared_folder)
 @hypothesis.given(tree=trees())
 def test_any_tree_mounts(tmp_path: pathlib.Path, tree: tuple[Node, dict[Node, bytes]]) -> None:
-    root, contents = tree
-    (tmp_path / "image").write_bytes(layer_image.build(root, contents))
-    with layer_image.mounted(tmp_path / "image", tmp_path / "mnt") as top:
-        assert layer_image.listing_of_path(top) == layer_image.listing(root, contents)
+    check_that_it_mounts(tmp_path, tree)
+
+
+@pytest.mark.root
+@pytest.mark.soak
+@hypothesis.settings(deadline=None, max_examples=2000, suppress_health_check=shared_folder)
+@hypothesis.given(tree=trees())
+def test_very_many_trees_mount(tmp_path: pathlib.Path, tree: tuple[Node, dict[Node, bytes]]) -> None:
+    check_that_it_mounts(tmp_path, tree)
 
 
 # -- what cannot be written ------------------------------------------------------------------------------

@@ -253,18 +253,12 @@ def test_directories_out_of_order_and_names_that_are_none() -> None:
             explore(changed)
 
 
-@hypothesis.settings(deadline=None, max_examples=400)
-@hypothesis.given(
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
-        min_size=1,
-        max_size=6,
-    ),
-    checksum=st.booleans(),
+mutations = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6
 )
-def test_changed_metadata_is_refused_or_read_but_nothing_else(
-    changes: list[tuple[float, bytes]], checksum: bool
-) -> None:
+
+
+def explore_changed(changes: list[tuple[float, bytes]]) -> None:
     image = bytearray(sample())
     start = layer_image.reader(sample()).superblock.metadata_block * 4096
     for place, data in changes:
@@ -274,6 +268,19 @@ def test_changed_metadata_is_refused_or_read_but_nothing_else(
         explore(bytes(image))
     except errors.InvalidInputError:
         hypothesis.event("refused")
+
+
+@hypothesis.settings(deadline=None, max_examples=400)
+@hypothesis.given(changes=mutations)
+def test_changed_metadata_is_refused_or_read_but_nothing_else(changes: list[tuple[float, bytes]]) -> None:
+    explore_changed(changes)
+
+
+@pytest.mark.soak
+@hypothesis.settings(deadline=None, max_examples=20_000)
+@hypothesis.given(changes=mutations)
+def test_metadata_changed_in_very_many_ways(changes: list[tuple[float, bytes]]) -> None:
+    explore_changed(changes)
 
 
 def test_mutations_of_every_byte_of_inodes_and_entries() -> None:
