@@ -15,7 +15,10 @@ Invariants:
   reason.
 
 Data goes by pread into one reused buffer and writev from it. splice would save a copy, but a reply of 1 MiB
-needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have (fs.pipe-max-size).
+needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have (fs.pipe-max-size); mmap of
+the block instead of pread took as much processor time (175 us a MiB for both copies). What was served is dropped
+from the block file's page cache, as the kernel keeps it under the device, or above it, already: reading 1 GiB
+left 1.1 GB cached in place of 2.3, for 0.04 s more processor time.
 """
 
 from __future__ import annotations
@@ -165,14 +168,15 @@ class Worker:
             attributes = protocol.Attributes(device.node, device.size)
             self._reply(protocol.attributes_reply(request.unique, attributes))
 
-        self._with_device(request.unique, request.node, known)
+        self._with_device(request.unique, request.node, known, errno.ESTALE)
 
-    def _with_device(self, unique: int, node: int, then: Callable[[wire.Device], None]) -> None:
-        """Go on with the device, asking for it where a predecessor or sibling had the LOOKUP."""
+    def _with_device(self, unique: int, node: int, then: Callable[[wire.Device], None], missing: int) -> None:
+        """Go on with the device, asking for it where a predecessor or sibling had the LOOKUP. `missing` is
+        the errno for one that was detached."""
 
         def answered(answer: wire.Answer, _: int) -> None:
             if answer.error:
-                self._reply(protocol.error_reply(unique, answer.error))
+                self._reply(protocol.error_reply(unique, missing))
                 return
             (found,) = answer.devices
             self._devices[node] = found
@@ -187,7 +191,9 @@ class Worker:
     # -- reading -----------------------------------------------------------------------------------
 
     def _read(self, request: protocol.Read) -> None:
-        self._with_device(request.unique, request.node, lambda device: self._read_device(request, device))
+        self._with_device(
+            request.unique, request.node, lambda device: self._read_device(request, device), errno.EIO
+        )
 
     def _read_device(self, request: protocol.Read, device: wire.Device) -> None:
         length = max(0, min(request.size, device.size - request.offset))
@@ -227,6 +233,8 @@ class Worker:
                 self._let_go(key, device.block_bytes)
                 self._reply(protocol.error_reply(request.unique, errno.EIO))
                 return
+            else:
+                os.posix_fadvise(fd, within, count, os.POSIX_FADV_DONTNEED)
             filled += count
             index += 1
             within = 0

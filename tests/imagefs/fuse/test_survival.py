@@ -73,6 +73,8 @@ def test_readers_outlive(
         image = layer.image
         expected = [image, image[6 << 20 :], b"", image[1 << 20 :]]
         assert [reader.outcome() for reader in readers] == [stack.digest(data) for data in expected]
+        # The old workers went by themselves.
+        assert "are still there" not in _log(tmp_path)
 
 
 def test_killed_again_and_again(tmp_path: Path, blobs: stack.BlobServer) -> None:
@@ -86,6 +88,10 @@ def test_killed_again_and_again(tmp_path: Path, blobs: stack.BlobServer) -> None
                 _kill_and_wait(client, kill)
         outcomes = [reader.outcome() for reader in readers]
         assert outcomes == [stack.digest(layer.image[start << 20 :]) for start in (0, 16, 32)]
+
+
+def _log(directory: Path) -> str:
+    return (directory / "state" / "server.log").read_text()
 
 
 def _kill_and_wait(client: stack.Client, kill: Callable[[stack.Client], None]) -> None:
