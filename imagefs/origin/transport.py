@@ -16,6 +16,8 @@ import ipaddress
 import json
 import logging
 import re
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,15 +57,11 @@ class Transport:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        options: dict[str, Any] = {}
-        if settings.ca_file:
-            if not settings.ca_file.is_file():
-                raise errors.ConfigurationError(f"CA file {settings.ca_file} is not a file")
-            options["ca_certs"] = str(settings.ca_file)
-        # TCP_NODELAY is urllib3's own default. Hosts: the registry, its token server, its blob storage.
-        self._pool = urllib3.PoolManager(
-            num_pools=8, maxsize=settings.connections, block=False, retries=False, **options
-        )
+        if settings.ca_file and not settings.ca_file.is_file():
+            raise errors.ConfigurationError(f"CA file {settings.ca_file} is not a file")
+        self._lock = threading.Lock()
+        self._plain = self._new_pool()
+        self._tls: urllib3.PoolManager | None = None
 
     def base_url(self, host: str) -> str:
         """`https://HOST`, or `http://HOST` where plain HTTP was asked for, or HOST is a loopback address
@@ -101,7 +99,7 @@ class Transport:
         )
         sent = {"User-Agent": "glowplug", "Accept-Encoding": "identity", **(fields or {})}
         try:
-            response = self._pool.urlopen(
+            response = self._pool(url).urlopen(
                 method,
                 url,
                 headers=sent,
@@ -118,7 +116,28 @@ class Transport:
         return Answer(response, url, what, settings.read_timeout_seconds, deadline, empty)
 
     def close(self) -> None:
-        self._pool.clear()
+        self._plain.clear()
+        if self._tls is not None:
+            self._tls.clear()
+
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        if not url.startswith("https:"):
+            return self._plain
+        with self._lock:
+            if self._tls is None:
+                # One context for all connections, made when first needed: reading the system's
+                # authorities takes longer than a plain connection.
+                try:
+                    context = ssl.create_default_context(cafile=self._settings.ca_file)
+                except (OSError, ValueError) as exc:
+                    raise errors.ConfigurationError(f"CA file {self._settings.ca_file}: {exc}") from exc
+                self._tls = self._new_pool(ssl_context=context)
+            return self._tls
+
+    def _new_pool(self, **options: Any) -> urllib3.PoolManager:
+        # TCP_NODELAY is urllib3's own default. Hosts: the registry, its token server, its blob storage.
+        size = self._settings.connections
+        return urllib3.PoolManager(num_pools=8, maxsize=size, block=False, retries=False, **options)
 
 
 class Answer:

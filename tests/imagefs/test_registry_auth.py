@@ -333,6 +333,14 @@ class TestTls:
             with pytest.raises(errors.ConfigurationError, match="not trusted"):
                 distrusting.has_blob(artifact.digest_of(b""))
 
+    @pytest.mark.parametrize("content", [None, "not a certificate"])
+    def test_a_file_that_holds_no_authority(self, tmp_path: Path, content: str | None) -> None:
+        path = tmp_path / "ca.pem"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(errors.ConfigurationError, match=r"ca\.pem"):
+            origin_at("127.0.0.1:1", tmp_path, settings=transport.Settings(ca_file=path)).read_manifest("v1")
+
     def test_a_server_without_tls(
         self, certificate: tuple[Path, Path], registry: RegistryServer, tmp_path: Path
     ) -> None:

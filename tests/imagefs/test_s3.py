@@ -5,36 +5,51 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import boto3
 import pytest
 
 from imagefs import artifact, errors, reference
-from imagefs.origin import BytesSource, connect, retry, s3
+from imagefs.origin import BytesSource, connect, retry, s3, transport
 from tests.fixtures import servers
 from tests.fixtures.servers import Fault, FaultProxy, S3Server
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 QUICK = retry.Policy(attempts=3, first_delay_seconds=0.001, max_delay_seconds=0.01)
 DATA = random.Random(9).randbytes(12 << 20)
 DIGEST = artifact.digest_of(DATA)
 
 
-@pytest.fixture
-def proxy(fault_server: FaultProxy, s3_server: S3Server) -> FaultProxy:
-    fault_server.upstream = s3_server.endpoint_url.removeprefix("http://")
-    return fault_server
+@pytest.fixture(scope="module")
+def shared(s3_server: S3Server) -> Iterator[tuple[FaultProxy, S3Client, transport.Transport]]:
+    """One proxy, client and transport for all tests here: a client takes longer to make than a test."""
+    proxy = FaultProxy(upstream=s3_server.endpoint_url.removeprefix("http://"))
+    options = connect.Options(s3_endpoint_url=proxy.url, read_timeout_seconds=5)
+    origin = s3.connect(s3_server.bucket, "shared", options)
+    yield proxy, origin._client, origin._http
+    origin.close()
+    proxy.close()
 
 
 @pytest.fixture
-def origin(proxy: FaultProxy, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.S3Origin]:
+def proxy(shared: tuple[FaultProxy, S3Client, transport.Transport]) -> FaultProxy:
+    shared[0].clear()
+    return shared[0]
+
+
+@pytest.fixture
+def origin(
+    shared: tuple[FaultProxy, S3Client, transport.Transport],
+    proxy: FaultProxy,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> s3.S3Origin:
     """An origin whose requests pass through `proxy`."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
-    monkeypatch.setattr(retry, "DEFAULT", QUICK)
-    options = connect.Options(s3_endpoint_url=proxy.url, read_timeout_seconds=5)
-    made = s3.connect(s3_server.bucket, servers.unique_name("s3"), options)
-    made._policy = made._ranges._policy = QUICK
-    yield made
-    made.close()
+    return s3.S3Origin(s3_server.bucket, servers.unique_name("s3"), shared[1], shared[2], QUICK)
 
 
 def keys(server: S3Server, origin: s3.S3Origin) -> set[str]:
