@@ -39,7 +39,7 @@ longer than the work on one piece of data: the stages would wait for the parser,
     help="Unit of fetch (default 4MiB).",
 )
 @click.option("--frame-size", type=settings.SIZE, help="Unit of compression (default: the block size).")
-@click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 1).")
+@click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 2).")
 @click.option(
     "--layer-cache",
     type=click.Path(file_okay=False, path_type=Path),

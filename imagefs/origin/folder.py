@@ -224,7 +224,7 @@ class FolderOrigin:
         )
 
     def _only(self, listed: list[Descriptor]) -> Descriptor:
-        images = {e.digest: e for e in listed if self._referrer(e) is None}
+        images = {e.digest: e for e in listed if not e.artifact_type and self._referrer(e) is None}
         if len(images) == 1:
             return next(iter(images.values()))
         if not images:

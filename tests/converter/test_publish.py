@@ -56,6 +56,12 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     assert tree_of(tmp_path) == before
 
 
+def test_a_folder_with_one_image_needs_no_tag_before_or_after(tmp_path: Path) -> None:
+    layout(tmp_path)
+    first = convert(f"oci:{tmp_path}")
+    assert convert(f"oci:{tmp_path}").images[0].block_image == first.images[0].block_image
+
+
 def test_a_layer_is_found_under_another_image_of_the_repository(tmp_path: Path) -> None:
     out = f"oci:{tmp_path}/out"
     convert(layout(tmp_path / "one"), out)
