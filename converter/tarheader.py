@@ -205,6 +205,8 @@ def segments(numbers: list[int], size: int, stored_bytes: int) -> Segments:
     """The checked sparse map: ascending, without overlap, inside `size`, adding up to `stored_bytes`."""
     if len(numbers) % 2:
         raise BadFieldError("sparse map has an offset without a length")
+    if size < 0:
+        raise BadFieldError(f"sparse file of the negative size {size}")
     out: Segments = []
     position = total = 0
     for offset, length in zip(numbers[::2], numbers[1::2], strict=True):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from converter import errors, tarheader
 from converter.limits import Limits
@@ -98,6 +98,31 @@ _EXTENSIONS = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _SPARSE_KEYS = frozenset((b"GNU.sparse.size", b"GNU.sparse.realsize", b"GNU.sparse.map"))
 """Every PAX sparse file has one of them."""
 _NO_RECORDS: dict[bytes, bytes] = {}
+
+
+def _overrides(records: dict[bytes, bytes], device: bool) -> dict[str, Any]:
+    """The fields of Entry that PAX records set. An empty value sets none: the header's own counts."""
+    changes: dict[str, Any] = {}
+    get = records.get
+    if value := get(b"path"):
+        changes["name"] = value
+    if value := get(b"linkpath"):
+        changes["linkname"] = value
+    if value := get(b"size"):
+        changes["size"] = tarheader.decimal(value, "PAX size")
+    if value := get(b"mtime"):
+        changes["mtime_ns"] = tarheader.time_ns(value)
+    if value := get(b"uid"):
+        changes["uid"] = tarheader.decimal(value, "PAX uid")
+    if value := get(b"gid"):
+        changes["gid"] = tarheader.decimal(value, "PAX gid")
+    if device and (value := get(b"SCHILY.devmajor")):
+        changes["rdev_major"] = tarheader.decimal(value, "SCHILY.devmajor")
+    if device and (value := get(b"SCHILY.devminor")):
+        changes["rdev_minor"] = tarheader.decimal(value, "SCHILY.devminor")
+    if xattrs := tarheader.xattrs(records):
+        changes["xattrs"] = xattrs
+    return changes
 
 
 def describe(name: bytes, offset: int) -> str:
@@ -219,98 +244,71 @@ class TarReader:
         long_link: bytes | None,
         first_at: int,
     ) -> Entry:
+        """The entry of a header and the extensions before it, its data ready to be read."""
         name, mode, uid, gid, size, mtime, _, typeflag, linkname, magic, major, minor, prefix = fields
         kind = _KINDS.get(typeflag)
         if kind is None:
             self._refuse(f"unknown entry type {typeflag!r}")
         name = name.partition(b"\0")[0]
-        linkname = linkname.partition(b"\0")[0]
         if prefix[0] and magic.startswith(tarheader.USTAR_MAGIC):
             name = tarheader.prefix(header, prefix) + b"/" + name
-        stored_bytes = tarheader.number(size, "size")
-        uid_value = tarheader.number(uid, "uid")
-        gid_value = tarheader.number(gid, "gid")
-        mtime_ns = tarheader.number(mtime, "mtime") * 1_000_000_000
-        rdev_major = rdev_minor = 0
-        if kind is Kind.CHARACTER or kind is Kind.BLOCK:
-            rdev_major = tarheader.number(major, "devmajor")
-            rdev_minor = tarheader.number(minor, "devminor")
-        # A copy of the header, before reading on may move what lies in the buffer.
-        sparse_header = bytes(header) if typeflag == b"S" else None
-        xattrs = None
-        if self._globals:
-            records = {**self._globals, **records}
-        if records:
-            get = records.get
-            # An empty value takes a record back: the header's own value counts.
-            name = get(b"path") or name
-            linkname = get(b"linkpath") or linkname
-            if value := get(b"size"):
-                stored_bytes = tarheader.decimal(value, "PAX size")
-            if value := get(b"mtime"):
-                mtime_ns = tarheader.time_ns(value)
-            if value := get(b"uid"):
-                uid_value = tarheader.decimal(value, "PAX uid")
-            if value := get(b"gid"):
-                gid_value = tarheader.decimal(value, "PAX gid")
-            if kind is Kind.CHARACTER or kind is Kind.BLOCK:
-                rdev_major = tarheader.decimal(get(b"SCHILY.devmajor") or b"%d" % rdev_major, "devmajor")
-                rdev_minor = tarheader.decimal(get(b"SCHILY.devminor") or b"%d" % rdev_minor, "devminor")
-            xattrs = tarheader.xattrs(records)
-        if long_name is not None:
-            name = long_name
-        if long_link is not None:
-            linkname = long_link
-        if typeflag == b"\0" and name.endswith(b"/"):
-            kind = Kind.DIRECTORY
-        self._name = name
-        if not 0 <= uid_value <= _MAX_ID or not 0 <= gid_value <= _MAX_ID:
-            self._refuse(f"owner {uid_value}:{gid_value} is out of range")
-        if not -_MAX_INT64 <= mtime_ns // 1_000_000_000 <= _MAX_INT64:
-            self._refuse(f"mtime of {mtime_ns} ns is out of range")
-        if not 0 <= rdev_major <= _MAX_MAJOR or not 0 <= rdev_minor <= _MAX_MINOR:
-            self._refuse(f"device number {rdev_major}:{rdev_minor} is out of range")
-        if typeflag in _WITH_DATA:
-            self._expect_data(stored_bytes)
-        else:
-            stored_bytes = 0
-        segments = None
-        apparent_bytes = 0
-        if kind is Kind.FILE:
-            apparent_bytes = stored_bytes
-            self._data_left = stored_bytes
-            if sparse_header is not None:
-                apparent_bytes, segments = self._old_sparse(sparse_header)
-            elif not _SPARSE_KEYS.isdisjoint(records):
-                name, apparent_bytes, segments = self._pax_sparse(name, records)
-            self._image_bytes += apparent_bytes
-            if self._image_bytes > self._limits.max_image_bytes:
-                self._exceed(
-                    "bytes of files", self._image_bytes, "max_image_bytes", self._limits.max_image_bytes
-                )
-        self._check_names(name, linkname)
-        return Entry(
+        device = kind is Kind.CHARACTER or kind is Kind.BLOCK
+        entry = Entry(
             name,
             kind,
             tarheader.number(mode, "mode") & 0o7777,
-            uid_value,
-            gid_value,
-            mtime_ns,
-            apparent_bytes,
-            linkname,
-            rdev_major,
-            rdev_minor,
-            xattrs,
-            segments,
+            tarheader.number(uid, "uid"),
+            tarheader.number(gid, "gid"),
+            tarheader.number(mtime, "mtime") * 1_000_000_000,
+            tarheader.number(size, "size"),
+            linkname.partition(b"\0")[0],
+            tarheader.number(major, "devmajor") if device else 0,
+            tarheader.number(minor, "devminor") if device else 0,
+            None,
+            None,
             first_at,
         )
+        # A copy of the header, because reading on may move what lies in the buffer.
+        sparse_header = bytes(header) if typeflag == b"S" else None
+        if self._globals:
+            records = {**self._globals, **records}
+        if records:
+            entry = entry._replace(**_overrides(records, device))
+        if long_name is not None:
+            entry = entry._replace(name=long_name)
+        if long_link is not None:
+            entry = entry._replace(linkname=long_link)
+        if typeflag == b"\0" and entry.name.endswith(b"/"):
+            entry = entry._replace(kind=Kind.DIRECTORY)
+        self._name = entry.name
+        if typeflag in _WITH_DATA:
+            self._expect_data(entry.size)
+        if entry.kind is not Kind.FILE:
+            entry = entry._replace(size=0) if entry.size else entry
+        elif sparse_header is not None:
+            entry = self._old_sparse(entry, sparse_header)
+        elif records and not _SPARSE_KEYS.isdisjoint(records):
+            entry = self._pax_sparse(entry, records)
+        else:
+            self._data_left = entry.size
+        self._check(entry)
+        return entry
 
-    def _check_names(self, name: bytes, linkname: bytes) -> None:
-        longest = max(len(name), len(linkname))
+    def _check(self, entry: Entry) -> None:
+        if not 0 <= entry.uid <= _MAX_ID or not 0 <= entry.gid <= _MAX_ID:
+            self._refuse(f"owner {entry.uid}:{entry.gid} is out of range")
+        if not -_MAX_INT64 <= entry.mtime_ns // 1_000_000_000 <= _MAX_INT64:
+            self._refuse(f"mtime of {entry.mtime_ns} ns is out of range")
+        if not 0 <= entry.rdev_major <= _MAX_MAJOR or not 0 <= entry.rdev_minor <= _MAX_MINOR:
+            self._refuse(f"device number {entry.rdev_major}:{entry.rdev_minor} is out of range")
+        longest = max(len(entry.name), len(entry.linkname))
         if longest >= self._limits.max_path_bytes:
             self._exceed("bytes of path", longest, "max_path_bytes", self._limits.max_path_bytes)
-        if b"\0" in name or b"\0" in linkname:
+        if b"\0" in entry.name or b"\0" in entry.linkname:
             self._refuse("a NUL byte in a path")
+        self._image_bytes += entry.size
+        if self._image_bytes > self._limits.max_image_bytes:
+            self._exceed("bytes of files", self._image_bytes, "max_image_bytes", self._limits.max_image_bytes)
 
     # -- extension headers and sparse maps ---------------------------------------------------------
 
@@ -323,18 +321,18 @@ class TarReader:
         padded = (size + _BLOCK - 1) // _BLOCK * _BLOCK
         return self._take(padded)[:size]
 
-    def _old_sparse(self, header: bytes) -> tuple[int, tarheader.Segments]:
+    def _old_sparse(self, entry: Entry, header: bytes) -> Entry:
         numbers, apparent_bytes, extended = tarheader.gnu_sparse_header(header)
         map_bytes = 0
         while extended:
             map_bytes = self._count_map_bytes(map_bytes)
             more, extended = tarheader.gnu_sparse_extension(self._take(_BLOCK))
             numbers += more
-        return apparent_bytes, self._expect_sparse(numbers, apparent_bytes)
+        return entry._replace(size=apparent_bytes, segments=self._expect_sparse(numbers, apparent_bytes))
 
-    def _pax_sparse(self, name: bytes, records: dict[bytes, bytes]) -> tuple[bytes, int, tarheader.Segments]:
+    def _pax_sparse(self, entry: Entry, records: dict[bytes, bytes]) -> Entry:
         version = records.get(b"GNU.sparse.major", b"0"), records.get(b"GNU.sparse.minor", b"0")
-        name = self._name = records.get(b"GNU.sparse.name") or name
+        self._name = records.get(b"GNU.sparse.name") or entry.name
         size_text = records.get(b"GNU.sparse.realsize") or records.get(b"GNU.sparse.size") or b""
         apparent_bytes = tarheader.decimal(size_text, "sparse size")
         if version == (b"1", b"0"):
@@ -343,7 +341,8 @@ class TarReader:
             numbers = tarheader.pax_sparse_map(records.get(b"GNU.sparse.map", b""))
         else:
             self._refuse(f"unknown sparse format {version[0]!r}.{version[1]!r}")
-        return name, apparent_bytes, self._expect_sparse(numbers, apparent_bytes)
+        segments = self._expect_sparse(numbers, apparent_bytes)
+        return entry._replace(name=self._name, size=apparent_bytes, segments=segments)
 
     def _sparse_map_in_data(self) -> list[int]:
         """GNU sparse format 1.0: the data begins with lines: a count, then offsets and lengths."""

@@ -369,6 +369,7 @@ def test_wrong_checksum_names_the_byte() -> None:
         (Builder().raw(header(b"f", patch={124: b"\xff" * 12})), "negative size"),
         (Builder().raw(header(b"f", patch={108: b"\xff" * 8})), "owner"),
         (Builder().raw(header(b"f", b"Z")), "unknown entry type"),
+        (Builder().raw(header(b"f", b"S", magic=b"ustar  \0", patch={483: b"\xff" * 12})), "negative size"),
         (Builder().raw(header(b"f", b"M")), "unknown entry type"),
         (Builder().raw(header(b"x", b"x", size=10) + padded(b"99 path=ab")), "malformed PAX record"),
         (Builder().raw(header(b"x", b"x", size=4) + padded(b"4 =\n")), "malformed PAX record"),
