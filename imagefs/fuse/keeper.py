@@ -51,6 +51,7 @@ _LONGEST_BACKOFF_SECONDS = 5.0
 _STEADY_SECONDS = 10.0
 """A server that lived this long did not fail at its start: the next one starts without delay."""
 _MESSAGE_BYTES = 4096
+_LOCK_TRIES = 50
 
 
 def device_directory(state_dir: Path) -> Path:
@@ -361,6 +362,18 @@ def _detach_from_starter(state_dir: Path) -> None:
     os.close(out)
 
 
+def _lock(path: Path) -> bool:
+    """Take the keeper's lock for the life of this process. Clients that look whether a keeper lives hold a
+    shared lock for a moment: hence more than one try."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="glowplug-keeper", description="Holds the FUSE mount of STATE.")
@@ -370,10 +383,7 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, help="become a daemon; write a line here when serving")
     parser.add_argument("--adopt", help="JSON: what a keeper that was killed had")
     arguments = parser.parse_args()
-    lock = os.open(arguments.state / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _lock(arguments.state / "keeper.lock"):
         sys.exit("glowplug keeper: this state directory has one already")
     if arguments.ready_fd is not None:
         os.set_inheritable(arguments.ready_fd, False)

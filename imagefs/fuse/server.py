@@ -21,6 +21,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -44,6 +45,7 @@ _STUCK_SECONDS = 10
 _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
 _MAX_CONNECTIONS = 64
+_IDLE_SECONDS = 60.0
 _KEEPER_RETRY_SECONDS = 1.0
 
 
@@ -302,6 +304,7 @@ class Server:
             with connection:
                 if not keeper.same_user(connection):
                     return
+                connection.settimeout(_IDLE_SECONDS)
                 while (request := control.receive(connection)) is not None:
                     try:
                         reply = {"ok": self._operate(request)}
@@ -376,6 +379,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="glowplug-server", description="Serves the block devices of STATE.")
     parser.add_argument("--state", type=Path, required=True)
     arguments = parser.parse_args()
+    # Blocks on their way to workers count as open here; workers inherit the limit.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         settings = control.decode_settings((arguments.state / "settings.json").read_bytes())
         Server(settings).run()

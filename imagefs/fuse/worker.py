@@ -16,9 +16,9 @@ Invariants:
 
 Data goes by pread into one reused buffer and writev from it. splice would save a copy, but a reply of 1 MiB
 needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have (fs.pipe-max-size); mmap of
-the block instead of pread took as much processor time (175 us a MiB for both copies). What was served is dropped
-from the block file's page cache, as the kernel keeps it under the device, or above it, already: reading 1 GiB
-left 1.1 GB cached in place of 2.3, for 0.04 s more processor time.
+the block instead of pread took as much processor time (175 us a MiB for both copies). What was served is
+dropped from the block file's page cache, as the kernel keeps it under the device's name, or above it:
+reading 1 GiB left 1.1 GB cached in place of 2.3, for 0.04 s more processor time.
 """
 
 from __future__ import annotations
