@@ -87,9 +87,10 @@ def run(
         _forget_other_roots(table)
         folder.mkdir()
         syscalls.mount("glowplug", folder, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=700")
-        root = folder / "root"
+        root, behind = folder / "root", folder / "behind"
         root.mkdir()
-        if assembly.assemble(image, devices, folder, root, options) is None:
+        behind.mkdir()
+        if assembly.assemble(image, devices, behind, root, options) is None:
             raise errors.ConfigurationError("this kernel cannot mount EROFS, which run needs")
         with namespaces.signals_held():
             return namespaces.run(root, spec)
@@ -266,9 +267,12 @@ def _fusermount(directory: Path, *, force: bool) -> None:
 
 def _unmount_leftovers(folder: Path) -> None:
     """Layer mounts that a killed command left below the record's folder."""
-    below = str(folder) + "/"
     mount_layer.unmount_all(
-        [Path(point.directory) for point in holders.mount_points() if point.directory.startswith(below)]
+        [
+            Path(point.directory)
+            for point in holders.mount_points()
+            if Path(point.directory).is_relative_to(folder)
+        ]
     )
 
 

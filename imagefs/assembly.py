@@ -81,17 +81,26 @@ def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:
 def assemble(
     image: LazyImage, devices: Sequence[Path], folder: Path, directory: Path, options: Options
 ) -> Choice | None:
-    """Mount the image at `directory`, with `folder` for what lies behind it. None when the kernel cannot
-    mount EROFS here and the mode was left to us: nothing is mounted then, and a file-level mount may do."""
+    """Mount the image at `directory`, with `folder` for what lies behind it (`directory` is not inside).
+    None when the kernel cannot mount EROFS here and the mode was left to us: nothing is mounted then, and a
+    file-level mount may do."""
     root = prepare(image, devices)
     names = [
         (f"{image.reference}: layer {number} ({layer.map_digest})", device)
         for number, (layer, device) in enumerate(zip(image.layers, devices, strict=True))
     ]
-    choice, mounted = mount.mount_layers(options.mode, names, folder)
-    if choice is None:
-        return None
     try:
+        mount.gather(folder)
+    except PermissionError as exc:
+        if options.mode is None:
+            return None
+        raise errors.ConfigurationError(
+            f"--mode {options.mode} needs the right to mount: {exc.strerror}"
+        ) from exc
+    try:
+        choice, mounted = mount.mount_layers(options.mode, names, folder)
+        if choice is None:
+            return None
         if options.writable and root is None:
             root = root_attributes(devices[-1])
         mount.mount_overlay(
@@ -103,7 +112,7 @@ def assemble(
             flags=options.mount_flags(),
         )
     finally:
-        mount.unmount_all(mounted)
+        mount.unmount_all([folder])
     return choice
 
 

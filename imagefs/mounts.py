@@ -61,7 +61,11 @@ class MountTable:
             ) from None
         except OSError as exc:
             raise errors.ConfigurationError(f"cannot write state to {folder}: {exc.strerror}") from exc
-        self.update(record)
+        try:
+            self.update(record)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         return folder
 
     def update(self, record: Record) -> None:
