@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from converter import observer
@@ -35,6 +35,25 @@ def conversion() -> Iterator[observer.Observer]:
     )
     with progress.Progress(*columns, console=console.Console(stderr=True)) as display:
         yield _Bars(display)
+
+
+@contextlib.contextmanager
+def total(name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """One bar of `total_bytes`; what it yields is told how many more were done, from any thread."""
+    if not sys.stderr.isatty():
+        yield lambda done_bytes: None
+        return
+    from rich import console, progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+    )
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as display:
+        task = display.add_task(name, total=total_bytes)
+        yield lambda done_bytes: display.update(task, advance=done_bytes)
 
 
 class _Bars:
