@@ -47,7 +47,8 @@ def mount(
     table = MountTable(storage.state_dir)
     if table.find(directory) is not None:
         raise errors.BusyError(f"{directory} is mounted already; `glowplug umount {directory}` first")
-    record = Record(mounts.mount_id(directory), str(directory), ref, "", options.writable)
+    pid, start = os.getpid(), mounts.process_start(os.getpid())
+    record = Record(mounts.mount_id(directory), str(directory), ref, "", options.writable, pid, start)
     image = open_image()
     if server is None:
         why = "asked for" if options.mode else "only root may mount(2)"
@@ -177,15 +178,17 @@ def _mount_in_kernel(
     options: assembly.Options,
     origins: Options,
 ) -> Choice | None:
-    folder = table.claim(record)
     try:
+        folder = table.claim(record)
         devices = client.attach(record.id, layer_specs(image), origins)
         choice = assembly.assemble(image, devices, folder, Path(record.directory), options)
         if choice is not None:
-            table.update(dataclasses.replace(record, mode=choice.mode.value))
+            table.update(dataclasses.replace(record, mode=choice.mode.value, pid=None, pid_start=None))
             return choice
     except BaseException:
-        _undo(record, table, client)
+        # An interrupt may come at any point, also in the middle of the claim.
+        if table.is_claimed(record):
+            _undo(record, table, client)
         raise
     _undo(record, table, client)
     return None

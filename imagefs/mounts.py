@@ -3,12 +3,13 @@
 Owned by whoever mounts: the record is written before the first mount(2) and removed after the last umount,
 so that whatever a crash leaves behind is named by a record. A directory has at most one record. Records of
 `run` name their process and are collected by the next command when it is gone. No lock is held across calls;
-`claim` is atomic (mkdir).
+`claim` is atomic (rename).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -19,12 +20,14 @@ from pathlib import Path
 from imagefs import errors
 
 _RECORD = "record.json"
+_NEW = ".new-"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """One mount. `mode` is "erofs", "loop" or "fuse", empty while it is being made. `pid` and `pid_start`
-    name the process that a `run` (`ephemeral`) or a file-level mount lives and dies with."""
+    name the process that is making it, or that a `run` (`ephemeral`) or a file-level mount lives and dies
+    with; None for a finished mount by the kernel."""
 
     id: str
     directory: str
@@ -53,27 +56,29 @@ class MountTable:
     def claim(self, record: Record) -> Path:
         """Write the record of a mount to come; returns its folder. BusyError if the directory has one."""
         folder = self.folder(record.id)
+        new = self._root / f"{_NEW}{record.id}-{os.getpid()}"
         try:
-            folder.mkdir(parents=True, mode=0o700)
-        except FileExistsError:
-            raise errors.BusyError(
-                f"{record.directory} is mounted already; `glowplug umount {record.directory}` first"
-            ) from None
+            new.mkdir(parents=True, mode=0o700)
+            self._write(new, record)
+            new.rename(folder)
         except OSError as exc:
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
+                raise errors.BusyError(
+                    f"{record.directory} is mounted already; `glowplug umount {record.directory}` first"
+                ) from None
             raise errors.ConfigurationError(f"cannot write state to {folder}: {exc.strerror}") from exc
-        try:
-            self.update(record)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
         return folder
 
     def update(self, record: Record) -> None:
         """Replace a claimed record."""
-        path = self.folder(record.id) / _RECORD
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1))
-        temporary.replace(path)
+        self._write(self.folder(record.id), record)
+
+    def is_claimed(self, record: Record) -> bool:
+        """Whether the record there is the one that this process claimed."""
+        found = self._read(self.folder(record.id))
+        return found is not None and (found.pid, found.pid_start) == (record.pid, record.pid_start)
 
     def find(self, directory: Path) -> Record | None:
         """The record of a mounted directory."""
@@ -83,7 +88,7 @@ class MountTable:
         """All records, in order of id."""
         if self._root.is_dir():
             for folder in sorted(self._root.iterdir()):
-                record = self._read(folder)
+                record = None if folder.name.startswith(_NEW) else self._read(folder)
                 if record is not None:
                     yield record
 
@@ -98,13 +103,19 @@ class MountTable:
                 shutil.rmtree(path)
         shutil.rmtree(folder)
 
+    @staticmethod
+    def _write(folder: Path, record: Record) -> None:
+        temporary = folder / "record.new"
+        temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1))
+        temporary.replace(folder / _RECORD)
+
     def _read(self, folder: Path) -> Record | None:
         try:
             return Record(**json.loads((folder / _RECORD).read_text()))
         except FileNotFoundError:
             if not folder.is_dir():
                 return None
-            # Killed between mkdir and the record: nothing was mounted yet.
+            # Killed while it was forgotten: nothing was mounted any more.
             return Record(folder.name, "", "", "", False)
         except (ValueError, TypeError) as exc:
             raise errors.ConfigurationError(f"{folder / _RECORD} is damaged: {exc}") from exc
