@@ -83,7 +83,8 @@ def run(
     record = Record(f"run-{pid}-{start}", "", ref, "", True, pid, start, ephemeral=True)
     folder = table.claim(record) / "private"
     try:
-        devices = client.attach(record.id, layer_specs(image), origins)
+        with namespaces.signals_held():
+            devices = client.attach(record.id, layer_specs(image), origins)
         namespaces.enter_private_mounts()
         _forget_other_roots(table)
         folder.mkdir()
@@ -179,14 +180,15 @@ def _mount_in_kernel(
     origins: Options,
 ) -> Choice | None:
     try:
-        folder = table.claim(record)
-        devices = client.attach(record.id, layer_specs(image), origins)
+        # Whole or not at all: an attach that was cut short could arrive after its own detach.
+        with namespaces.signals_held():
+            folder = table.claim(record)
+            devices = client.attach(record.id, layer_specs(image), origins)
         choice = assembly.assemble(image, devices, folder, Path(record.directory), options)
         if choice is not None:
             table.update(dataclasses.replace(record, mode=choice.mode.value, pid=None, pid_start=None))
             return choice
     except BaseException:
-        # An interrupt may come at any point, also in the middle of the claim.
         if table.is_claimed(record):
             _undo(record, table, client)
         raise
