@@ -89,8 +89,12 @@ def run(root: Path, spec: process.Process) -> int:
         raise errors.ConfigurationError(f"no pid namespace: {exc.strerror}; `run` needs root") from exc
     init = os.fork()
     if init == 0:
-        os.close(reader)
-        _init(root, spec, writer)
+        try:
+            os.close(reader)
+            _init(root, spec, writer)
+        finally:
+            # A copy of our parent's stack must never unwind: its clean-up is the parent's.
+            os._exit(1)
     os.close(writer)
     with open(reader, "rb") as pipe:
         failure = pipe.read()
@@ -128,7 +132,7 @@ def _init(root: Path, spec: process.Process, failures: int) -> NoReturn:
     except BaseException as exc:
         where = f" ({exc.filename})" if isinstance(exc, OSError) and exc.filename else ""
         text = exc.strerror if isinstance(exc, OSError) else str(exc)
-        os.write(failures, f"cannot set up the container{where}: {text}".encode())
+        _say(failures, f"cannot set up the container{where}: {text}")
         os._exit(1)
     os.close(failures)
     command = os.fork()
@@ -157,41 +161,47 @@ def _exec(spec: process.Process, identity: process.Identity) -> NoReturn:
         os.execvpe(spec.argv[0], spec.argv, environment)  # noqa: S606
     except FileNotFoundError as exc:
         code = NOT_FOUND
-        os.write(2, f"glowplug: {spec.argv[0]}: {exc.strerror}\n".encode())
+        _say(2, f"glowplug: {spec.argv[0]}: {exc.strerror}\n")
     except (OSError, ValueError) as exc:
-        os.write(2, f"glowplug: {spec.argv[0]}: {getattr(exc, 'strerror', exc)}\n".encode())
-    os._exit(code)
+        _say(2, f"glowplug: {spec.argv[0]}: {getattr(exc, 'strerror', exc)}\n")
+    finally:
+        os._exit(code)
+
+
+def _say(fd: int, text: str) -> None:
+    """Names come from the image and the command line and need not be text; nobody may be listening."""
+    with contextlib.suppress(OSError):
+        os.write(fd, text.encode(errors="backslashreplace"))
 
 
 def _enter_root(root: Path) -> None:
-    """pivot_root, with the host's files bound in between: its paths end and the image's symlinks cannot
-    lead out, because every target is looked up with the image as root already."""
-    sources = {name: _open_path(f"/dev/{name}") for name in _DEVICES}
-    files = {name: _open_path(name) for name in _HOST_FILES if os.path.exists(name)}
-    old = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """pivot_root, and what a container has on top of its image. The host's files come along as mounts that
+    are attached nowhere, and the host's root is gone before the first path is looked up: while it is still
+    stacked on the new one, ".." leads into it, in the image's symbolic links, too."""
+    devices = {name: syscalls.open_tree(f"/dev/{name}") for name in _DEVICES}
+    files = {name: syscalls.open_tree(name) for name in _HOST_FILES if os.path.exists(name)}
     os.chdir(root)
     syscalls.pivot_root(".", ".")
+    syscalls.umount(".", syscalls.MNT_DETACH)
+    os.chdir("/")
     for name in ("/proc", "/sys", "/dev"):
         os.makedirs(name, exist_ok=True)
     syscalls.mount("proc", "/proc", "proc", _QUIET)
     syscalls.mount("sysfs", "/sys", "sysfs", _QUIET | syscalls.MS_RDONLY)
-    _fill_dev(sources)
-    for name, fd in files.items():
-        _bind_file(fd, name)
+    _fill_dev(devices)
+    for name, tree in files.items():
+        _attach_file(tree, name)
         syscalls.mount(
             "none", name, None, syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | _QUIET
         )
-    os.fchdir(old)
-    syscalls.umount(".", syscalls.MNT_DETACH)
-    os.chdir("/")
-    for fd in (old, *sources.values(), *files.values()):
-        os.close(fd)
+    for tree in (*devices.values(), *files.values()):
+        os.close(tree)
 
 
-def _fill_dev(sources: dict[str, int]) -> None:
+def _fill_dev(devices: dict[str, int]) -> None:
     syscalls.mount("tmpfs", "/dev", "tmpfs", syscalls.MS_NOSUID, "mode=755,size=64k")
-    for name, fd in sources.items():
-        _bind_file(fd, f"/dev/{name}")
+    for name, tree in devices.items():
+        _attach_file(tree, f"/dev/{name}")
     for name, target in _DEVICE_LINKS.items():
         os.symlink(target, f"/dev/{name}")
     for name in ("pts", "shm"):
@@ -206,18 +216,14 @@ def _fill_dev(sources: dict[str, int]) -> None:
     syscalls.mount("shm", "/dev/shm", "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=1777")  # noqa: S108
 
 
-def _bind_file(fd: int, target: str) -> None:
-    """Bind an open host file over `target`, which is made if the image has none or a link to nothing."""
+def _attach_file(tree: int, target: str) -> None:
+    """Lay a host file over `target`, which is made if the image has none or a link to nothing."""
     if not os.path.exists(target):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-    syscalls.mount(f"/proc/self/fd/{fd}", target, None, syscalls.MS_BIND)
-
-
-def _open_path(name: str) -> int:
-    return os.open(name, os.O_PATH | os.O_CLOEXEC)
+    syscalls.move_mount(tree, target)
 
 
 def _account_file(name: str) -> bytes:

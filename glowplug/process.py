@@ -102,7 +102,9 @@ def _rows(data: bytes, columns: int) -> list[list[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and int(text) < (1 << 32) - 1 else None
+    # At most ten digits: Python refuses to parse thousands, with an exception of its own.
+    plain = text.isascii() and text.isdigit() and len(text) <= 10
+    return int(text) if plain and int(text) < (1 << 32) - 1 else None
 
 
 def _strings(value: Mapping[str, Any], field: str) -> list[str]:

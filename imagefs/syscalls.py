@@ -1,5 +1,5 @@
-"""Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), unshare(2), pivot_root(2) and
-prctl(2). The one place with ctypes.
+"""Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), open_tree(2), move_mount(2),
+unshare(2), pivot_root(2) and prctl(2). The one place with ctypes.
 
 Each raises OSError with the kernel's errno and the path; callers turn those into errors of ours. `ctypes`
 releases the GIL during the call, which matters: a mount may wait for a FUSE server.
@@ -31,6 +31,13 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
 
 _PR_SET_PDEATHSIG = 1
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+"""Linux 5.2; the same number on every architecture."""
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOVE_MOUNT_T_SYMLINKS = 16
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,11 +50,13 @@ _libc.mount.argtypes = (
 )
 
 
-def _check(call: Callable[..., int], *arguments: object, name: str | None = None) -> None:
+def _check(call: Callable[..., int], *arguments: object, name: str | None = None) -> int:
     ctypes.set_errno(0)
-    if call(*arguments) != 0:
+    result = call(*arguments)
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), name)
+    return result
 
 
 def mount(
@@ -72,6 +81,32 @@ def mount(
 def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2, os.fsencode(target), flags, name=os.fspath(target))
+
+
+def open_tree(path: str) -> int:
+    """open_tree(2): a descriptor of a bind mount of `path` that is not attached anywhere yet."""
+    return _check(
+        _libc.syscall,
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+        name=path,
+    )
+
+
+def move_mount(tree: int, target: str) -> None:
+    """move_mount(2): attach what `open_tree` gave at `target`, symbolic links followed."""
+    _check(
+        _libc.syscall,
+        ctypes.c_long(_SYS_MOVE_MOUNT),
+        ctypes.c_int(tree),
+        ctypes.c_char_p(b""),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(target)),
+        ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_SYMLINKS),
+        name=target,
+    )
 
 
 def unshare(flags: int) -> None:

@@ -94,3 +94,10 @@ def test_whatever_the_files_hold(spec: str, passwd: bytes, group: bytes) -> None
         return
     assert 0 <= found.uid < 1 << 32
     assert all(0 <= number < 1 << 32 for number in (found.gid, *found.groups))
+
+
+def test_numbers_of_thousands_of_digits_are_no_numbers() -> None:
+    passwd = b"app:x:" + b"9" * 5000 + b":0::/:/bin/sh\n" + PASSWD
+    assert process.resolve_user("app", passwd, b"").uid == 1000
+    with pytest.raises(errors.InvalidInputError, match="not in the image"):
+        process.resolve_user("1" * 5000, PASSWD, GROUP)

@@ -125,6 +125,29 @@ def test_what_is_mounted_inside(glowplug: Command, ref: str) -> None:
     assert str(glowplug.state_dir) not in said
 
 
+@pytest.mark.parametrize("link", ["etc", "proc", "dev"])
+def test_links_of_the_image_do_not_lead_to_the_host(glowplug: Command, tmp_path: Path, link: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo(link)
+        info.type, info.linkname = tarfile.SYMTYPE, f"../..{victim}"
+        tar.addfile(info)
+    # One layer cannot have both the directory and the link: the link comes in a layer above.
+    ref = block_images.make(tmp_path / "image", [shell_layer(), out.getvalue()])
+    process = glowplug.start("run", ref, "--", "sh", "-c", ":", stderr=subprocess.PIPE)
+    process.communicate(timeout=60)
+    assert list(victim.iterdir()) == []
+    assert glowplug.left() == []
+
+
+def test_a_command_whose_name_is_not_text(glowplug: Command, ref: str) -> None:
+    said = glowplug("run", ref, "--", "\udcff-nothing", code=127).stderr
+    assert said.count("No such file or directory") == 1
+    assert glowplug.left() == []
+
+
 def test_suid_and_dev(glowplug: Command, ref: str) -> None:
     said = glowplug("run", "--suid", "--dev", ref, "--", "sh", "-c", "cat /proc/mounts").stdout
     root = said.splitlines()[0].split()[3].split(",")
