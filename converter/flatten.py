@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from converter import errors, rootedpath, tarstream
+from converter import budget, rootedpath, tarstream
 from converter import node as inodes
 from converter.limits import Limits
 from converter.node import Node, children_of, refuse
@@ -110,7 +110,7 @@ class _Layer:
         self._listed: set[Node] = set()
         self._copied_names: set[tuple[Node, bytes]] = set()
         self._aufs_links: dict[bytes, Node] = {}
-        self._made = 0
+        self._budget = budget.Budget(limits)
         self._view = memoryview(bytearray(_READ_BYTES))
 
     def apply(self, source: tarstream.Source) -> None:
@@ -158,12 +158,8 @@ class _Layer:
     def _put(self, parent: Node, name: bytes, node: Node, entry: Entry) -> None:
         if len(name) > inodes.MAX_NAME_BYTES:
             refuse(entry, f"a name of {len(name)} bytes, Linux allows {inodes.MAX_NAME_BYTES}")
-        self._made += 1
-        if self._made > self._limits.max_entries:
-            raise errors.LimitError(
-                f"{tarstream.describe(entry.name, entry.offset)}: {self._made} entries, implied directories"
-                f" included, the limit is {self._limits.max_entries} (--max-entries)"
-            )
+        self._budget.count_entry(entry)
+        self._budget.count_attributes(node.target, node.xattrs, entry)
         children_of(parent)[name] = node
         self._own.add(node)
         self._copied_names.discard((parent, name))

@@ -98,6 +98,8 @@ _EXTENSIONS = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _SPARSE_KEYS = frozenset((b"GNU.sparse.size", b"GNU.sparse.realsize", b"GNU.sparse.map"))
 """Every PAX sparse file has one of them."""
 _NO_RECORDS: dict[bytes, bytes] = {}
+_MAX_GLOBALS = 256
+"""Global PAX records in force: each is looked at for every entry that follows."""
 
 
 def _overrides(records: dict[bytes, bytes], device: bool) -> dict[str, Any]:
@@ -231,9 +233,19 @@ class TarReader:
             elif typeflag == b"K":
                 long_link = body.partition(b"\0")[0]
             elif typeflag == b"g":
-                self._globals.update(tarheader.pax_records(body))
+                self._add_globals(tarheader.pax_records(body))
             else:
                 records = tarheader.pax_records(body)
+
+    def _add_globals(self, records: dict[bytes, bytes]) -> None:
+        self._globals.update(records)
+        if len(self._globals) > _MAX_GLOBALS:
+            self._refuse(f"more than {_MAX_GLOBALS} global PAX records")
+        kept = sum(len(key) + len(value) for key, value in self._globals.items())
+        if kept > self._limits.max_header_bytes:
+            self._exceed(
+                "bytes of global PAX records", kept, "max_header_bytes", self._limits.max_header_bytes
+            )
 
     def _entry(
         self,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import stat
 
-from converter import errors, rootedpath, settling, tarstream
+from converter import budget, rootedpath, settling
 from converter.limits import Limits
 from converter.mergedlower import Lower, LowerEntry, MergedLower, is_whiteout
 from converter.node import (
@@ -62,18 +62,22 @@ class Copy:
 class LayerTree:
     """One layer. `add` every entry in the tar's order, `resolve` once, then read `root`.
 
-    `entries` counts the inodes made, implied directories included; Limits.max_entries bounds it.
+    `entries` counts the inodes made, implied directories included; the limits bound them and what they keep.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.root = Node(IMPLIED_MODE, children={}, implied=True)
-        self.entries = 0
-        self._limits = limits
+        self._budget = budget.Budget(limits)
         self._missing: dict[Node, settling.Missing] = {}
         self._aufs_links: dict[bytes, Node] = {}
         # Tars list a directory's content together: the last parent, by the text before the last slash.
         self._parent_text: bytes | None = None
         self._parent = self.root
+
+    @property
+    def entries(self) -> int:
+        """The inodes made so far."""
+        return self._budget.entries
 
     @property
     def root_implied(self) -> bool:
@@ -110,6 +114,7 @@ class LayerTree:
             self._count(node, entry)
             names[name] = node
         elif node.children is not None and existing.children is not None:
+            self._budget.count_attributes(b"", node.xattrs, entry)
             set_attributes(existing, node)
             existing.order = self.entries
         else:
@@ -206,7 +211,10 @@ class LayerTree:
             self._count(node, entry)
             children_of(parent)[path[-1]] = node
             resolved = (*follow(self.root, path[:-1], entry), path[-1])
-            self._missing[node] = settling.Missing(parent, resolved, entry)
+            self._budget.count_path(resolved, entry)
+            self._budget.count_attributes(entry.linkname, None, entry)
+            # Kept for its name and place; xattrs of a link's own count for nothing.
+            self._missing[node] = settling.Missing(parent, resolved, entry._replace(xattrs=None))
         elif is_whiteout(node):
             refuse(entry, f"a hard link to {rootedpath.show(path)}, which this layer removes")
         elif is_directory(node):
@@ -214,13 +222,9 @@ class LayerTree:
         return node
 
     def _count(self, node: Node, entry: Entry) -> None:
-        self.entries += 1
-        node.order = self.entries
-        if self.entries > self._limits.max_entries:
-            raise errors.LimitError(
-                f"{tarstream.describe(entry.name, entry.offset)}: {self.entries} entries, implied directories"
-                f" included, the limit is {self._limits.max_entries} (--max-entries)"
-            )
+        self._budget.count_entry(entry)
+        self._budget.count_attributes(node.target, node.xattrs, entry)
+        node.order = self._budget.entries
 
     def _replaced(self, node: Node) -> None:
         self._parent_text = None
@@ -262,7 +266,6 @@ class LayerTree:
         for name in lower.children(()):
             existing = names.get(name)
             if existing is None:
-                self.entries += 1
                 names[name] = Node(stat.S_IFCHR, order=self.entries)
             else:
                 cut_off(existing)

@@ -72,6 +72,12 @@ longer than the work on one piece of data: the stages would wait for the parser,
     help="Limit of a tar extension header (default 1M).",
 )
 @click.option(
+    "--max-attribute-bytes",
+    type=settings.SIZE,
+    default=_LIMITS.max_attribute_bytes,
+    help="Limit of a layer's xattrs and link targets, which are kept in memory (default 128M).",
+)
+@click.option(
     "--max-layer-bytes",
     type=settings.SIZE,
     default=_LIMITS.max_layer_bytes,

@@ -401,6 +401,11 @@ def test_malformed(tar: Builder, problem: str) -> None:
             "--max-header-bytes",
         ),
         (Builder().file(b"a", bytes(5000)), limits.Limits(max_layer_bytes=4096), "--max-layer-bytes"),
+        (
+            Builder().pax([(b"a", bytes(600))], b"g").pax([(b"b", bytes(600))], b"g").file(b"x"),
+            limits.Limits(max_header_bytes=1024),
+            "--max-header-bytes",
+        ),
         (Builder().raw(header(b"a", size=1 << 50)), LIMITS, "--max-layer-bytes"),
         (Builder().pax_sparse(b"a", 1 << 43, [], "1.0"), LIMITS, "--max-image-bytes"),
         (
@@ -428,6 +433,15 @@ def test_an_oversize_header_is_refused_before_it_is_read() -> None:
 
 
 TORTURE = tars.torture_layers()
+
+
+def test_global_records_are_few() -> None:
+    many = [(b"k%d" % number, b"v") for number in range(tarstream._MAX_GLOBALS)]
+    assert len(read(bytes(Builder().pax(many, b"g").file(b"a")))) == 1
+    with pytest.raises(errors.InvalidLayerError, match="global PAX records"):
+        read(bytes(Builder().pax(many, b"g").pax([(b"another", b"v")], b"g").file(b"a")))
+
+
 SMALL_BOUNDS = limits.Limits(max_header_bytes=1 << 16, max_layer_bytes=1 << 24, max_image_bytes=1 << 24)
 
 

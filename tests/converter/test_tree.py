@@ -545,3 +545,29 @@ def test_torture_layers(tmp_path: pathlib.Path, count: int) -> None:
     expected = flatten.flatten([io.BytesIO(layer) for layer in layers], LIMITS)
     with trees.tmpfs(tmp_path / "image") as folder, trees.overlaid(layers, folder) as merged:
         assert compare.first_difference(expected, merged) is None
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        Builder().symlink(b"a", b"t" * 600).symlink(b"b", b"t" * 600),
+        Builder()
+        .pax([(b"SCHILY.xattr.user.a", bytes(600))])
+        .file(b"a")
+        .pax([(b"SCHILY.xattr.user.a", bytes(600))])
+        .file(b"b"),
+        Builder().directory(b"a").pax([(b"SCHILY.xattr.user.a", bytes(1200))]).directory(b"a"),
+        Builder().hard_link(b"a", b"x/" * 30 + b"y"),
+    ],
+    ids=["targets", "xattrs", "a directory listed twice", "links to elsewhere"],
+)
+def test_what_a_tree_keeps_is_bounded(many: Builder) -> None:
+    build(many, limits.Limits(max_attribute_bytes=4096))
+    with pytest.raises(errors.LimitError, match=r"--max-attribute-bytes"):
+        build(many, limits.Limits(max_attribute_bytes=1024))
+
+
+def test_the_reference_keeps_no_more() -> None:
+    many = Builder().symlink(b"a", b"t" * 600).symlink(b"b", b"t" * 600)
+    with pytest.raises(errors.LimitError, match=r"--max-attribute-bytes"):
+        flatten.flatten([io.BytesIO(bytes(many))], limits.Limits(max_attribute_bytes=1024))
