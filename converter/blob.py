@@ -127,16 +127,14 @@ class LayerBlobWriter:
     # -- BlockSink ---------------------------------------------------------------------------------------
 
     def acquire(self) -> bytearray:
-        """A buffer of `block_bytes` zeros; waits for one, raises the first error of any thread."""
+        """A buffer of `block_bytes`; waits for one, raises the first error of any thread."""
         with self._lock:
             self._lock.wait_for(lambda: self._error or self._free or self._buffers_left)
             self._check()
             if not self._free:
                 self._buffers_left -= 1
                 return bytearray(self._block_bytes)
-            buffer = self._free.pop()
-        buffer[:] = self._zeros
-        return buffer
+            return self._free.pop()
 
     def put(self, index: int, buffer: bytearray, length: int) -> None:
         """Take block `index`; `buffer` is not the caller's any more."""

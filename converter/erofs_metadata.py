@@ -1,8 +1,9 @@
 """The metadata region of a layer image: every inode, directory, attribute and small tail, in one stretch.
 
-Pure. Called by `erofs_writer` at the end of a layer. `write` walks the tree twice: once to place every inode,
-because a directory names its children by their places, and once to write. Between the two it keeps eight
-bytes per name; the tree is the only other thing whose size depends on the layer.
+Pure. Called by `erofs_writer` at the end of a layer, in two walks over the tree: `plan` places every inode,
+because a directory names its children by their places, and tells the region's size before anyone has to know
+where the region lies; `write` writes it there. Between the two there are eight bytes per name; the tree is
+the only other thing whose size depends on the layer.
 
 Order: the root, then for each directory, depth first, its children in name order, so that a lookup and the
 `stat` of what it found meet the same page, and `find` and `ls -R` walk forward. A directory's entries lie
@@ -46,21 +47,31 @@ class Target(Protocol):
         """Nothing below `offset` is written any more."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Written:
-    """What `write` made. `region_bytes` is a multiple of 4096."""
+@dataclasses.dataclass(slots=True)
+class Plan:
+    """Every place in the region, from its start. `region_bytes` is a multiple of 4096; `inodes` counts them.
 
-    region_bytes: int
-    root_nid: int
-    inodes: int
+    `nids`: of each name in walking order, the root first. `firsts`: of each directory in the order it is
+    met, where in `nids` its children begin. `linked`: nid and number of names of each node with several.
+    `places`: for each directory or symlink with blocks of its own, in the order met, where they are."""
+
+    nids: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
+    firsts: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
+    places: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
+    linked: dict[Node, list[int]] = dataclasses.field(default_factory=dict)
+    inodes: int = 0
+    region_bytes: int = 0
+
+    @property
+    def root_nid(self) -> int:
+        """The root directory's nid."""
+        return self.nids[0]
 
 
-def write(root: Node, start: int, target: Target) -> Written:
-    """Write the region for the tree under `root` from byte `start` (a multiple of 4096). Leaves each
-    directory's `children` in name order. Raises InvalidLayerError for what EROFS cannot hold."""
-    plan = _plan(root, start)
-    _Emission(plan, start, target).run(root)
-    return Written(plan.end - start, plan.nids[0], plan.inodes)
+def write(root: Node, plan: Plan, start: int, data_start: int, target: Target) -> None:
+    """Write the region that was planned for the tree under `root` at byte `start` of the image, whose file
+    data begins at byte `data_start` (multiples of 4096)."""
+    _Emission(plan, start, data_start, target).run(root)
 
 
 # -- shapes: what a node needs in the region -------------------------------------------------------------
@@ -147,10 +158,10 @@ def _xattr_body(xattrs: dict[bytes, bytes]) -> bytes:
 class _Region:
     """Free space: the end, and gaps in the last few blocks. The same calls give the same places."""
 
-    def __init__(self, start: int) -> None:
-        self.end = start
+    def __init__(self) -> None:
+        self.end = 0
         self._gaps: list[list[int]] = []
-        self._reached = start
+        self._reached = 0
 
     def close(self) -> None:
         """Leave room after the last inode: fsck.erofs 1.5 reads 12 bytes of xattrs behind each inode, also
@@ -199,64 +210,52 @@ class _Region:
         return offset
 
 
-@dataclasses.dataclass(slots=True)
-class _Plan:
-    """`nids`: of each name in walking order, the root first. `firsts`: of each directory in the order it is
-    met, where in `nids` its children begin. `links`: how many names a node with several was found to have.
-    `places`: for each directory or symlink with blocks of its own, in the order met, where they are."""
-
-    nids: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
-    firsts: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
-    places: array.array[int] = dataclasses.field(default_factory=lambda: array.array("Q"))
-    linked: dict[Node, list[int]] = dataclasses.field(default_factory=dict)
-    inodes: int = 0
-    end: int = 0
-
-
-def _plan(root: Node, start: int) -> _Plan:
-    plan = _Plan()
-    region = _Region(start)
+def plan(root: Node) -> Plan:
+    """Place everything in the tree under `root`. Leaves each directory's `children` in name order. Raises
+    InvalidLayerError for what EROFS cannot hold."""
+    made = Plan()
+    region = _Region()
     # Slot 0 stays empty, so that no inode has nid 0.
     region.place(_SLOT)
-    nids = plan.nids
-    stack = [(root, _place(root, region, plan, start))]
+    nids = made.nids
+    stack = [(root, _place(root, region, made))]
     while stack:
         directory, number = stack.pop()
-        plan.firsts[number] = len(nids)
+        made.firsts[number] = len(nids)
         below: list[tuple[Node, int]] = []
         for node in (directory.children or {}).values():
             if node.children is not None:
-                below.append((node, _place(node, region, plan, start)))
+                below.append((node, _place(node, region, made)))
                 continue
             if node.links > 1:
-                known = plan.linked.get(node)
+                known = made.linked.get(node)
                 if known is not None:
                     known[1] += 1
                     nids.append(known[0])
                     continue
-            _place(node, region, plan, start)
+            _place(node, region, made)
             if node.links > 1:
-                plan.linked[node] = [nids[-1], 1]
+                made.linked[node] = [nids[-1], 1]
         stack.extend(reversed(below))
     region.close()
-    plan.end = region.end
-    return plan
+    made.region_bytes = region.end
+    return made
 
 
-def _place(node: Node, region: _Region, plan: _Plan, start: int) -> int:
+def _place(node: Node, region: _Region, made: Plan) -> int:
     """Place one inode; returns a directory's number in the order met (0 for anything else)."""
     number = 0
     if node.children is not None:
         _sort_in_place(node.children)
-        number = len(plan.firsts)
-        plan.firsts.append(0)
+        number = len(made.firsts)
+        made.firsts.append(0)
     shape = _shape(node)
     if shape.blocks:
-        plan.places.append(region.place_blocks(shape.blocks))
+        made.places.append(region.place_blocks(shape.blocks))
     length = shape.head_bytes + shape.tail_bytes
     offset = region.place(length) if length <= _BLOCK else region.place_long(shape)
-    plan.nids.append((offset - start) // _SLOT)
-    plan.inodes += 1
+    made.nids.append(offset // _SLOT)
+    made.inodes += 1
     return number
 
 
@@ -272,9 +271,10 @@ def _sort_in_place(children: dict[bytes, Node]) -> None:
 class _Emission:
     """The second walk: same order, now with every place known."""
 
-    def __init__(self, plan: _Plan, start: int, target: Target) -> None:
+    def __init__(self, plan: Plan, start: int, data_start: int, target: Target) -> None:
         self._plan = plan
         self._start = start
+        self._data_start = data_start
         self._target = target
         self._cursor = 0
         self._directories = 0
@@ -283,7 +283,7 @@ class _Emission:
         self._reached = start
 
     def run(self, root: Node) -> None:
-        root_nid = self._plan.nids[0]
+        root_nid = self._plan.root_nid
         self._emit(root, root_nid, root_nid)
         self._cursor = 1
         pending = set(self._plan.linked)
@@ -310,7 +310,7 @@ class _Emission:
         if node.children is not None:
             links, size, place, tail = self._emit_directory(node, nid, parent_nid)
         elif kind == stat.S_IFREG:
-            place = node.data_start >> ondisk.BLOCK_BITS if node.data_start >= 0 else 0
+            place = self._data_start + node.data_start >> ondisk.BLOCK_BITS if node.data_start >= 0 else 0
         elif kind == stat.S_IFLNK:
             size, place, tail = self._emit_target(node)
         else:
@@ -359,7 +359,7 @@ class _Emission:
             at = bisect.bisect_left(names, name)
             numbers.insert(at, number)
             kinds.insert(at, types[stat.S_IFDIR])
-        place = next(self._places) if shape.blocks else 0
+        place = self._start + next(self._places) if shape.blocks else 0
         blocks_left, offset, tail = shape.blocks, place, b""
         for begin, end, _ in _entry_blocks(names):
             data = _dirent_block(names[begin:end], numbers[begin:end], kinds[begin:end])
@@ -376,7 +376,7 @@ class _Emission:
         shape = _shape(node)
         if not shape.blocks:
             return shape.size, 0, node.target
-        place = next(self._places)
+        place = self._start + next(self._places)
         self._write(place, node.target)
         return shape.size, place >> ondisk.BLOCK_BITS, b""
 

@@ -39,10 +39,11 @@ _ACL_XATTRS = (b"system.posix_acl_access", b"system.posix_acl_default")
 class Node:
     """One inode. Hard links are several names for the same Node.
 
-    `mode` is the full st_mode. `data_start` is the byte offset of the file's data in the layer image
-    (multiple of 4096) for its first `size - len(tail)` bytes, -1 when all of it is in `tail`; `tail` is kept
-    inline beside the inode. `implied` marks a directory that the tar did not list itself, `opaque` one that
-    hides what lies below it. `order` counts up over the tar: which of two came later.
+    `mode` is the full st_mode. `data_start` is the byte offset of the file's data from where the layer
+    image's file data begins (multiple of 4096) for its first `size - len(tail)` bytes, -1 when all of it is
+    in `tail`; `tail` is kept inline beside the inode. `implied` marks a directory that the tar did not list
+    itself, `opaque` one that hides what lies below it. `order` counts up over the tar: which of two came
+    later.
     """
 
     mode: int

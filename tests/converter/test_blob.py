@@ -44,7 +44,6 @@ def write(
     writer = blob.LayerBlobWriter(path, BLOCK, frame_bytes, level, executor)
     for index in [*range(1, len(blocks)), 0]:
         buffer = writer.acquire()
-        assert not any(buffer)
         buffer[: len(blocks[index])] = blocks[index]
         writer.put(index, buffer, len(blocks[index]))
     size = sum(map(len, blocks))
@@ -176,7 +175,7 @@ def test_a_layer_image_goes_through(tmp_path: pathlib.Path, executor: concurrent
     (tmp_path / "blob").write_bytes(blob_bytes(finished))
     out = subprocess.run(["zstd", "-d", "-c", tmp_path / "blob"], check=True, capture_output=True).stdout
     assert out == sink.image()
-    assert finished.block_map.metadata_blocks()[-1] == len(finished.block_map.blocks) - 1
+    assert finished.block_map.metadata_blocks()[-1] == len(finished.block_map.blocks) - 1 > 1
 
 
 # -- bounds and faults -----------------------------------------------------------------------------------
