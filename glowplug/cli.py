@@ -25,7 +25,7 @@ VERBS = {
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
     "run": "Run a command in an image, in namespaces of its own.",
-    "status": "Show what the device server of this machine holds and does.",
+    "status": "Show what is mounted, whether it works, what was fetched.",
     "umount": "Unmount what `mount` mounted.",
 }
 
@@ -37,6 +37,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.UnavailableError, 7),
     (errors.ConfigurationError, 8),
     (errors.BusyError, 9),
+    (OSError, 8),  # a full disk, a right that is missing: the machine's, and its message names the file
 )
 
 
@@ -100,7 +101,7 @@ def main() -> None:
     except Exception as exc:
         code = exit_code(exc)
         if code is None:
-            raise
+            raise  # a bug: whoever reports it needs the traceback
         click.echo(f"glowplug: {exc}", err=True)
         sys.exit(code)
 

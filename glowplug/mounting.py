@@ -12,14 +12,14 @@ import errno
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glowplug import device_server, namespaces, process, settings
+from glowplug import device_server, mountlist, namespaces, process, settings
 from imagefs import assembly, errors, holders, mounts, syscalls
 from imagefs import mount as mount_layer
-from imagefs.fuse import control
+from imagefs.fuse import control, keeper
 from imagefs.mount import Choice, Mode
 from imagefs.mounts import MountTable, Record
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from imagefs.origin.connect import Options
 
 _DAEMON_END_SECONDS = 10.0
-_OURS = "glowplug"
-"""What mountinfo shows as the source of every root that we assembled."""
+_COPIES_SECONDS = 0.5
 
 
 def mount(
@@ -43,10 +42,11 @@ def mount(
 ) -> tuple[LazyImage, Path, Choice]:
     """Mount an image at a directory, without `server` file by file. Returns the image, the directory's full
     path, and how it was mounted."""
-    directory = assembly.check_directory(directory)
     table = MountTable(storage.state_dir)
-    if table.find(directory) is not None:
-        raise errors.BusyError(f"{directory} is mounted already; `glowplug umount {directory}` first")
+    found = table.find(directory)  # first: where an earlier mount is dead, stat(2) fails
+    if found is not None:
+        raise errors.BusyError(_mounted_already(found, server))
+    directory = assembly.check_directory(directory)
     pid, start = os.getpid(), mounts.process_start(os.getpid())
     record = Record(mounts.mount_id(directory), str(directory), ref, "", options.writable, pid, start)
     image = open_image()
@@ -86,13 +86,13 @@ def run(
         with namespaces.signals_held():
             devices = client.attach(record.id, layer_specs(image), origins)
         namespaces.enter_private_mounts()
-        _forget_other_roots(table)
+        _forget_other_mounts(storage.state_dir)
         folder.mkdir()
         syscalls.mount("glowplug", folder, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=700")
         root, behind = folder / "root", folder / "behind"
         root.mkdir()
         behind.mkdir()
-        if assembly.assemble(image, devices, behind, root, options) is None:
+        if _assemble(image, devices, behind, root, options, record, client) is None:
             raise errors.ConfigurationError("this kernel cannot mount EROFS, which run needs")
         with namespaces.signals_held():
             return namespaces.run(root, spec)
@@ -112,9 +112,9 @@ def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
             + ("; umount(8) is for other mounts" if os.path.ismount(directory) else "")
         )
     point = holders.top_mount(str(directory))
-    if point is not None and point.source == _OURS:
+    if point is not None and point.source == mountlist.SOURCE:
         _unmount(directory, point, force=force)
-        left = [] if force else holders.copies(point.device)
+        left = [] if force else _copies(point.device)
         if left:
             raise errors.BusyError(
                 f"{directory} is unmounted here, but others have it in their mount namespaces: "
@@ -128,6 +128,14 @@ def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
     if record.pid is not None:
         _await_end(record)
     release(record, table, control.DeviceClient.connect(state_dir))
+
+
+def _mounted_already(record: Record, server: device_server.Starting | None) -> str:
+    served = server is None or any(record.id in d["owners"] for d in server.client().status()["devices"])
+    wrong = mountlist.problem(record, served=served)
+    if wrong is None:
+        return f"{record.directory} is mounted already; `glowplug umount {record.directory}` first"
+    return f"{record.directory} has an earlier mount: {wrong}, then mount again"
 
 
 def layer_specs(image: LazyImage) -> list[control.LayerSpec]:
@@ -165,10 +173,12 @@ def collect(table: MountTable, client: control.DeviceClient | None) -> None:
                 table.forget(record)
 
 
-def _forget_other_roots(table: MountTable) -> None:
-    """In a mount namespace of our own: let go of the copies of other mounts of ours, so that they can be
-    unmounted, and their devices freed, while we live."""
-    mount_layer.unmount_all([Path(record.directory) for record in table.records() if record.directory])
+def _forget_other_mounts(state_dir: Path) -> None:
+    """In a mount namespace of our own: let go of the copies of all mounts of ours, whichever state directory
+    they are of, so that they can be unmounted, and their devices freed, while we live."""
+    ours = str(keeper.device_directory(state_dir))
+    copies = [point.directory for point in holders.mount_points() if point.source == mountlist.SOURCE]
+    mount_layer.unmount_all([Path(directory) for directory in copies if directory != ours])
 
 
 def _mount_in_kernel(
@@ -184,7 +194,7 @@ def _mount_in_kernel(
         with namespaces.signals_held():
             folder = table.claim(record)
             devices = client.attach(record.id, layer_specs(image), origins)
-        choice = assembly.assemble(image, devices, folder, Path(record.directory), options)
+        choice = _assemble(image, devices, folder, Path(record.directory), options, record, client)
         if choice is not None:
             table.update(dataclasses.replace(record, mode=choice.mode.value, pid=None, pid_start=None))
             return choice
@@ -196,10 +206,36 @@ def _mount_in_kernel(
     return None
 
 
+def _assemble(
+    image: LazyImage,
+    devices: Sequence[Path],
+    folder: Path,
+    directory: Path,
+    options: assembly.Options,
+    record: Record,
+    client: control.DeviceClient,
+) -> Choice | None:
+    """As assembly.assemble; a read that failed comes with the device server's own account of it."""
+    try:
+        return assembly.assemble(image, devices, folder, directory, options)
+    except errors.UnavailableError as exc:
+        why = _last_error(client, record.id)
+        raise errors.UnavailableError(f"{exc}: {why}" if why else str(exc)) from exc
+
+
+def _last_error(client: control.DeviceClient, owner: str) -> str | None:
+    """What the device server said last of a read that failed in one of the owner's layers."""
+    with contextlib.suppress(errors.ImagefsError, OSError):
+        for device in client.status()["devices"]:
+            if owner in device["owners"] and device["last_error"] is not None:
+                return str(device["last_error"]["message"])
+    return None
+
+
 def _undo(record: Record, table: MountTable, client: control.DeviceClient) -> None:
     """Undo a mount that failed; its own error is the one to show."""
     point = holders.top_mount(record.directory)
-    if point is not None and point.source == _OURS:
+    if point is not None and point.source == mountlist.SOURCE:
         mount_layer.unmount_all([Path(record.directory)])
     with contextlib.suppress(errors.ImagefsError, OSError):
         release(record, table, client)
@@ -270,6 +306,15 @@ def _fusermount(directory: Path, *, force: bool) -> None:
         raise OSError(errno.EBUSY if "busy" in text else errno.EPERM, text, str(directory))
 
 
+def _copies(device: str) -> list[holders.Holder]:
+    """Who else has the filesystem mounted. Every new mount namespace does at first: a `run` that is starting
+    is given the moment that it takes to let go."""
+    deadline = time.monotonic() + _COPIES_SECONDS
+    while (found := holders.copies(device)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
 def _unmount_leftovers(folder: Path) -> None:
     """Layer mounts that a killed command left below the record's folder."""
     mount_layer.unmount_all(
@@ -284,7 +329,7 @@ def _unmount_leftovers(folder: Path) -> None:
 def _is_below(point: holders.MountPoint) -> bool:
     """Whether one of our mounts at the same directory is hidden under this one."""
     same = [other for other in holders.mount_points() if other.directory == point.directory]
-    return any(other.source == _OURS for other in same)
+    return any(other.source == mountlist.SOURCE for other in same)
 
 
 def _await_end(record: Record) -> None:

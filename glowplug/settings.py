@@ -86,7 +86,8 @@ def state_option(function: _F) -> _F:
     return click.option(
         "--state",
         "state_dir",
-        type=click.Path(file_okay=False, path_type=Path),
+        # The kernel names mounts by whole paths without links.
+        type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
         envvar="GLOWPLUG_STATE",
         show_envvar=True,
         default=default_state_dir,
@@ -102,8 +103,10 @@ def origin_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     @click.option(
         "--docker-config",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="Credentials file (default $DOCKER_CONFIG/config.json or ~/.docker/config.json).",
+        type=click.Path(path_type=Path),
+        envvar="DOCKER_CONFIG",
+        show_envvar=True,
+        help="Credentials: a config.json or its folder (default ~/.docker and podman's auth.json).",
     )
     @click.option(
         "--ca-file",
@@ -129,10 +132,12 @@ def origin_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from imagefs.origin import connect
 
+        # Whole paths, and no variable left to look at: the device server has another working directory,
+        # and the environment of whichever command started it.
         options = connect.Options(
             plain_http=plain_http,
-            docker_config=docker_config,
-            ca_file=ca_file,
+            docker_config=Path(os.path.abspath(docker_config)) if docker_config else None,
+            ca_file=Path(os.path.abspath(ca_file)) if ca_file else None,
             s3_endpoint_url=s3_endpoint_url,
         )
         return function(*args, origins=options, **kwargs)
@@ -193,7 +198,7 @@ def storage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         storage = Storage(
-            Path(os.path.abspath(state_dir)),
+            state_dir,
             Path(os.path.abspath(cache_dir)),
             cache_quota_bytes,
             free_floor_percent,

@@ -80,8 +80,10 @@ def parse(text: str) -> Reference:
 def _parse_rest(transport: Transport, rest: str, text: str) -> Reference:
     if not rest or "\0" in rest:
         raise errors.InvalidInputError(f"{text!r}: nothing after the transport; accepted: {FORMS}")
-    location, at, digest = rest.partition("@") if transport != "docker-archive" else (rest, "", "")
-    tag = ""
+    # A folder above may have an @ in its name.
+    parents, slash, last = rest.rpartition("/")
+    name, at, digest = last.partition("@") if transport != "docker-archive" else (last, "", "")
+    location, tag = f"{parents}{slash}{name}", ""
     if at and not DIGEST.match(digest):
         raise errors.InvalidInputError(f"{text!r}: {digest!r} is not a sha256 digest")
     if transport == "docker-archive":

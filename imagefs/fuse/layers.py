@@ -69,6 +69,7 @@ class Layers:
         self._by_name: dict[bytes, _Served] = {}
         self._origins: dict[str, Origin] = {}
         self._failed: dict[tuple[str, int], float] = {}
+        self._last_errors: dict[str, tuple[float, str]] = {}
         for record in table.records():
             try:
                 self._serve(
@@ -131,6 +132,7 @@ class Layers:
             recent = {k: at for k, at in list(self._failed.items()) if now - at < SAME_READ_SECONDS}
             self._failed = recent
         self._failed[key] = now
+        self._last_errors[key[0]] = (now, str(error))
         _log(f"read failed: {error}")
 
     # -- control -----------------------------------------------------------------------------------
@@ -162,6 +164,7 @@ class Layers:
             for record in self._table.detach(owner):
                 if not record.owners:
                     gone.append(record.node)
+                    self._last_errors.pop(record.spec.map_digest, None)
                     self._by_node.pop(record.node, None)
                     self._by_name.pop(device_name(record.spec.map_digest).encode(), None)
                 self._fetcher.detach(record.spec.map_digest)
@@ -175,6 +178,7 @@ class Layers:
         """With the last device gone: maps that failed attaches left behind, and connections."""
         for path in map_path(self._settings.state_dir, "").iterdir():
             path.unlink(missing_ok=True)
+        self._last_errors.clear()
         origins, self._origins = self._origins, {}
         for origin in origins.values():
             origin.close()
@@ -202,6 +206,7 @@ class Layers:
                     "image_bytes": served.device.size if (served := self._by_node.get(record.node)) else None,
                     "origins": sorted({source.origin_ref for source in record.owners.values()}),
                     "owners": sorted(record.owners),
+                    "last_error": self._last_error(record.spec.map_digest),
                 }
                 for record in self._table.records()
             ],
@@ -211,6 +216,10 @@ class Layers:
             },
             "fetch": dataclasses.asdict(self._fetcher.stats()),
         }
+
+    def _last_error(self, map_digest: str) -> dict[str, Any] | None:
+        at, message = self._last_errors.get(map_digest, (0.0, ""))
+        return {"seconds_ago": round(time.monotonic() - at, 1), "message": message} if message else None
 
     def events(self) -> list[dict[str, Any]]:
         """The fetcher's events as JSON objects; priorities by name."""

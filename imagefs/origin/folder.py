@@ -37,8 +37,9 @@ class FolderOrigin:
     """`imagefs.origin.Origin` on an OCI image layout. The folder is made by the first write."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._blobs = directory / "blobs" / "sha256"
+        # Whole: processes with other working directories open this origin again by its name.
+        self._directory = Path(os.path.abspath(directory))
+        self._blobs = self._directory / "blobs" / "sha256"
 
     @property
     def name(self) -> str:

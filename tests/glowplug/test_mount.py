@@ -252,6 +252,7 @@ def test_a_blob_that_is_gone_undoes_the_mount(glowplug: Command, tmp_path: Path,
             blob.write_bytes(b"")
     said = glowplug("mount", ref, directory, code=7).stderr
     assert "layer" in said
+    assert "ends at byte " in said  # the server's own reason, not only the kernel's EIO
     assert not os.path.ismount(directory)
     assert glowplug.left() == []
 
@@ -267,6 +268,81 @@ def test_umount_after_everything_was_killed(glowplug: Command, tmp_path: Path, d
     assert glowplug.left() == []
     glowplug("mount", ref, directory)
     assert (directory / "etc/motd").read_text() == "base\n"
+
+
+def kill_server(glowplug: Command) -> None:
+    """SIGKILL for the keeper, the server and its workers: nobody is left to start another."""
+    client = control.DeviceClient.connect(glowplug.state_dir)
+    assert client is not None
+    processes = client.status()["processes"]
+    server = processes["server"]
+    keeper = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (keeper, server, *processes["workers"]):
+        os.kill(pid, signal.SIGKILL)
+    while control.DeviceClient.connect(glowplug.state_dir) is not None:
+        pass
+
+
+def kill_files_daemon(glowplug: Command) -> None:
+    (record,) = mounts.MountTable(glowplug.state_dir).records()
+    assert record.pid is not None
+    os.kill(record.pid, signal.SIGKILL)
+    while record.owner_lives():
+        pass
+
+
+@pytest.mark.parametrize("mode", ["erofs", "loop", "fuse"])
+def test_a_mount_whose_processes_were_killed_is_known_as_dead(
+    glowplug: Command, tmp_path: Path, directory: Path, mode: str
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory, "--mode", mode)
+    assert json.loads(glowplug("status", "--json").stdout)["mounts"][0]["wrong"] is None
+    (kill_files_daemon if mode == "fuse" else kill_server)(glowplug)
+    remedy = f"run `glowplug umount {directory}`"
+    assert f"dead: the processes that served it were killed, its reads fail; {remedy}" in (
+        glowplug("status").stdout
+    )
+    assert f"{remedy}, then mount again" in glowplug("mount", ref, directory, code=9).stderr
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+    glowplug("mount", ref, directory, "--mode", mode)
+    assert (directory / "etc/motd").read_bytes() == b"base\n"
+    glowplug("umount", directory)
+    assert "nothing is mounted" in glowplug("status", code=4).stderr
+
+
+def test_a_mount_that_umount8_took_away_is_known(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory)
+    subprocess.run(["umount", directory], check=True)
+    said = glowplug("status").stdout
+    assert "not mounted here any more" in said
+    assert f"run `glowplug umount {directory}`" in said
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
+def test_a_state_directory_behind_a_link(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug.state_dir.mkdir()
+    (tmp_path / "link").symlink_to(glowplug.state_dir)
+    glowplug("mount", ref, directory, "--state", tmp_path / "link")
+    assert (directory / "etc/motd").read_bytes() == b"base\n"
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_a_folder_named_from_here_is_read_by_processes_elsewhere(
+    glowplug: Command, tmp_path: Path, directory: Path, mode: str
+) -> None:
+    place = tmp_path / "a@b"
+    place.mkdir()
+    block_images.make(place / "image", [BASE])
+    glowplug("mount", "oci:image", directory, "--mode", mode, cwd=place)
+    assert (directory / "etc/motd").read_bytes() == b"base\n"
+    glowplug("umount", directory)
 
 
 def test_umount_finishes_what_a_killed_mount_began(

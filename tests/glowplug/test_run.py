@@ -192,16 +192,21 @@ def test_orphans_are_reaped_and_end_with_the_command(glowplug: Command, ref: str
     assert glowplug.left() == []
 
 
-def test_another_mount_can_be_unmounted_while_it_runs(glowplug: Command, ref: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("same_state", [True, False])
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_another_mount_can_be_unmounted_while_it_runs(
+    glowplug: Command, ref: str, tmp_path: Path, mode: str, same_state: bool
+) -> None:
     directory = tmp_path / "mnt"
     directory.mkdir()
-    glowplug("mount", ref, directory)
+    state = () if same_state else ("--state", tmp_path / "other")
+    glowplug("mount", ref, directory, "--mode", mode, *state)
     process = glowplug.start(
         "run", ref, "--", "sh", "-c", "echo ready; cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     process.stdout.readline()
-    glowplug("umount", directory)
+    glowplug("umount", directory, *state)
     assert process.communicate("still reading", timeout=30)[0] == "still reading"
     assert process.returncode == 0
     assert glowplug.left() == []

@@ -22,7 +22,7 @@ def test_without_a_server(tmp_path: Path) -> None:
     result = _status(tmp_path)
     assert result.returncode == 4
     assert result.stdout == ""
-    assert "no device server runs" in result.stderr
+    assert "nothing is mounted" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,7 +35,7 @@ def test_with_devices(tmp_path: Path) -> None:
         with stack.running(values) as client:
             (device,) = client.attach("a mount", [blobs.add(layer)], stack.OPTIONS)
             assert device.read_bytes() == layer.image
-            document = json.loads(_status(values.state_dir, "--json").stdout)
+            document = json.loads(_status(values.state_dir, "--json").stdout)["server"]
             assert [found["map_digest"] for found in document["devices"]] == [layer.map_digest]
             assert document["fetch"]["fetched_blocks"] == 16
             text = _status(values.state_dir).stdout

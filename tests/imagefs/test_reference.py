@@ -24,6 +24,7 @@ HEX = "a" * 64
         ("docker-archive:/tmp/a.tar:app:v1", ("docker-archive", "/tmp/a.tar", "app:v1", None)),
         ("oci:dir", ("oci", "dir", None, None)),
         ("oci:/a/b.c/dir:v1", ("oci", "/a/b.c/dir", "v1", None)),
+        ("oci:/a@b/dir:v1", ("oci", "/a@b/dir", "v1", None)),
         (f"oci:dir@sha256:{HEX}", ("oci", "dir", None, f"sha256:{HEX}")),
         ("s3://bucket/a/prefix:v1", ("s3", "bucket/a/prefix", "v1", None)),
     ],
