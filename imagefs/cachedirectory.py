@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 
-from imagefs import errors, eviction
+from imagefs import errors, eviction, privatedirectory
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class CacheDirectory:
         self._numbers = itertools.count()
         try:
             for folder in (path, path / "blocks", path / "writers", path / "pins"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                privatedirectory.make(folder)
         except OSError as exc:
             if exc.errno not in DISK_FULL_OR_BROKEN:
                 raise errors.ConfigurationError(

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagefs import errors
+from imagefs import errors, privatedirectory
 
 _RECORD = "record.json"
 _NEW = ".new-"
@@ -44,9 +44,11 @@ class Record:
 
 
 class MountTable:
-    """The records below one state directory."""
+    """The records below one state directory. ConfigurationError if that is not ours."""
 
     def __init__(self, state_dir: Path) -> None:
+        privatedirectory.check(state_dir)
+        self._state_dir = state_dir
         self._root = state_dir / "mounts"
 
     def folder(self, mount_id: str) -> Path:
@@ -58,6 +60,7 @@ class MountTable:
         folder = self.folder(record.id)
         new = self._root / f"{_NEW}{record.id}-{os.getpid()}"
         try:
+            privatedirectory.make(self._state_dir)
             new.mkdir(parents=True, mode=0o700)
             self._write(new, record)
             new.rename(folder)
@@ -111,7 +114,7 @@ class MountTable:
 
     def _read(self, folder: Path) -> Record | None:
         try:
-            return Record(**json.loads((folder / _RECORD).read_text()))
+            record = Record(**json.loads((folder / _RECORD).read_text()))
         except FileNotFoundError:
             if not folder.is_dir():
                 return None
@@ -119,6 +122,9 @@ class MountTable:
             return Record(folder.name, "", "", "", False)
         except (ValueError, TypeError) as exc:
             raise errors.ConfigurationError(f"{folder / _RECORD} is damaged: {exc}") from exc
+        if record.id != folder.name:
+            raise errors.ConfigurationError(f"{folder / _RECORD} is damaged: it is of {record.id!r}")
+        return record
 
 
 def mount_id(directory: Path) -> str:

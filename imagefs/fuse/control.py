@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagefs import errors
+from imagefs import errors, privatedirectory
 from imagefs.fuse import keeper
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import device_name, encode_spec, write_atomically
@@ -98,7 +97,9 @@ class DeviceClient:
 
     @classmethod
     def connect(cls, state_dir: Path) -> DeviceClient | None:
-        """A client of the running server, for what must not start one: status, detach, stop. None without."""
+        """A client of the running server, for what must not start one: status, detach, stop. None without.
+        ConfigurationError if the state directory is not ours."""
+        privatedirectory.check(state_dir)
         client = cls(ServerSettings(state_dir, state_dir, 0, 0))
         return client if client._answers_within(_RESTART_SECONDS) else None
 
@@ -228,6 +229,7 @@ class DeviceClient:
 
     def _ensure_running(self) -> None:
         state_dir = self._settings.state_dir
+        privatedirectory.check(state_dir)
         if self._answers():
             return
         _prepare_state_dir(state_dir)
@@ -270,12 +272,7 @@ def _prepare_state_dir(state_dir: Path) -> None:
     if not os.path.exists("/dev/fuse"):
         raise errors.ConfigurationError("/dev/fuse is missing: load the fuse module")
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = state_dir.stat()
-        if status.st_uid != os.geteuid():
-            raise errors.ConfigurationError(f"{state_dir} belongs to user {status.st_uid}, not to us")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            state_dir.chmod(0o700)
+        privatedirectory.make(state_dir)
         (state_dir / "maps").mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
         raise errors.ConfigurationError(f"state directory {state_dir}: {exc.strerror}") from exc
