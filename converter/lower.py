@@ -9,12 +9,12 @@ A `Stack` belongs to one thread.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from converter.mergedlower import MergedLower
@@ -24,6 +24,7 @@ from imagefs.lazylayer import LazyLayer
 
 _CACHE_BYTES = 24 * 1024 * 1024
 _MIN_CACHED_BLOCKS = 2
+_PIECE_BYTES = 256 * 1024
 
 
 class LayerFile(Protocol):
@@ -131,7 +132,7 @@ class _Blocks:
         self._map = layer.block_map
         self._cache = cache
         self._name = layer.blob_digest if isinstance(layer, LazyLayer) else layer.digest
-        # What a block claims to take is allocated below.
+        # A spool file of this converter or a map from anywhere: its claims are checked the same way.
         frames.check_sizes(self._map, self._name)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -152,12 +153,14 @@ class _Blocks:
         block = self._map.blocks[index]
         if block.zero:
             return bytes(self._map.block_length(index))
-        compressed = memoryview(bytearray(block.compressed_bytes))
+        length = block.compressed_bytes
         if isinstance(self._layer, LazyLayer):
-            self._layer.origin.read_range(self._layer.blob_digest, block.offset, compressed)
+            stream = self._layer.origin.stream_range(self._layer.blob_digest, block.offset, length)
         else:
-            _read_file(self._layer.path, self._layer.start + block.offset, compressed)
-        return frames.decode_block(self._map, index, compressed, self._name)
+            stream = _stream_file(self._layer.path, self._layer.start + block.offset, length)
+        buffer = memoryview(bytearray(self._map.block_length(index)))
+        with contextlib.closing(stream):
+            return bytes(frames.decode_block(self._map, index, frames.Pieces(stream), self._name, buffer))
 
 
 class _Cache:
@@ -178,17 +181,15 @@ class _Cache:
         return found
 
 
-def _read_file(path: pathlib.Path, offset: int, buffer: memoryview) -> None:
+def _stream_file(path: pathlib.Path, offset: int, length: int) -> Generator[bytes, None, None]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < len(buffer):
-                got = os.preadv(fd, [buffer[done:]], offset + done)
-                if got == 0:
-                    raise errors.IntegrityError(f"spool file {path} ends at byte {offset + done}")
-                done += got
-        finally:
-            os.close(fd)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while length:
+                piece = file.read(min(length, _PIECE_BYTES))
+                if not piece:
+                    raise errors.IntegrityError(f"spool file {path} ends {length} bytes early")
+                length -= len(piece)
+                yield piece
     except OSError as exc:
         raise errors.ConfigurationError(f"spool file {path}: {exc.strerror}") from exc

@@ -137,9 +137,9 @@ class BlockCache:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def put(self, digest: bytes, length: int, data: bytes) -> int:
-        """Keep a verified block (`data`, of `length` bytes), and give a descriptor of it before it is
-        synced. UnavailableError only when there is neither disk nor memory for it."""
+    def put(self, digest: bytes, length: int, data: bytes | memoryview) -> int:
+        """Keep a verified block (`data`, of `length` bytes, the caller's again afterwards), and give a
+        descriptor of it before it is synced. UnavailableError only when there is neither disk nor memory."""
         assert len(data) == length
         if not self._closed and time.monotonic() >= self._disk_retry_at:
             try:
@@ -274,7 +274,7 @@ class BlockCache:
             self._counts["hits"] += 1
             return fd
 
-    def _put_memory(self, digest: bytes, data: bytes) -> int:
+    def _put_memory(self, digest: bytes, data: bytes | memoryview) -> int:
         fd = -1
         try:
             fd = os.memfd_create("glowplug-block")

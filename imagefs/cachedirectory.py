@@ -62,7 +62,7 @@ class CacheDirectory:
 
     # -- one block ---------------------------------------------------------------------------------
 
-    def write(self, digest: bytes, data: bytes) -> tuple[str, int]:
+    def write(self, digest: bytes, data: bytes | memoryview) -> tuple[str, int]:
         """Write a block under a temporary name; that name, and a descriptor for reading. Space is allocated
         first; zeros at the end become a hole."""
         path = f"{self._own_writer().path}/{next(self._numbers)}"
@@ -231,11 +231,14 @@ def hash_file(fd: int) -> bytes:
     return digest.digest()
 
 
-def _end_of_data(data: bytes) -> int:
+def _end_of_data(data: bytes | memoryview) -> int:
     """The length of `data` without zeros at its end, to the grain of `_ZEROS`."""
     end = len(data)
-    while end and data.endswith(_ZEROS[:end], 0, end):
-        end -= min(end, len(_ZEROS))
+    while end:
+        grain = min(end, len(_ZEROS))
+        if bytes(data[end - grain : end]) != _ZEROS[:grain]:
+            break
+        end -= grain
     return end
 
 

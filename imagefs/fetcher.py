@@ -4,7 +4,8 @@ Used inside the device server and by the file-level mount and `check`; every met
 here: the connection threads (started as they are needed, ended when idle), one clock thread, and two threads
 that hash cache files not used since boot. Not owned: the cache, and the origins, which stay open until the
 last `detach` of their layers. What to fetch is decided by `plan.py`, under one lock that is never held during
-I/O. A thread reads a range, verifies its blocks, answers those who wait, and leaves the disk to the cache.
+I/O. A thread decodes a range while it arrives; each block goes to those who wait as soon as it was verified,
+whole, and to the cache, which writes.
 
 Callbacks run in fetcher threads, or in the caller's when the block was cached; they must not block.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import logging
@@ -268,10 +270,11 @@ class Fetcher:
                     return
                 known = self._layers[fetch.layer]
                 origins = list(known.origins.values())
-            if len(buffer) < fetch.length:
-                buffer = bytearray(fetch.length)
+            # Kept for the next fetch: memory that is new to the process costs more than decoding into it.
+            if len(buffer) < known.layer.block_map.block_bytes:
+                buffer = bytearray(known.layer.block_map.block_bytes)
             try:
-                self._carry_out(fetch, known.layer, origins, memoryview(buffer)[: fetch.length])
+                self._carry_out(fetch, known.layer, origins, memoryview(buffer))
             finally:
                 with self._lock:
                     self._plan.finished(fetch)
@@ -334,30 +337,38 @@ class Fetcher:
             return
         start = block_map.blocks[missing[0]].offset
         last = block_map.blocks[missing[-1]]
-        part = buffer[: last.offset + last.compressed_bytes - start]
+        length = last.offset + last.compressed_bytes - start
         origin = origins[fetch.attempt % len(origins)]
         deadline = time.monotonic() + self._settings.read_deadline_seconds
-        self._log.count(origin_requests=1)
+        self._log.count(origin_requests=1, coalesced_blocks=len(missing) - 1)
+        stream = origin.stream_range(layer.blob_digest, start, length, deadline)
+        pieces = frames.Pieces(stream, start)
+        with contextlib.closing(stream):
+            for number, index in enumerate(missing):
+                try:
+                    pieces.skip_to(block_map.blocks[index].offset)
+                    data = frames.decode_block(block_map, index, pieces, layer.map_digest, buffer)
+                except errors.IntegrityError as exc:
+                    self._fail(fetch, index, exc, more_origins=False)
+                except Exception as exc:
+                    for unread in missing[number:]:
+                        self._fail(fetch, unread, exc, more_origins=len(origins) > 1)
+                    break
+                else:
+                    self._keep(fetch, layer, index, data)
+        self._log.count(fetched_bytes=pieces.position - start)
+
+    def _keep(self, fetch: plan.Fetch, layer: LazyLayer, index: int, data: memoryview) -> None:
+        """Cache a block that came, and answer those who wait for it."""
         try:
-            origin.read_range(layer.blob_digest, start, part, deadline)
+            if self._closed:
+                raise _closing()
+            fd = self._cache.put(layer.block_map.blocks[index].digest, len(data), data)
         except Exception as exc:
-            for index in missing:
-                self._fail(fetch, index, exc, more_origins=len(origins) > 1)
-            return
-        self._log.count(fetched_bytes=len(part), coalesced_blocks=len(missing) - 1)
-        for index in missing:
-            block = block_map.blocks[index]
-            compressed = part[block.offset - start :][: block.compressed_bytes]
-            try:
-                data = frames.decode_block(block_map, index, compressed, layer.map_digest)
-                if self._closed:
-                    raise _closing()
-                fd = self._cache.put(block.digest, len(data), data)
-            except Exception as exc:
-                self._fail(fetch, index, exc, more_origins=False)
-            else:
-                self._log.count(fetched_blocks=1, uncompressed_bytes=len(data))
-                self._deliver(layer, index, fd, "origin")
+            self._fail(fetch, index, exc, more_origins=False)
+        else:
+            self._log.count(fetched_blocks=1, uncompressed_bytes=len(data))
+            self._deliver(layer, index, fd, "origin")
 
     def _deliver(self, layer: LazyLayer, index: int, fd: int, outcome: str) -> None:
         with self._lock:

@@ -1,19 +1,25 @@
-"""From the compressed bytes of one block to its verified uncompressed bytes.
+"""From the compressed bytes of one block, as they arrive, to its verified uncompressed bytes.
 
-Pure: bytes in, bytes out. Called by the fetcher's threads, by the file-level mount and by `check`, from any
-thread (each has a decompressor of its own; zstd and sha256 release the interpreter lock). What comes out was
-compared with the digest in the block map, whole; sizes are compared with the map before anything of that
-size is allocated, so that a frame cannot ask for more memory than its block.
+Pure: pieces in, bytes out. Called by the fetcher's threads, by the converter for the layers below, and by
+`check`, from any thread (each has a decompressor of its own; zstd and sha256 release the interpreter lock).
+Every piece is decoded and hashed while the next one is on its way, so that once a block's last byte came
+only the last piece's work is left: a fifth of a millisecond in place of the 7 ms of a whole block of 4 MiB.
+
+What comes out was compared with the digest in the block map, whole. Output goes into the caller's buffer and
+never past the block's length in it; a frame's declared size is compared with the map before libzstd sees the
+frame; libzstd's own window is bounded by MAX_BLOCK_BYTES. So no frame can ask for more memory than that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import typing
+from collections.abc import Iterable
 
 import zstandard
 
-from imagefs import blockmap, errors
+from imagefs import blockmap, errors, zstdframe
 
 _local = threading.local()
 
@@ -39,47 +45,106 @@ def check_sizes(block_map: blockmap.BlockMap, layer: str) -> None:
             )
 
 
-def decode_block(block_map: blockmap.BlockMap, index: int, compressed: memoryview, layer: str) -> bytes:
-    """The uncompressed bytes of block `index`, from exactly its bytes in the layer blob.
+class Pieces:
+    """A blob's bytes from `position` on, as they come in pieces, taken in the lengths that are wanted."""
+
+    def __init__(self, pieces: Iterable[bytes], position: int = 0) -> None:
+        self._pieces = iter(pieces)
+        self._piece = b""
+        self._taken = 0
+        self.position = position
+
+    def take(self, limit_bytes: int) -> bytes:
+        """The next bytes, at least one and at most `limit_bytes`; empty at the end. Raises what the
+        iterator raises."""
+        if self._taken == len(self._piece):
+            self._piece = next(self._pieces, b"")
+            self._taken = 0
+        # The common case, a piece that is wanted whole, is not copied.
+        out = self._piece[self._taken : self._taken + limit_bytes]
+        self._taken += len(out)
+        self.position += len(out)
+        return out
+
+    def skip_to(self, position: int) -> None:
+        """Drop what lies before `position`, or all there is if that is less."""
+        while self.position < position and self.take(position - self.position):
+            pass
+
+
+def decode_block(
+    block_map: blockmap.BlockMap, index: int, pieces: Pieces, layer: str, buffer: memoryview
+) -> memoryview:
+    """The uncompressed bytes of block `index`, in the front of `buffer`, from `pieces`, which stand at the
+    block's first byte. Takes no byte beyond the block's last one.
 
     Raises IntegrityError, naming `layer`, block and offset, unless they are the frames that the map
-    describes, nothing more, and hash to the block's digest.
+    describes, nothing more, and hash to the block's digest; and what `pieces` raises.
     """
     block = block_map.blocks[index]
-    if len(compressed) != block.compressed_bytes:
-        raise _damaged(block_map, index, layer, f"{len(compressed)} bytes came")
-    length = block_map.block_length(index)
-    if block.frames:
-        pieces = []
-        start = 0
-        for number, frame in enumerate(block.frames):
-            expected = min(block_map.frame_bytes, length - number * block_map.frame_bytes)
-            part = compressed[start : start + frame.compressed_bytes]
-            pieces.append(_decompress(part, expected, block_map, index, layer))
-            start += frame.compressed_bytes
-        data = b"".join(pieces)
-    else:
-        data = _decompress(compressed, length, block_map, index, layer)
-    if hashlib.sha256(data).digest() != block.digest:
-        raise _damaged(block_map, index, layer, "the bytes differ from the block's digest")
-    return data
-
-
-def _decompress(
-    frame: memoryview, expected: int, block_map: blockmap.BlockMap, index: int, layer: str
-) -> bytes:
-    """One frame of exactly `expected` bytes. A skippable frame declares 0 bytes, an unsized one -1: both
-    are refused here, before the output is allocated."""
+    out = buffer[: block_map.block_length(index)]
+    hasher = hashlib.sha256()
     try:
-        declared = zstandard.frame_content_size(frame)
-        if declared != expected:
-            raise _damaged(block_map, index, layer, f"a frame declares {declared} bytes, not {expected}")
-        data = _decompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as exc:
-        raise _damaged(block_map, index, layer, f"zstd: {exc}") from exc
-    if len(data) != expected:
-        raise _damaged(block_map, index, layer, f"a frame holds {len(data)} bytes, not {expected}")
-    return data
+        if block.frames:
+            for number, frame in enumerate(block.frames):
+                start = number * block_map.frame_bytes
+                _decode_frame(
+                    pieces, frame.compressed_bytes, out[start : start + block_map.frame_bytes], hasher
+                )
+        else:
+            _decode_frame(pieces, block.compressed_bytes, out, hasher)
+    except (ValueError, zstandard.ZstdError) as exc:
+        raise _damaged(block_map, index, layer, str(exc)) from exc
+    if hasher.digest() != block.digest:
+        raise _damaged(block_map, index, layer, "the bytes differ from the block's digest")
+    return out
+
+
+def _decode_frame(pieces: Pieces, compressed_bytes: int, out: memoryview, hasher: hashlib._Hash) -> None:
+    """One frame, whose content fills `out` exactly. Raises ValueError and ZstdError."""
+    source = _FrameSource(pieces, compressed_bytes, len(out))
+    reader = _decompressor().stream_reader(typing.cast("typing.IO[bytes]", source))
+    filled = 0
+    while filled < len(out):
+        count = reader.readinto1(out[filled:])
+        if not count:
+            raise ValueError(f"zstd: a frame holds {filled} bytes, not {len(out)}")
+        hasher.update(out[filled : filled + count])
+        filled += count
+    # The end of the frame, its checksum or empty blocks, is for libzstd to see, too.
+    if reader.readinto1(bytearray(1)):
+        raise ValueError(f"zstd: a frame holds more than the {len(out)} bytes that it declares")
+    if not source.ended:
+        raise ValueError("zstd: a frame is cut short")
+
+
+class _FrameSource:
+    """What libzstd reads one frame from: `compressed_bytes` of the pieces, seen by an outline first."""
+
+    def __init__(self, pieces: Pieces, compressed_bytes: int, content_bytes: int) -> None:
+        self._pieces = pieces
+        self._left = compressed_bytes
+        self._content_bytes = content_bytes
+        self._outline = zstdframe.Outline()
+
+    def read(self, _: int) -> bytes:
+        """The next piece, of whatever size it came in."""
+        if not self._left:
+            return b""
+        piece = self._pieces.take(self._left)
+        if not piece:
+            raise ValueError(f"{self._left} bytes too few came")
+        self._left -= len(piece)
+        self._outline.follow(piece)
+        declared = self._outline.content_bytes
+        if declared is not None and declared != self._content_bytes:
+            raise ValueError(f"a frame declares {declared} bytes, not {self._content_bytes}")
+        return piece
+
+    @property
+    def ended(self) -> bool:
+        """Whether all bytes came, and they were a whole frame."""
+        return not self._left and self._outline.ended
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:

@@ -12,7 +12,7 @@ makes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from imagefs import erofs, errors, frames, seektable
 from imagefs.artifact import Descriptor
@@ -40,11 +40,11 @@ def verify_layer(
             f"layer {layer.map_digest}: the manifest says its blob has {blob.size} bytes, "
             f"the block map {block_map.blob_bytes}"
         )
-    pieces = _Pieces(layer.origin.stream_blob(layer.blob_digest, blob.size))
+    pieces = frames.Pieces(layer.origin.stream_blob(layer.blob_digest, blob.size))
+    buffer = memoryview(bytearray(block_map.block_bytes))
     zero_blocks = 0
     for index, block in enumerate(block_map.blocks):
-        compressed = pieces.take(block.compressed_bytes)
-        data = frames.decode_block(block_map, index, memoryview(compressed), layer.map_digest)
+        data = frames.decode_block(block_map, index, pieces, layer.map_digest, buffer)
         if block.zero:
             zero_blocks += 1
             if any(data):
@@ -54,7 +54,7 @@ def verify_layer(
         if index == 0:
             erofs.check_superblock(bytes(data[:4096]))
         progress(block.compressed_bytes)
-    tail = pieces.rest(limit=seektable.MAX_BYTES)
+    tail = _rest(pieces, seektable.MAX_BYTES)
     if tail != seektable.encode(seektable.entries(block_map)):
         raise errors.IntegrityError(
             f"layer {layer.map_digest}: the {len(tail)} bytes after its last frame "
@@ -63,30 +63,10 @@ def verify_layer(
     return Verified(len(block_map.blocks), zero_blocks, block_map.image_bytes, blob.size)
 
 
-class _Pieces:
-    """An iterator of bytes, taken in the lengths that the caller wants."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._left = memoryview(b"")
-
-    def take(self, length: int) -> bytearray:
-        out = bytearray()
-        while len(out) < length:
-            if not self._left:
-                piece = next(self._pieces, None)
-                if piece is None:
-                    raise errors.IntegrityError(f"layer blob ends {length - len(out)} bytes early")
-                self._left = memoryview(piece)
-            wanted = length - len(out)
-            out += self._left[:wanted]
-            self._left = self._left[wanted:]
-        return out
-
-    def rest(self, limit: int) -> bytes:
-        out = bytearray(self._left)
-        for piece in self._pieces:
-            out += piece
-            if len(out) > limit:
-                raise errors.IntegrityError(f"layer blob has more than {limit} bytes after its last frame")
-        return bytes(out)
+def _rest(pieces: frames.Pieces, limit_bytes: int) -> bytes:
+    out = bytearray()
+    while piece := pieces.take(limit_bytes):
+        out += piece
+        if len(out) > limit_bytes:
+            raise errors.IntegrityError(f"layer blob has more than {limit_bytes} bytes after its last frame")
+    return bytes(out)

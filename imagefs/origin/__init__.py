@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 from imagefs.artifact import Descriptor, Manifest
@@ -46,9 +46,13 @@ class Origin(Protocol):
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         """A whole small blob, verified. InvalidInputError if it is larger than `max_bytes`."""
 
-    def read_range(self, digest: str, offset: int, buffer: memoryview, deadline: float | None = None) -> None:
-        """Fill `buffer` from byte `offset` of the blob, unverified. Gives up (UnavailableError) once
-        time.monotonic() passes `deadline`; without one, after the origin's own number of attempts."""
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
+        """The `length` bytes from byte `offset` of the blob, unverified, in pieces of at most 1 MiB as they
+        come, none empty: exactly `length` bytes, or an error after some of them. Resumes where a connection
+        broke. Gives up (UnavailableError) once time.monotonic() passes `deadline`; without one, after the
+        origin's own number of attempts. Who stops before the end closes the iterator."""
 
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         """The blob's bytes in order, in pieces of at most 1 MiB; resumes where a connection broke.

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
+_RANGE_PIECE_BYTES = 256 * 1024
 
 
 class FolderOrigin:
@@ -71,22 +72,22 @@ class FolderOrigin:
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._read_whole(digest, max_bytes)
 
-    def read_range(self, digest: str, offset: int, buffer: memoryview, deadline: float | None = None) -> None:
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
         with self._open(digest) as file:
-            done = 0
-            while done < len(buffer):
-                try:
-                    count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
-                except OSError as exc:
-                    raise errors.UnavailableError(
-                        f"{self.name}: blob {digest} at byte {offset + done}: {exc}"
-                    ) from exc
-                if count == 0:
+            position, end = offset, offset + length
+            while position < end:
+                piece = self._read_piece(
+                    file.fileno(), digest, position, min(_RANGE_PIECE_BYTES, end - position)
+                )
+                if not piece:
                     raise errors.IntegrityError(
-                        f"{self.name}: blob {digest} ends at byte {offset + done}, "
-                        f"{len(buffer)} bytes from byte {offset} were expected"
+                        f"{self.name}: blob {digest} ends at byte {position}, "
+                        f"{length} bytes from byte {offset} were expected"
                     )
-                done += count
+                position += len(piece)
+                yield piece
 
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         hasher = hashlib.sha256()
@@ -277,9 +278,9 @@ class FolderOrigin:
             raise errors.IntegrityError(f"{self.name}: blob {digest}: its bytes have digest {found}")
         return data
 
-    def _read_piece(self, fd: int, digest: str, position: int) -> bytes:
+    def _read_piece(self, fd: int, digest: str, position: int, limit_bytes: int = _PIECE_BYTES) -> bytes:
         try:
-            return os.pread(fd, _PIECE_BYTES, position)
+            return os.pread(fd, limit_bytes, position)
         except OSError as exc:
             raise errors.UnavailableError(f"{self.name}: blob {digest} at byte {position}: {exc}") from exc
 

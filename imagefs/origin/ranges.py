@@ -1,4 +1,4 @@
-"""Reading blobs over HTTP: ranges into a caller's buffer, whole blobs as a stream, resumed where they broke.
+"""Reading blobs over HTTP: ranges and whole blobs as streams, resumed where they broke.
 
 Used by the registry and S3 origins, which differ only in how a request for a blob is made (`Opener`). Runs
 in the caller's thread. A server may answer a range with less than was asked (the rest is asked for again),
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 from imagefs import errors
@@ -43,16 +43,18 @@ class RangeReader:
         self._policy = policy
         self._warned = False
 
-    def fill(self, digest: str, offset: int, buffer: memoryview, deadline: float | None) -> None:
-        """As Origin.read_range."""
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None
+    ) -> Generator[bytes, None, None]:
+        """As Origin.stream_range."""
         attempts = retry.Attempts(self._policy, deadline)
         done = 0
-        while done < len(buffer):
+        while done < length:
             before = done
             try:
-                for piece in self._from(digest, offset + done, len(buffer) - done, deadline):
-                    buffer[done : done + len(piece)] = piece
+                for piece in self._from(digest, offset + done, length - done, deadline):
                     done += len(piece)
+                    yield piece
             except errors.UnavailableError as exc:
                 if done - before >= _PROGRESS_BYTES:
                     attempts.progressed()
@@ -76,7 +78,7 @@ class RangeReader:
         self._check_digest(digest, hashlib.sha256(out).hexdigest())
         return bytes(out)
 
-    def stream(self, digest: str, size: int) -> Iterator[bytes]:
+    def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         """As Origin.stream_blob."""
 
         def check_total(total: int) -> None:

@@ -19,7 +19,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -153,11 +153,13 @@ class S3Origin:
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._ranges.read(digest, max_bytes)
 
-    def read_range(self, digest: str, offset: int, buffer: memoryview, deadline: float | None = None) -> None:
-        self._ranges.fill(digest, offset, buffer, deadline)
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
+        return self._ranges.stream_range(digest, offset, length, deadline)
 
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
-        return self._ranges.stream(digest, size)
+        return self._ranges.stream_blob(digest, size)
 
     # -- writing -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import stat
+from collections.abc import Generator
 
 import pytest
 
@@ -36,8 +37,10 @@ class RangeOrigin:
     def __init__(self, finished: blob.FinishedBlob) -> None:
         self._data = b"".join(finished.source().open(0))
 
-    def read_range(self, digest: str, offset: int, buffer: memoryview, deadline: float | None = None) -> None:
-        buffer[:] = self._data[offset : offset + len(buffer)]
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
+        yield self._data[offset : offset + length]
 
 
 def remote(finished: blob.FinishedBlob) -> LazyLayer:

@@ -7,7 +7,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import zstandard
 
@@ -16,6 +16,7 @@ from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
 
 BLOCK_BYTES = 64 * 1024
+PIECE_BYTES = 10_000
 
 
 def image(blocks: int, seed: int, block_bytes: int = BLOCK_BYTES, tail: int = 4096) -> bytes:
@@ -89,7 +90,7 @@ def _publish(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One read_range as the origin saw it."""
+    """One stream_range as the origin saw it."""
 
     digest: str
     offset: int
@@ -97,13 +98,15 @@ class Call:
 
 
 class ScriptedOrigin(Origin):
-    """`before` runs in every read_range before the bytes are given, and may raise or wait."""
+    """`before` runs in every stream_range before the first byte, `between` before each piece, told its place
+    in the range; both may raise or wait. `spoil` changes the bytes."""
 
     def __init__(self, name: str = "oci:/scripted") -> None:
         self._name = name
         self.blobs: dict[str, bytes] = {}
         self.calls: list[Call] = []
         self.before: Callable[[Call], None] = lambda call: None
+        self.between: Callable[[Call, int], None] = lambda call, start: None
         self.spoil: Callable[[Call, memoryview], None] = lambda call, buffer: None
         self.running = 0
         self.most_running = 0
@@ -113,8 +116,10 @@ class ScriptedOrigin(Origin):
     def name(self) -> str:
         return self._name
 
-    def read_range(self, digest: str, offset: int, buffer: memoryview, deadline: float | None = None) -> None:
-        call = Call(digest, offset, len(buffer))
+    def stream_range(
+        self, digest: str, offset: int, length: int, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
+        call = Call(digest, offset, length)
         with self._lock:
             self.calls.append(call)
             self.running += 1
@@ -123,8 +128,11 @@ class ScriptedOrigin(Origin):
             self.before(call)
             if digest not in self.blobs:
                 raise errors.NotFoundError(f"{self._name}: no blob {digest}")
-            buffer[:] = self.blobs[digest][offset : offset + len(buffer)]
-            self.spoil(call, buffer)
+            buffer = bytearray(self.blobs[digest][offset : offset + length])
+            self.spoil(call, memoryview(buffer))
+            for start in range(0, length, PIECE_BYTES):
+                self.between(call, start)
+                yield bytes(buffer[start : start + PIECE_BYTES])
         finally:
             with self._lock:
                 self.running -= 1

@@ -160,6 +160,55 @@ def test_fill_takes_neighbours_along_and_a_demand_overtakes_it(tmp_path: pathlib
         assert (reasons[5], reasons[11]) == ("fill", "demand")
 
 
+ONE_AT_A_TIME = dataclasses.replace(POLICY, connections=1, demand_connections=0)
+
+
+def test_a_block_is_delivered_before_the_rest_of_its_request_came(tmp_path: pathlib.Path) -> None:
+    queued, gate = threading.Event(), threading.Event()
+    with bench(tmp_path, fetcher.FetchSettings(policy=ONE_AT_A_TIME)) as made:
+        blocks = made.layer.block_map.blocks
+
+        def between(call: scripted.Call, start: int) -> None:
+            assert_true(queued.wait(30))
+            if call.offset < blocks[2].offset <= call.offset + start:
+                assert_true(gate.wait(30))
+
+        made.origin.between = between
+        made.ask(11)
+        scripted.eventually(lambda: made.origin.running == 1)
+        for index in range(9):
+            made.ask(index, Priority.FILL)
+        queued.set()
+        made.answers.wait([11, 0])
+        assert 2 not in made.answers.results
+        gate.set()
+        results = made.answers.wait(range(9))
+        assert all(content(result, index) for index, result in enumerate(results))
+        assert len(made.origin.calls) == 2
+
+
+def test_what_breaks_in_the_middle_spares_the_blocks_that_came(tmp_path: pathlib.Path) -> None:
+    gate = threading.Event()
+    with bench(tmp_path, fetcher.FetchSettings(policy=ONE_AT_A_TIME)) as made:
+        blocks = made.layer.block_map.blocks
+
+        def between(call: scripted.Call, start: int) -> None:
+            assert_true(gate.wait(30))
+            if call.offset < blocks[3].offset + 100 <= call.offset + start:
+                raise errors.UnavailableError("the link is cut")
+
+        made.origin.between = between
+        made.ask(11)
+        scripted.eventually(lambda: made.origin.running == 1)
+        for index in range(6):
+            made.ask(index, Priority.FILL)
+        gate.set()
+        results = made.answers.wait(range(6))
+        assert all(content(result, index) for index, result in enumerate(results[:3]))
+        assert all(isinstance(result, errors.UnavailableError) for result in results[3:])
+        assert made.fetcher.stats().corrupt_blocks == 0
+
+
 def test_read_ahead_brings_what_follows_without_being_asked(tmp_path: pathlib.Path) -> None:
     ahead = dataclasses.replace(POLICY, read_ahead=readahead.ReadAheadPolicy(initial_blocks=2, max_blocks=8))
     with bench(tmp_path, fetcher.FetchSettings(policy=ahead)) as made:

@@ -149,7 +149,7 @@ class TestBearer:
         origin = origin_at(tokens.proxy.host, tmp_path / "absent")
         digest = put(origin, bytes(3 << 20))
         for _ in range(5):
-            origin.read_range(digest, 5, memoryview(bytearray(100)))
+            list(origin.stream_range(digest, 5, 100))
         assert sorted(tokens.valid.values(), key=sorted) == sorted(
             [{f"repository:{origin.repository}:pull"}, {f"repository:{origin.repository}:pull,push"}],
             key=sorted,
@@ -288,9 +288,7 @@ class TestRedirects:
         origin = origin_at(fault_server.host, tmp_path / "absent", "repo")
         with caplog.at_level(logging.DEBUG):
             for offset in (0, 100, 200):
-                buffer = bytearray(50)
-                origin.read_range(digest, offset, memoryview(buffer))
-                assert buffer == data[offset : offset + 50]
+                assert b"".join(origin.stream_range(digest, offset, 50)) == data[offset : offset + 50]
             assert len(fault_server.seen("GET", "/blobs/")) == 2, "one 401, one redirect, kept"
             storage.add(servers.Fault(status=403, body=b"<Error>expired s1gned</Error>"))
             assert origin.read_blob(digest, 1 << 20) == data

@@ -47,9 +47,7 @@ def origin(fault_server: FaultProxy, tmp_path: Path) -> registry.RegistryOrigin:
 
 
 def read_range(origin: registry.RegistryOrigin, offset: int = 1000, length: int = 200_000) -> bytes:
-    buffer = bytearray(length)
-    origin.read_range(DIGEST, offset, memoryview(buffer))
-    return bytes(buffer)
+    return b"".join(origin.stream_range(DIGEST, offset, length))
 
 
 CALLS: dict[str, tuple[Callable[[registry.RegistryOrigin], object], str]] = {
@@ -292,9 +290,7 @@ class TestWaiting:
 
     def test_until_the_deadline(self, origin: registry.RegistryOrigin, fault_server: FaultProxy) -> None:
         fault_server.add(Fault(status=503, times=10))
-        buffer = bytearray(10)
-        origin.read_range(DIGEST, 0, memoryview(buffer), time.monotonic() + 60)
-        assert buffer == DATA[:10]
+        assert b"".join(origin.stream_range(DIGEST, 0, 10, time.monotonic() + 60)) == DATA[:10]
         assert len(fault_server.seen()) == 11, "more attempts than without a deadline"
 
     @pytest.mark.parametrize("fault", [{"status": 503}, {"hang": True}, {"bytes_per_second": 20}], ids=str)
@@ -303,9 +299,9 @@ class TestWaiting:
     ) -> None:
         fault_server.add(Fault(times=None, **fault))  # type: ignore[arg-type]
         with pytest.raises(errors.UnavailableError, match=DIGEST):
-            origin.read_range(DIGEST, 0, memoryview(bytearray(1000)), time.monotonic() + 0.2)
+            list(origin.stream_range(DIGEST, 0, 1000, time.monotonic() + 0.2))
         with pytest.raises(errors.UnavailableError, match=DIGEST):
-            origin.read_range(DIGEST, 0, memoryview(bytearray(1000)), time.monotonic() - 1)
+            list(origin.stream_range(DIGEST, 0, 1000, time.monotonic() - 1))
 
     def test_the_wish_reaches_the_caller(
         self, origin: registry.RegistryOrigin, fault_server: FaultProxy
