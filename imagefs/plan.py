@@ -61,7 +61,8 @@ class Policy:
     whole. `request_bytes` bounds one request that takes neighbours along (compressed) for boot and
     read-ahead, `fill_request_bytes` for fill. Pauses between tries of a failing layer grow from
     `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after refused
-    credentials. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
+    credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off reads for
+    good. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
     """
 
     connections: int = 32
@@ -75,6 +76,7 @@ class Policy:
     retry_seconds: float = 0.1
     retry_max_seconds: float = 3.0
     denied_retry_seconds: float = 5.0
+    retry_after_max_seconds: float = 60.0
     corrupt_attempts: int = 3
     read_ahead: readahead.ReadAheadPolicy = dataclasses.field(default_factory=readahead.ReadAheadPolicy)
 
@@ -395,7 +397,7 @@ class Plan(Generic[W]):
         state.failures += 1
         state.retry_at = now + pause * (0.5 + 0.5 * jitter)
         if retry_after_seconds is not None:
-            state.not_before = now + retry_after_seconds
+            state.not_before = now + min(retry_after_seconds, policy.retry_after_max_seconds)
             state.retry_at = max(state.retry_at, state.not_before)
 
     def _answer(self, job: _Job[W]) -> Answer[W]:

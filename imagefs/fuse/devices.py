@@ -1,8 +1,9 @@
 """The device table: which layer is which node, and who holds it. A file in the state directory.
 
 Owned by the server, called from its control threads and, for look-ups, from its worker threads; one lock.
-Every change is on disk (written beside, renamed) before the caller goes on, so that a successor of a killed
-server means the same by a node id as the kernel does.
+Every change is on disk (written beside, renamed) before it counts and before the caller goes on, so that a
+successor of a killed server means the same by a node id as the kernel does. One exception: on a full disk a
+detach counts all the same, because it is what gives the space back; the next change writes it down.
 
 Invariants: a node id stands for one map digest as long as the mount lives (`token` names the mount; a table
 of another mount is discarded: its devices died with it), also after a detach, so that what the page cache
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -23,6 +25,8 @@ from typing import Any
 
 from imagefs import errors, reference
 from imagefs.fuse import protocol
+
+_log = logging.getLogger(__name__)
 
 _VERSION = 1
 MAX_OWNER_BYTES = 255
@@ -110,41 +114,46 @@ class DeviceTable:
 
     def attach(self, specs: Iterable[LayerSpec], origins: Mapping[str, Any], owner: str) -> list[Record]:
         """Add `owner` to each layer, making the devices that are missing. Returns the rows that changed: an
-        owner that has a layer already keeps its source."""
+        owner that has a layer already keeps its source. ConfigurationError if it cannot be written."""
         if not owner or len(owner.encode()) > MAX_OWNER_BYTES:
             raise errors.InvalidInputError(f"owner {owner!r} is not a name of 1 to {MAX_OWNER_BYTES} bytes")
         changed = []
         with self._lock:
+            records, nodes = dict(self._records), dict(self._nodes)
             for spec in specs:
                 source = Source(spec.origin_ref, origins)
-                old = self._records.get(spec.map_digest)
+                old = records.get(spec.map_digest)
                 if old is None:
-                    next_node = protocol.ROOT_NODE + 1 + len(self._nodes)
-                    node = self._nodes.setdefault(spec.map_digest, next_node)
+                    node = nodes.setdefault(spec.map_digest, protocol.ROOT_NODE + 1 + len(nodes))
                     record = Record(node, dataclasses.replace(spec, map_bytes=None), {owner: source})
                 elif owner not in old.owners:
                     record = dataclasses.replace(old, owners={**old.owners, owner: source})
                 else:
                     continue
-                self._records[spec.map_digest] = record
+                records[spec.map_digest] = record
                 changed.append(record)
-            self._save()
+            self._save(records, nodes)
         return changed
 
     def detach(self, owner: str) -> list[Record]:
         """Remove `owner` everywhere. Returns the rows that changed; those without owners are gone."""
         changed = []
         with self._lock:
-            for digest, record in list(self._records.items()):
+            records = dict(self._records)
+            for digest, record in self._records.items():
                 if owner in record.owners:
                     left = {name: source for name, source in record.owners.items() if name != owner}
                     record = dataclasses.replace(record, owners=left)
                     if left:
-                        self._records[digest] = record
+                        records[digest] = record
                     else:
-                        del self._records[digest]
+                        del records[digest]
                     changed.append(record)
-            self._save()
+            try:
+                self._save(records, self._nodes)
+            except errors.ConfigurationError as exc:
+                _log.warning("%s; the devices of %s are gone all the same", exc, owner)
+                self._records = records
         return changed
 
     def _load(self) -> None:
@@ -170,11 +179,11 @@ class DeviceTable:
                 "stop the device server to start anew"
             ) from exc
 
-    def _save(self) -> None:
+    def _save(self, records: dict[str, Record], nodes: dict[str, int]) -> None:
         document = {
             "version": _VERSION,
             "token": self._token,
-            "nodes": self._nodes,
+            "nodes": nodes,
             "devices": [
                 {
                     "spec": encode_spec(record.spec),
@@ -183,10 +192,16 @@ class DeviceTable:
                         for owner, source in record.owners.items()
                     },
                 }
-                for record in self._records.values()
+                for record in records.values()
             ],
         }
-        write_atomically(self._path, json.dumps(document).encode())
+        try:
+            write_atomically(self._path, json.dumps(document).encode())
+        except OSError as exc:
+            raise errors.ConfigurationError(
+                f"cannot write {self._path}: {exc.strerror}; the state directory needs space"
+            ) from exc
+        self._records, self._nodes = records, nodes
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -51,6 +51,7 @@ _LONGEST_BACKOFF_SECONDS = 5.0
 _STEADY_SECONDS = 10.0
 """A server that lived this long did not fail at its start: the next one starts without delay."""
 _MESSAGE_BYTES = 4096
+_ACCEPT_PAUSE_SECONDS = 0.1
 _LOCK_TRIES = 50
 
 
@@ -231,7 +232,12 @@ class Keeper:
     # -- servers -----------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as exc:
+            log(f"cannot accept: {exc}")
+            time.sleep(_ACCEPT_PAUSE_SECONDS)  # no descriptor left: the loop would come back at once
+            return
         if not same_user(connection):
             connection.close()
             return
@@ -251,7 +257,11 @@ class Keeper:
             del self._connections[connection.fileno()]
             connection.close()
             return
-        operation = json.loads(data).get("op")
+        try:
+            operation = json.loads(data).get("op")
+        except (ValueError, AttributeError):
+            log(f"a message of {len(data)} bytes that is none of ours")
+            operation = None
         if operation == "register" and len(fds) == 1:
             self._register(connection, fds[0])
         elif operation == "rejoin":
@@ -334,7 +344,8 @@ def bound_log(path: Path) -> None:
 
 def log(message: str) -> None:
     """One line to the log."""
-    print(f"glowplug keeper {os.getpid()}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end whoever speaks
+        print(f"glowplug keeper {os.getpid()}: {message}", file=sys.stderr, flush=True)
 
 
 def _open_device() -> int:

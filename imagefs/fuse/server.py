@@ -46,6 +46,7 @@ _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 60.0
+_ACCEPT_PAUSE_SECONDS = 0.1
 _KEEPER_RETRY_SECONDS = 1.0
 
 
@@ -236,7 +237,12 @@ class Server:
         failures = 0
         while not self._stopping:
             started = time.monotonic()
-            process, channel = self._start_worker(clone)
+            try:
+                process, channel = self._start_worker(clone)
+            except OSError as exc:
+                log(f"cannot start a worker: {exc}")
+                time.sleep(_LONGEST_BACKOFF_SECONDS)  # no memory or process left; readers wait meanwhile
+                continue
             self._pids[slot] = process.pid
             self._channels[slot] = channel
             if self._restarts:
@@ -295,9 +301,14 @@ class Server:
     def _accept(self, listener: socket.socket) -> None:
         slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         while True:
-            connection, _ = listener.accept()
             slots.acquire()
-            threading.Thread(target=self._serve, args=(connection, slots), daemon=True).start()
+            try:
+                connection, _ = listener.accept()
+                threading.Thread(target=self._serve, args=(connection, slots), daemon=True).start()
+            except (OSError, RuntimeError) as exc:
+                log(f"control: cannot take a connection: {exc}")
+                slots.release()
+                time.sleep(_ACCEPT_PAUSE_SECONDS)  # no descriptor or thread left: somebody may give one back
 
     def _serve(self, connection: socket.socket, slots: threading.BoundedSemaphore) -> None:
         try:
@@ -371,7 +382,8 @@ def _errno(error: errors.ImagefsError) -> int:
 
 def log(message: str) -> None:
     """One line to the log that the keeper opened as our standard error."""
-    print(f"glowplug server {os.getpid()}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end whoever speaks
+        print(f"glowplug server {os.getpid()}: {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

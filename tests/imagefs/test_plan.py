@@ -238,6 +238,18 @@ def test_retry_after_is_honoured_even_for_a_new_demand() -> None:
     assert queue.next_fetch(20.0) is not None
 
 
+def test_no_retry_after_puts_reads_off_for_good() -> None:
+    queue = plan_of(("a", "o"))
+    queue.want("a", 0, Priority.DEMAND, 0.0, "reader", 60.0)
+    fetch = queue.next_fetch(0.0)
+    assert fetch is not None
+    queue.failed("a", 0, Failure.UNAVAILABLE, ERROR, 0.0, 0.5, retry_after_seconds=1e9)
+    queue.finished(fetch)
+    queue.expire(60.0)
+    queue.want("a", 1, Priority.DEMAND, 61.0, "a later read", 121.0)
+    assert indices(queue.next_fetch(61.0)) == (1,)
+
+
 def test_dead_origins_cannot_use_up_the_connections() -> None:
     policy = plan.Policy(connections=8, connections_per_origin=8, failing_connections=1)
     queue = plan_of(*[(f"dead {n}", "dead") for n in range(20)], ("alive", "alive"), policy=policy)

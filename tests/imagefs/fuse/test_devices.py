@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -100,3 +101,23 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"."):
         devices.write_atomically(tmp_path / "directory", b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
+
+
+def test_a_full_disk_attaches_nothing_and_detaches_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = DeviceTable(tmp_path / "t", "mount")
+    table.attach([spec(1)], {}, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "write_atomically", full)
+        with pytest.raises(errors.ConfigurationError, match="No space left"):
+            table.attach([spec(2)], {}, "b")
+        assert [record.spec for record in table.records()] == [spec(1)]
+        assert [record.spec for record in table.detach("a")] == [spec(1)]
+        assert table.records() == []
+    # The id that was not given out is given out now, and the row that failed counts as new.
+    assert [record.node for record in table.attach([spec(2)], {}, "b")] == [3]
+    assert nodes(DeviceTable(tmp_path / "t", "mount")) == nodes(table)
