@@ -111,7 +111,7 @@ class DeviceClient:
             if layer.map_bytes is not None:
                 path = state_dir / "maps" / layer.map_digest.partition(":")[2]
                 if not path.exists():
-                    write_atomically(path, layer.map_bytes)
+                    _write(path, layer.map_bytes)
         self._checked_request(
             {
                 "op": "attach",
@@ -241,7 +241,7 @@ class DeviceClient:
 
     def _start(self) -> None:
         state_dir = self._settings.state_dir
-        write_atomically(state_dir / "settings.json", encode_settings(self._settings))
+        _write(state_dir / "settings.json", encode_settings(self._settings))
         ready, ready_writer = os.pipe2(os.O_CLOEXEC)
         command = [sys.executable, "-m", "imagefs.fuse.keeper", "--state", os.path.abspath(state_dir)]
         command += ["--clones", str(self._settings.workers), "--start-server"]
@@ -276,6 +276,13 @@ def _prepare_state_dir(state_dir: Path) -> None:
         (state_dir / "maps").mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
         raise errors.ConfigurationError(f"state directory {state_dir}: {exc.strerror}") from exc
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as exc:
+        raise errors.ConfigurationError(f"cannot write {path}: {exc.strerror}") from exc
 
 
 def _log_tail(path: Path) -> str:

@@ -177,7 +177,8 @@ class Layers:
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind, and connections."""
         for path in map_path(self._settings.state_dir, "").iterdir():
-            path.unlink(missing_ok=True)
+            if not path.name.startswith("."):  # a client is writing that one, for an attach to come
+                path.unlink(missing_ok=True)
         self._last_errors.clear()
         origins, self._origins = self._origins, {}
         for origin in origins.values():

@@ -319,7 +319,10 @@ def _fill(fd: int, view: memoryview, offset: int) -> bool:
 
 def log(message: str) -> None:
     """One line to the log that the keeper opened as our standard error."""
-    print(f"glowplug worker {os.getpid()}: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"glowplug worker {os.getpid()}: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # a full disk must not end whoever speaks
 
 
 def main() -> None:
