@@ -104,11 +104,7 @@ class _Mounted:
         while levels:
             for name in levels[-1]:
                 path = (*names, name)
-                try:
-                    status = os.stat(_text(path), dir_fd=self.root_fd, follow_symlinks=False)
-                except FileNotFoundError:
-                    # A whiteout in a directory that no layer below has: overlayfs lists its name, no more.
-                    continue
+                status = os.stat(_text(path), dir_fd=self.root_fd, follow_symlinks=False)
                 yield path, status
                 if stat.S_ISDIR(status.st_mode):
                     names.append(name)

@@ -14,6 +14,7 @@ from converter.rootedpath import Path
 
 OVERLAY_PREFIX = b"trusted.overlay."
 OPAQUE_XATTR = b"trusted.overlay.opaque"
+ORIGIN_XATTR = b"trusted.overlay.origin"
 
 
 class _Device(Protocol):

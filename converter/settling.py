@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 
 from converter import errors, rootedpath
-from converter.mergedlower import OPAQUE_XATTR, Lower, is_whiteout
+from converter.mergedlower import OPAQUE_XATTR, ORIGIN_XATTR, Lower, is_whiteout
 from converter.node import (
     Node,
     children_of,
@@ -208,8 +208,12 @@ class Settling:
 
 
 def write_overlay_marks(root: Node) -> None:
-    """Write opaque directories as overlayfs wants them, without the whiteouts in them, which hide nothing and
-    would be seen."""
+    """Write opaque directories as overlayfs wants them, without the whiteouts in them, which hide nothing.
+
+    A directory that only one layer has is listed as it is, whiteouts and all, unless it says that it was
+    copied up (`origin`; empty: from nobody knows where): then overlayfs leaves them out, as in a merged one.
+    Whether a layer below has the directory is not this layer's to know, so each with a whiteout says so.
+    """
     pending = [(root, False)]
     while pending:
         node, hidden = pending.pop()
@@ -220,4 +224,6 @@ def write_overlay_marks(root: Node) -> None:
         if hidden:
             for name in [name for name, child in names.items() if is_whiteout(child)]:
                 del names[name]
+        elif node is not root and any(is_whiteout(child) for child in names.values()):
+            node.xattrs = {**(node.xattrs or {}), ORIGIN_XATTR: b""}
         pending.extend((child, hidden) for child in names.values() if child.children is not None)

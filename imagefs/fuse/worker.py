@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import errno
 import mmap
 import os
@@ -319,10 +320,8 @@ def _fill(fd: int, view: memoryview, offset: int) -> bool:
 
 def log(message: str) -> None:
     """One line to the log that the keeper opened as our standard error."""
-    try:
+    with contextlib.suppress(OSError):  # a full disk must not end whoever speaks
         print(f"glowplug worker {os.getpid()}: {message}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # a full disk must not end whoever speaks
 
 
 def main() -> None:

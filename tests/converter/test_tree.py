@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pathlib
 import stat
 from collections.abc import Iterator, Sequence
@@ -571,3 +572,26 @@ def test_the_reference_keeps_no_more() -> None:
     many = Builder().symlink(b"a", b"t" * 600).symlink(b"b", b"t" * 600)
     with pytest.raises(errors.LimitError, match=r"--max-attribute-bytes"):
         flatten.flatten([io.BytesIO(bytes(many))], limits.Limits(max_attribute_bytes=1024))
+
+
+@pytest.mark.root
+def test_whiteouts_that_hide_nothing_are_not_listed(tmp_path: pathlib.Path) -> None:
+    bottom = Builder().file(b"both/gone").file(b"both/kept").directory(b"deep").directory(b"deep/er")
+    top = Builder()
+    for name in (b"both/.wh.gone", b"alone/.wh.nothing", b"alone/in/.wh.nothing", b".wh.nothing"):
+        top.file(name)
+    top.file(b"alone/file").file(b"deep/er/.wh.nothing")
+    with (
+        trees.tmpfs(tmp_path / "image") as folder,
+        trees.overlaid([bytes(bottom), bytes(top)], folder) as merged,
+    ):
+        listed = {
+            path: sorted(os.listdir(merged / path)) for path in (".", "both", "alone", "alone/in", "deep/er")
+        }
+    assert listed == {
+        ".": ["alone", "both", "deep"],
+        "both": ["kept"],
+        "alone": ["file", "in"],
+        "alone/in": [],
+        "deep/er": [],
+    }
