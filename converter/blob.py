@@ -10,10 +10,10 @@ spool file, and those that waited for it. The blob is a contiguous slice of the 
 Block 0 comes last, so its room is as large as it can get, and its frames are written to end where block 1's
 begin: no byte is moved.
 
-Invariants: at most `buffers` blocks are held in memory, compressed ones waiting for their turn included;
-the first error in any thread is raised by the caller's next call, and nobody waits for what will not come;
-after `abort` there is no spool file. Frames carry their content size and no checksum (the map has sha256);
-the seek table is `imagefs.seektable`'s.
+Invariants: a buffer goes back to the conversion's pool when its block is written, so the pool bounds what is
+held in memory, compressed blocks waiting for their turn included; the first error in any thread is raised by
+the caller's next call, and nobody waits for what will not come; after `abort` there is no spool file. Frames
+carry their content size and no checksum (the map has sha256); the seek table is `imagefs.seektable`'s.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Final
 
 import zstandard
 
+from converter import memory
 from converter.erofs_writer import Layout
 from imagefs import artifact, blockmap, errors, origin, seektable
 
@@ -39,11 +40,6 @@ figures."""
 LIBZSTD_VERSION: Final = (
     zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
 )
-
-_BUFFER_BUDGET_BYTES = 24 * 1024 * 1024
-_MIN_BUFFERS = 4
-"""The layer image writer holds three at a time: with fewer, it would wait for itself."""
-_MAX_BUFFERS = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,6 +91,7 @@ class LayerBlobWriter:
         frame_bytes: int,
         level: int,
         executor: concurrent.futures.Executor,
+        pool: memory.BufferPool,
     ) -> None:
         blockmap.check_block_bytes(block_bytes)
         blockmap.check_frame_bytes(frame_bytes, block_bytes)
@@ -103,13 +100,9 @@ class LayerBlobWriter:
         self._frame_bytes = frame_bytes
         self._level = level
         self._executor = executor
-        self._zeros = _zeros(block_bytes)
-        self._packed_zeros: _Packed | None = None
-        self._thread = threading.local()
+        self._pool = pool
 
         self._lock = threading.Condition()
-        self._free: list[bytearray] = []
-        self._buffers_left = max(_MIN_BUFFERS, min(_MAX_BUFFERS, _BUFFER_BUDGET_BYTES // block_bytes))
         self._in_flight = 0
         self._error: BaseException | None = None
         self._waiting: dict[int, tuple[_Packed, bytearray | None]] = {}
@@ -128,19 +121,12 @@ class LayerBlobWriter:
 
     def acquire(self) -> bytearray:
         """A buffer of `block_bytes`; waits for one, raises the first error of any thread."""
-        with self._lock:
-            self._lock.wait_for(lambda: self._error or self._free or self._buffers_left)
-            self._check()
-            if not self._free:
-                self._buffers_left -= 1
-                return bytearray(self._block_bytes)
-            return self._free.pop()
+        return self._pool.acquire(self._check)
 
     def put(self, index: int, buffer: bytearray, length: int) -> None:
         """Take block `index`; `buffer` is not the caller's any more."""
-        if length == self._block_bytes and buffer == self._zeros:
-            with self._lock:
-                self._free.append(buffer)
+        if length == self._block_bytes and buffer == _zeros(length):
+            self._pool.release(buffer)
             self.put_zeros(index)
             return
         with self._lock:
@@ -153,11 +139,10 @@ class LayerBlobWriter:
 
     def put_zeros(self, index: int) -> None:
         """Take a full block of zeros as block `index`."""
-        if self._packed_zeros is None:
-            self._packed_zeros = self._pack(memoryview(self._zeros), zero=True)
+        packed = _packed_zeros(self._block_bytes, self._frame_bytes, self._level)
         with self._lock:
             self._check()
-            self._arrive(index, self._packed_zeros, None)
+            self._arrive(index, packed, None)
             self._check()
 
     # -- the end -----------------------------------------------------------------------------------------
@@ -234,7 +219,7 @@ class LayerBlobWriter:
         # Reading an error without the lock risks one block of wasted work, no more.
         if self._error is None:
             with memoryview(buffer) as view:
-                packed = self._pack(view[:length])
+                packed = _pack(_compressor(self._level), view[:length], self._frame_bytes, self._block_bytes)
             with self._lock:
                 self._arrive(index, packed, buffer)
 
@@ -245,30 +230,16 @@ class LayerBlobWriter:
             self._error = self._error or error
             self._in_flight -= 1
             self._lock.notify_all()
-
-    def _pack(self, view: memoryview, zero: bool = False) -> _Packed:
-        compressor: zstandard.ZstdCompressor | None = getattr(self._thread, "compressor", None)
-        if compressor is None:
-            compressor = self._thread.compressor = zstandard.ZstdCompressor(
-                level=self._level, write_content_size=True, write_checksum=False
-            )
-        frames = [view[at : at + self._frame_bytes] for at in range(0, len(view), self._frame_bytes)]
-        compressed = [compressor.compress(frame) for frame in frames]
-        several = self._frame_bytes < self._block_bytes
-        entry = _Entry(
-            digest=hashlib.sha256(view).digest(),
-            frame_lengths=tuple(map(len, frames)),
-            frame_compressed=tuple(map(len, compressed)),
-            frame_digests=tuple(hashlib.sha256(frame).digest() for frame in frames) if several else (),
-            zero=zero,
-        )
-        return _Packed(entry, b"".join(compressed))
+        if error is not None:
+            self._pool.wake()
 
     def _arrive(self, index: int, packed: _Packed, buffer: bytearray | None) -> None:
         """Take a packed block (lock held), and write all blocks whose turn has come."""
         if index == 0:
             self._first = packed
             self._entries[0] = packed.entry
+            assert buffer is not None
+            self._pool.release(buffer)
             return
         self._waiting[index] = packed, buffer
         while self._error is None and self._next in self._waiting:
@@ -277,12 +248,13 @@ class LayerBlobWriter:
                 _write_at(self._fd, self._end, ready.data)
             except OSError as exc:
                 self._error = self._spool_error(exc)
+                self._pool.wake()
                 break
             self._end += len(ready.data)
             self._entries[self._next] = ready.entry
             self._next += 1
             if spent is not None:
-                self._free.append(spent)
+                self._pool.release(spent)
         self._lock.notify_all()
 
     def _check(self) -> None:
@@ -293,6 +265,44 @@ class LayerBlobWriter:
         return errors.ConfigurationError(
             f"spool file {self._path}: {exc.strerror}; free some space or choose another folder (TMPDIR)"
         )
+
+
+_thread = threading.local()
+
+
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    """This thread's compressor: one context, however many layers it works for."""
+    made: tuple[int, zstandard.ZstdCompressor] | None = getattr(_thread, "compressor", None)
+    if made is None or made[0] != level:
+        made = _thread.compressor = level, _new_compressor(level)
+    return made[1]
+
+
+def _new_compressor(level: int) -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+
+
+def _pack(
+    compressor: zstandard.ZstdCompressor, view: memoryview, frame_bytes: int, block_bytes: int
+) -> _Packed:
+    frames = [view[at : at + frame_bytes] for at in range(0, len(view), frame_bytes)]
+    compressed = [compressor.compress(frame) for frame in frames]
+    several = frame_bytes < block_bytes
+    entry = _Entry(
+        digest=hashlib.sha256(view).digest(),
+        frame_lengths=tuple(map(len, frames)),
+        frame_compressed=tuple(map(len, compressed)),
+        frame_digests=tuple(hashlib.sha256(frame).digest() for frame in frames) if several else (),
+        zero=False,
+    )
+    return _Packed(entry, b"".join(compressed))
+
+
+@functools.lru_cache(maxsize=1)
+def _packed_zeros(block_bytes: int, frame_bytes: int, level: int) -> _Packed:
+    """A full block of zeros, the same for all layers of a conversion."""
+    packed = _pack(_new_compressor(level), memoryview(_zeros(block_bytes)), frame_bytes, block_bytes)
+    return dataclasses.replace(packed, entry=dataclasses.replace(packed.entry, zero=True))
 
 
 def _map_blocks(entries: Iterable[_Entry]) -> tuple[blockmap.Block, ...]:

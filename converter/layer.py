@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
-from converter import blob, erofs_writer, errors, inflate, tarstream, tasks, tree
+from converter import blob, erofs_writer, errors, inflate, memory, tarstream, tasks, tree
 from converter.limits import Limits
 from converter.source import SourceLayer, media
 from imagefs import errors as imagefs_errors
 
-_PIPE_PIECES = 4
+_PIPE_PIECES = 2
 _RATIO_FLOOR_BYTES = 64 << 20
 """Up to here the ratio says nothing: small layers are mostly padding."""
 
@@ -63,6 +63,7 @@ class LayerConversion:
         parameters: Parameters,
         group: tasks.Group,
         executor: Executor,
+        pool: memory.BufferPool,
         advance: Callable[[int], None],
     ) -> None:
         self._layer = layer
@@ -70,6 +71,7 @@ class LayerConversion:
         self._parameters = parameters
         self._group = group
         self._executor = executor
+        self._pool = pool
         self._advance = advance
         self._tar: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES)
         self._hashed: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES)
@@ -110,6 +112,7 @@ class LayerConversion:
             parameters.frame_bytes,
             parameters.compression_level,
             self._executor,
+            self._pool,
         )
         try:
             layer_tree = tree.LayerTree(parameters.limits)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter import blob, layer, lower, publish, report, reuse, tasks, tree
+from converter import blob, layer, lower, memory, publish, report, reuse, tasks, tree
 from converter import source as sources
 from converter.observer import Observer
 from imagefs import artifact, errors, reference
@@ -35,8 +35,8 @@ _DESTINATIONS = ("docker", "oci", "s3")
 class Request:
     """What `convert` is asked for.
 
-    `destination` None is the source's own repository. `jobs` bounds the layers converted at once, and with
-    them memory. `layer_cache` is an OCI layout folder of layers converted before.
+    `destination` None is the source's own repository. `jobs` bounds the layers converted at once, as memory
+    does. `layer_cache` is an OCI layout folder of layers converted before.
     """
 
     source: reference.Reference
@@ -165,14 +165,23 @@ class _ImageConversion:
         self._todo = collections.deque(image.layers)
         self._done: list[tasks.Promise[_Done]] = [tasks.Promise(self._group) for _ in image.layers]
         self._uploads = tasks.Tokens(self._group, _PARALLEL_UPLOADS)
+        wanted = request.parameters
+        self._shares = memory.shares(
+            wanted.block_bytes,
+            wanted.frame_bytes,
+            wanted.compression_level,
+            min(request.jobs, max(1, len(image.layers))),
+            os.cpu_count() or 1,
+        )
+        self._pool = memory.BufferPool(self._group, wanted.block_bytes, self._shares.buffers)
         self._executor = concurrent.futures.ThreadPoolExecutor(
-            os.cpu_count() or 1, thread_name_prefix="compress"
+            self._shares.threads, thread_name_prefix="compress"
         )
 
     def run(self) -> list[_Done]:
         """Convert and store every layer."""
         try:
-            for number in range(min(self._request.jobs, len(self._image.layers))):
+            for number in range(min(self._shares.layers, len(self._image.layers))):
                 self._group.start(f"layer-worker-{number}", self._work)
             self._group.wait()
         finally:
@@ -236,7 +245,7 @@ class _ImageConversion:
             self._observer.advanced(each.number, compressed_bytes)
 
         run = layer.LayerConversion(
-            each, self._image.name, self._request.parameters, self._group, self._executor, advance
+            each, self._image.name, self._request.parameters, self._group, self._executor, self._pool, advance
         )
         new = run.run(self._directory / f"layer-{each.number}", lambda: self._below(each.number))
         made = new.finished

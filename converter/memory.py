@@ -1,0 +1,90 @@
+"""How much memory a conversion uses, whatever the bytes: its shares, and the pool of block buffers.
+
+The promise is 256 MB and 1 KB per entry. `shares` divides what is left of it beside the interpreter among
+compression contexts, block buffers and layers in parallel; pure. `BufferPool` holds the buffers that all
+layers of a conversion take from.
+
+No layer can wait for another here for ever: a layer image writer holds at most `MOST_BUFFERS` and waits for
+nothing but this pool while it holds that many; every buffer that was put comes back; and there is at least
+one buffer more than layers can hold while each still wants one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import zstandard
+
+from converter import erofs_writer, tasks
+
+BUDGET_BYTES: Final = 180_000_000
+"""The promise less 60 MB for the interpreter with all modules, and a margin."""
+_LAYER_BYTES: Final = 8_000_000
+"""Pieces of 1 MiB in a layer's pipes and its reader's hands, and the piece being uploaded."""
+_CONTEXT_BYTES: Final = 110_000_000
+"""Of the budget for compression contexts, which have 1 MB at level 2 and 50 to 85 at level 19."""
+_MOST_BUFFERS: Final = 64
+_MOST_THREADS: Final = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shares:
+    """Threads that compress, block buffers, and layers converted at once."""
+
+    threads: int
+    buffers: int
+    layers: int
+
+
+def shares(block_bytes: int, frame_bytes: int, level: int, jobs: int, processors: int) -> Shares:
+    """What fits the budget: at most `jobs` layers, at most one thread per processor."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=frame_bytes)
+    context_bytes = parameters.estimated_compression_context_size()
+    threads = max(1, min(processors, _MOST_THREADS, _CONTEXT_BYTES // context_bytes))
+    # A block of random bytes is as large compressed as it is in its buffer.
+    buffer_bytes = 2 * block_bytes
+    for layers in range(jobs, 0, -1):
+        left = BUDGET_BYTES - threads * context_bytes - layers * _LAYER_BYTES
+        buffers = min(_MOST_BUFFERS, left // buffer_bytes)
+        if buffers >= layers * erofs_writer.MOST_BUFFERS:
+            return Shares(min(threads, buffers), buffers, layers)
+    return Shares(1, erofs_writer.MOST_BUFFERS, 1)
+
+
+class BufferPool:
+    """Block buffers, made when first needed and used again; `count` at most. Thread-safe."""
+
+    def __init__(self, group: tasks.Group, block_bytes: int, count: int) -> None:
+        self._group = group
+        self._block_bytes = block_bytes
+        self._left = count
+        self._free: list[bytearray] = []
+        self._condition = threading.Condition()
+        group.on_cancel(self.wake)
+
+    def acquire(self, check: Callable[[], None]) -> bytearray:
+        """A buffer, whatever it holds. Waits for one; raises what `check` raises, and Cancelled."""
+        with self._condition:
+            while True:
+                self._group.check()
+                check()
+                if self._free:
+                    return self._free.pop()
+                if self._left:
+                    self._left -= 1
+                    return bytearray(self._block_bytes)
+                self._condition.wait()
+
+    def release(self, buffer: bytearray) -> None:
+        """Give a buffer back."""
+        with self._condition:
+            self._free.append(buffer)
+            self._condition.notify()
+
+    def wake(self) -> None:
+        """Make those who wait check again."""
+        with self._condition:
+            self._condition.notify_all()
