@@ -277,8 +277,9 @@ def kill_server(glowplug: Command) -> None:
     processes = client.status()["processes"]
     server = processes["server"]
     keeper = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
-    for pid in (keeper, server, *processes["workers"]):
-        os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: whoever is left would replace the dead
+        for pid in (server, keeper, *processes["workers"]):
+            os.kill(pid, number)
     while control.DeviceClient.connect(glowplug.state_dir) is not None:
         pass
 
