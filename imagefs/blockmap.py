@@ -4,12 +4,15 @@ Pure: bytes in, values out. Written by the converter, read by everything that re
 is docs/format.md; `decode(encode(m)) == m` and `encode(decode(b)) == b` hold for every accepted input.
 
 Invariants of a decoded map: blocks are in order, their frames lie one after another in the blob without
-gaps from byte 0; every block but the last has `block_bytes` bytes; offsets never pass `blob_bytes`.
+gaps from byte 0; every block but the last has `block_bytes` bytes; offsets never pass `blob_bytes`; a block
+flagged zero, which nobody fetches, has the digest of zeros.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import struct
 
 from imagefs import errors
@@ -211,13 +214,14 @@ def decode(data: bytes) -> BlockMap:
         compression_level=level,
         libzstd_version=libzstd,
         root_implied=bool(flags & FLAG_ROOT_IMPLIED),
-        blocks=_decode_blocks(data, blocks, blob_bytes, image_bytes, frame_bytes, frames_per_block),
+        blocks=_decode_blocks(data, blocks, blob_bytes, image_bytes, block_bytes, frame_bytes),
     )
 
 
 def _decode_blocks(
-    data: bytes, count: int, blob_bytes: int, image_bytes: int, frame_bytes: int, frames_per_block: int
+    data: bytes, count: int, blob_bytes: int, image_bytes: int, block_bytes: int, frame_bytes: int
 ) -> tuple[Block, ...]:
+    frames_per_block = block_bytes // frame_bytes
     table = memoryview(data)[_HEADER.size : _HEADER.size + count * _BLOCK.size]
     frames_left = block_count(image_bytes, frame_bytes)
     position = _HEADER.size + count * _BLOCK.size
@@ -230,6 +234,10 @@ def _decode_blocks(
             raise errors.InvalidInputError(
                 f"block map: block {index}: place {offset}+{compressed} leaves a gap or the blob"
             )
+        if flags & BLOCK_ZERO and digest != _digest_of_zeros(
+            min(block_bytes, image_bytes - index * block_bytes)
+        ):
+            raise errors.InvalidInputError(f"block map: block {index}: flagged zero, with another digest")
         expected_offset = offset + compressed
         frames: tuple[Frame, ...] = ()
         if frames_per_block > 1:
@@ -242,3 +250,8 @@ def _decode_blocks(
                 raise errors.InvalidInputError(f"block map: block {index}: frames do not add up to the block")
         out.append(Block(digest, offset, compressed, bool(flags & BLOCK_ZERO), frames))
     return tuple(out)
+
+
+@functools.lru_cache(maxsize=16)
+def _digest_of_zeros(length: int) -> bytes:
+    return hashlib.sha256(bytes(length)).digest()

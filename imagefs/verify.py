@@ -5,13 +5,14 @@ holds one block at a time, so memory does not grow with the image. Reads each bl
 
 What holds afterwards, for each layer: the blob has the digest and size that manifest and block map say;
 the blob is the frames of the map's blocks followed by the seek table of exactly those frames; each block
-has its digest (and each frame its own); blocks flagged zero are zero; the superblock is one that our writer
-makes.
+has its digest, each frame its own, a block flagged zero that of zeros (no other decodes); the superblock is
+one that our writer makes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 from imagefs import erofs, errors, frames, seektable
@@ -45,11 +46,12 @@ def verify_layer(
     zero_blocks = 0
     for index, block in enumerate(block_map.blocks):
         data = frames.decode_block(block_map, index, pieces, layer.map_digest, buffer)
-        if block.zero:
-            zero_blocks += 1
-            if any(data):
+        zero_blocks += block.zero
+        for number, frame in enumerate(block.frames):
+            start = number * block_map.frame_bytes
+            if hashlib.sha256(data[start : start + block_map.frame_bytes]).digest() != frame.digest:
                 raise errors.IntegrityError(
-                    f"layer {layer.map_digest}: block {index} is flagged zero and is not"
+                    f"layer {layer.map_digest}: block {index}, frame {number}: its digest in the map is wrong"
                 )
         if index == 0:
             erofs.check_superblock(bytes(data[:4096]))

@@ -140,7 +140,22 @@ def test_a_block_flagged_zero_that_is_not(glowplug: Command, tmp_path: Path) -> 
     blocks = list(value.blocks)
     blocks[1] = dataclasses.replace(blocks[1], zero=True)
     forged = forge(folder, ref, dataclasses.replace(value, blocks=tuple(blocks)), image.layers[0].blob, 0)
-    assert "block 1 is flagged zero" in glowplug("check", forged, code=6).stderr
+    assert "block 1: flagged zero" in glowplug("check", forged, code=3).stderr
+
+
+def test_a_wrong_digest_of_a_frame(glowplug: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "layout"
+    ref = block_images.layout(folder, images.make(LAYERS))
+    glowplug("convert", ref, "--block-size", "64K", "--frame-size", "16K")
+    glowplug("check", ref)
+    _, image = block_image(ref)
+    value = blockmap.decode(blob_path(folder, image.layers[0].block_map.digest).read_bytes())
+    blocks = list(value.blocks)
+    frames = list(blocks[1].frames)
+    frames[2] = dataclasses.replace(frames[2], digest=bytes(32))
+    blocks[1] = dataclasses.replace(blocks[1], frames=tuple(frames))
+    forged = forge(folder, ref, dataclasses.replace(value, blocks=tuple(blocks)), image.layers[0].blob, 0)
+    assert "block 1, frame 2" in glowplug("check", forged, code=6).stderr
 
 
 def test_no_block_image(glowplug: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import struct
 
 import hypothesis
@@ -13,6 +14,7 @@ from imagefs import blockmap, errors
 
 HEADER_BYTES = 200
 BLOCK_ROW_BYTES = 48
+ZEROS = hashlib.sha256(bytes(65536)).digest()
 digests = st.binary(min_size=32, max_size=32)
 
 
@@ -33,7 +35,9 @@ def maps(draw: st.DrawFn) -> blockmap.BlockMap:
                 blockmap.Frame(draw(digests), draw(st.integers(1, frame_bytes))) for _ in range(count)
             )
         compressed = sum(f.compressed_bytes for f in frames) or draw(st.integers(1, block_bytes))
-        blocks.append(blockmap.Block(draw(digests), offset, compressed, draw(st.booleans()), frames))
+        zero = draw(st.booleans())
+        digest = hashlib.sha256(bytes(length)).digest() if zero else draw(digests)
+        blocks.append(blockmap.Block(digest, offset, compressed, zero, frames))
         offset += compressed
     metadata_offset = 4096 * draw(st.integers(0, image_bytes // 4096 - 1))
     return blockmap.BlockMap(
@@ -69,7 +73,7 @@ def sample(**changes: object) -> blockmap.BlockMap:
         compression_level=3,
         libzstd_version=10507,
         root_implied=False,
-        blocks=(blockmap.Block(b"0" * 32, 0, 600, True), blockmap.Block(b"1" * 32, 600, 300)),
+        blocks=(blockmap.Block(ZEROS, 0, 600, True), blockmap.Block(b"1" * 32, 600, 300)),
     )
     return dataclasses.replace(value, **changes)  # type: ignore[arg-type]
 
@@ -132,6 +136,7 @@ def test_any_bytes(data: bytes) -> None:
         (64, "<Q", 8193, "metadata region"),
         (HEADER_BYTES + 32, "<Q", 1, "block 0"),
         (HEADER_BYTES + 40, "<I", 0, "block 0"),
+        (HEADER_BYTES, "<I", 7, "block 0: flagged zero, with another digest"),
         (HEADER_BYTES + 44, "<I", 2, "block 0: unknown flags"),
         (HEADER_BYTES + BLOCK_ROW_BYTES + 32, "<Q", 599, "block 1"),
     ],
@@ -151,7 +156,7 @@ def test_the_byte_table_of_docs_format() -> None:
     assert struct.unpack_from("<HHIIIIIIi", data, 8) == (1, 200, 1, 65536, 65536, 2, 0, 10507, -3)
     assert struct.unpack_from("<QQQQ", data, 40) == (73728, 1000, 65536, 8192)
     assert data[72:200] == b"b" * 32 + b"s" * 32 + b"d" * 32 + b"c" * 32
-    assert data[200:248] == b"0" * 32 + struct.pack("<QII", 0, 600, 1)
+    assert data[200:248] == ZEROS + struct.pack("<QII", 0, 600, 1)
     assert data[248:296] == b"1" * 32 + struct.pack("<QII", 600, 300, 0)
 
 
