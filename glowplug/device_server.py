@@ -12,14 +12,23 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import click
+
 from glowplug import settings
+from imagefs import errors
 
 if TYPE_CHECKING:
-    from imagefs.fuse.control import DeviceClient
+    from imagefs.fuse.control import DeviceClient, ServerSettings
     from imagefs.origin.connect import Options
 
 _SWITCH_SECONDS = 0.0005
 """Imports hold the interpreter lock in long stretches; the starting thread needs it often and briefly."""
+
+_OPTIONS = {
+    "--cache": "cache_dir",
+    "--cache-quota": "cache_quota_bytes",
+    "--read-deadline": "read_deadline_seconds",
+}
 
 
 class Starting:
@@ -35,6 +44,7 @@ class Starting:
         def work() -> None:
             try:
                 self._client = control.DeviceClient.ensure(wanted)
+                _say_differences(wanted)
             except BaseException as exc:
                 self._error = exc
 
@@ -48,6 +58,27 @@ class Starting:
             raise self._error
         assert self._client is not None
         return self._client
+
+
+def _say_differences(wanted: ServerSettings) -> None:
+    """A server that runs already keeps what it was started with: nobody should think otherwise."""
+    from imagefs.fuse import control
+
+    try:
+        running = control.decode_settings((wanted.state_dir / "settings.json").read_bytes())
+    except (OSError, errors.ConfigurationError):
+        return
+    kept = [
+        f"{option} {getattr(running, name)}"
+        for option, name in _OPTIONS.items()
+        if getattr(running, name) != getattr(wanted, name)
+    ]
+    if kept:
+        click.echo(
+            f"glowplug: the device server of {wanted.state_dir} was started by an earlier mount and keeps "
+            f"its {', '.join(kept)} until the last umount",
+            err=True,
+        )
 
 
 @contextlib.contextmanager

@@ -48,4 +48,6 @@ def _save(name: str, fd: int, ref: str) -> None:
     except docker.errors.NotFound as exc:
         raise errors.NotFoundError(f"{ref}: the Docker daemon has no image {name!r}") from exc
     except (docker.errors.DockerException, requests.exceptions.RequestException) as exc:
-        raise errors.UnavailableError(f"{ref}: the Docker daemon did not answer: {exc}") from exc
+        raise errors.UnavailableError(
+            f"{ref}: the Docker daemon did not answer (DOCKER_HOST says where it is): {exc}"
+        ) from exc

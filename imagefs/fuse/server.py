@@ -191,6 +191,7 @@ class Server:
         self._loaded = threading.Event()
         self._load_error: errors.ImagefsError | None = None
         self._layers: Layers | None = None
+        self._table: DeviceTable | None = None
         self._restarts = 0
         self._stopping = False
 
@@ -213,8 +214,8 @@ class Server:
             # The cache, the fetcher and libzstd take longer to import than all the rest takes to start.
             from imagefs.fuse import layers
 
-            table = DeviceTable(self._settings.state_dir / "devices.json", self._link.token)
-            self._layers = layers.Layers(self._settings, table)
+            self._table = DeviceTable(self._settings.state_dir / "devices.json", self._link.token)
+            self._layers = layers.Layers(self._settings, self._table)
         except errors.ImagefsError as exc:
             self._load_error = exc
         except Exception as exc:
@@ -229,6 +230,11 @@ class Server:
             assert self._load_error is not None
             raise self._load_error
         return self._layers
+
+    def _is_useless(self) -> bool:
+        """It could not load, and there is no device whose reads it would fail."""
+        self._loaded.wait()
+        return self._layers is None and self._table is not None and not self._table.records()
 
     # -- workers -----------------------------------------------------------------------------------
 
@@ -336,6 +342,10 @@ class Server:
         if operation == "stop":
             self._stopping = True
             return None
+        if operation in ("detach", "stop_if_idle") and self._is_useless():
+            # Not in the way of the next one, whose settings may be better.
+            self._stopping = operation == "stop_if_idle"
+            return self._stopping
         layers = self._ready_layers()
         if operation == "attach":
             return layers.attach(request)

@@ -199,6 +199,10 @@ class FolderOrigin:
                 data = file.read(_MAX_INDEX_BYTES + 1)
         except FileNotFoundError:
             data = b'{"schemaVersion":2,"mediaType":"' + artifact.OCI_INDEX.encode() + b'","manifests":[]}'
+        except NotADirectoryError as exc:
+            raise errors.InvalidInputError(f"{self.name}: not a folder") from exc
+        except PermissionError as exc:
+            raise errors.DeniedError(f"{self.name}: cannot read index.json: {exc.strerror}") from exc
         except OSError as exc:
             raise errors.UnavailableError(f"{self.name}: cannot read index.json: {exc}") from exc
         if len(data) > _MAX_INDEX_BYTES:
@@ -255,6 +259,8 @@ class FolderOrigin:
             file = self._path(digest).open("rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError) as exc:
             raise errors.NotFoundError(f"{self.name}: blob {digest}: not found in this folder") from exc
+        except PermissionError as exc:
+            raise errors.DeniedError(f"{self.name}: blob {digest}: {exc.strerror}") from exc
         except OSError as exc:
             raise errors.UnavailableError(f"{self.name}: blob {digest}: {exc}") from exc
         with file:

@@ -324,6 +324,25 @@ def test_a_mount_that_umount8_took_away_is_known(glowplug: Command, tmp_path: Pa
     assert glowplug.left() == []
 
 
+def test_a_cache_that_cannot_be_used_is_not_kept_for_the_next(
+    glowplug: Command, tmp_path: Path, directory: Path
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    assert "cache" in glowplug("mount", ref, directory, "--cache", "/proc/none", code=8).stderr
+    assert glowplug.left() == []
+    assert "keeps" not in glowplug("mount", ref, directory).stderr
+
+
+def test_settings_that_a_running_server_does_not_take_are_said(
+    glowplug: Command, tmp_path: Path, directory: Path
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    (tmp_path / "second").mkdir()
+    glowplug("mount", ref, directory)
+    said = glowplug("mount", ref, tmp_path / "second", "--cache", tmp_path / "elsewhere").stderr
+    assert f"keeps its --cache {glowplug.cache_dir} until the last umount" in said
+
+
 def test_a_state_directory_behind_a_link(glowplug: Command, tmp_path: Path, directory: Path) -> None:
     ref = block_images.make(tmp_path / "image", [BASE])
     glowplug.state_dir.mkdir()
