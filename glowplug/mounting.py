@@ -114,11 +114,11 @@ def umount(directory: Path, state_dir: Path, *, force: bool) -> None:
     point = holders.top_mount(str(directory))
     if point is not None and point.source == mountlist.SOURCE:
         _unmount(directory, point, force=force)
-        left = [] if force else _copies(point.device)
+        left = "" if force else _copies(point.device)
         if left:
             raise errors.BusyError(
-                f"{directory} is unmounted here, but others have it in their mount namespaces: "
-                f"{holders.describe(left)}; once they ended, run `glowplug umount {directory}` again"
+                f"{directory} is unmounted here, but there is still {left}; "
+                f"once that is gone, run `glowplug umount {directory}` again"
             )
     elif point is not None and _is_below(point):
         raise errors.BusyError(
@@ -306,13 +306,14 @@ def _fusermount(directory: Path, *, force: bool) -> None:
         raise OSError(errno.EBUSY if "busy" in text else errno.EPERM, text, str(directory))
 
 
-def _copies(device: str) -> list[holders.Holder]:
-    """Who else has the filesystem mounted. Every new mount namespace does at first: a `run` that is starting
-    is given the moment that it takes to let go."""
+def _copies(device: str) -> str:
+    """Where else the filesystem is mounted, empty if nowhere. Every new mount namespace has it at first: a
+    `run` that is starting is given the moment that it takes to let go."""
     deadline = time.monotonic() + _COPIES_SECONDS
     while (found := holders.copies(device)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return found
+    binds = [f"a bind mount of it at {p.directory}" for p in holders.mount_points() if p.device == device]
+    return ", ".join([*binds, *([holders.describe(found)] if found else [])])
 
 
 def _unmount_leftovers(folder: Path) -> None:

@@ -46,7 +46,10 @@ def check_directory(directory: Path) -> Path:
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise errors.InvalidInputError(f"{directory} {what}; mount needs an existing directory")
-    return Path(os.path.realpath(directory))
+    path = Path(os.path.realpath(directory))
+    if path == Path("/"):
+        raise errors.InvalidInputError("/ is this machine's own root; choose another directory")
+    return path
 
 
 def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:

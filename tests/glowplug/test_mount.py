@@ -220,6 +220,20 @@ def test_a_copy_in_another_mount_namespace_is_named(
     assert glowplug.left() == []
 
 
+def test_a_bind_mount_of_it_is_named(glowplug: Command, tmp_path: Path, directory: Path) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    glowplug("mount", ref, directory)
+    (tmp_path / "bind").mkdir()
+    subprocess.run(["mount", "--bind", directory, tmp_path / "bind"], check=True)
+    try:
+        assert f"a bind mount of it at {tmp_path / 'bind'}" in glowplug("umount", directory, code=9).stderr
+        assert (tmp_path / "bind/data").read_bytes() == b"d" * 300_000
+    finally:
+        subprocess.run(["umount", tmp_path / "bind"], check=True)
+    glowplug("umount", directory)
+    assert glowplug.left() == []
+
+
 def test_what_is_not_ours_is_left_alone(glowplug: Command, tmp_path: Path, directory: Path) -> None:
     assert "not a mount of glowplug" in glowplug("umount", directory, code=4).stderr
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
@@ -233,6 +247,7 @@ def test_what_is_not_ours_is_left_alone(glowplug: Command, tmp_path: Path, direc
 def test_wrong_directories_and_images(glowplug: Command, tmp_path: Path, directory: Path) -> None:
     ref = block_images.make(tmp_path / "image", [BASE])
     assert "does not exist" in glowplug("mount", ref, tmp_path / "nothing", code=3).stderr
+    assert "own root" in glowplug("mount", ref, "/", code=3).stderr
     file = tmp_path / "file"
     file.write_text("")
     assert "is not a directory" in glowplug("mount", ref, file, code=3).stderr
