@@ -172,6 +172,8 @@ def _parse_entry(entry: Mapping[str, object], where: str) -> Credential | None:
         value = entry.get(field) or ""
         if not isinstance(value, str):
             raise errors.InvalidInputError(f"{where}.{field} is not a string")
+        if field == "registrytoken" and not (value.isascii() and value.isprintable()):
+            raise errors.InvalidInputError(f"{where}.{field} holds what no header field can")
         texts[field] = value
     username, password = texts["username"], texts["password"]
     if texts["auth"]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from imagefs import artifact, errors, reference
 from imagefs.artifact import Descriptor, Manifest
@@ -39,6 +39,7 @@ from imagefs.origin import (
 LOCATION_LIFE_SECONDS = 60.0
 _MAX_LOCATIONS = 1024
 _MAX_REFERRER_PAGES = 64
+_MAX_REFERRERS = 10_000
 _ACCEPT = ", ".join((*artifact.MANIFEST_TYPES, *artifact.INDEX_TYPES))
 
 
@@ -56,7 +57,7 @@ class RegistryOrigin:
         self.host = host
         self.repository = repository
         self._policy = policy
-        self._http = transport.Transport(settings)
+        self._http = transport.Transport(dataclasses.replace(settings, loopback=transport.is_loopback(host)))
         store = credentials.Store(credentials.config_files(docker_config, os.environ), host, repository)
         self._session = session.Session(host, self._http, auth.Authenticator(store, self._http, policy))
         self._pull = frozenset({f"repository:{repository}:pull"})
@@ -184,7 +185,12 @@ class RegistryOrigin:
             body=lambda: data,
         )
         if answer.status not in (200, 201, 202, 204):
-            raise transport.status_error(answer)
+            error = transport.status_error(answer)
+            if isinstance(error, errors.IntegrityError):
+                # We sent what we hashed. docker-registry 2.8 says DIGEST_INVALID when it reads a blob's link
+                # that another client's upload of the same blob has half written.
+                raise errors.UnavailableError(str(error)) from error
+            raise error
         stored = answer.fields.get("Docker-Content-Digest", "")
         answer.discard()
         if stored.startswith("sha256:") and stored != artifact.digest_of(data):
@@ -217,7 +223,7 @@ class RegistryOrigin:
         location = answer.fields.get("Location")
         if answer.status == 202 and location:
             # An upload was opened instead: it is not wanted.
-            self._session.open("DELETE", urljoin(answer.url, location), what, scopes).discard()
+            self._session.open("DELETE", transport.join(answer.url, location, what), what, scopes).discard()
         return answer.status == 201
 
     def _api_referrers(self, digest: str) -> list[Descriptor] | None:
@@ -232,6 +238,8 @@ class RegistryOrigin:
             if page is None:
                 return None
             out += page[0]
+            if len(out) > _MAX_REFERRERS:
+                raise errors.InvalidInputError(f"{what}: more than {_MAX_REFERRERS} of them")
             url = page[1]
         raise errors.InvalidInputError(f"{what}: more than {_MAX_REFERRER_PAGES} pages")
 
@@ -248,7 +256,7 @@ class RegistryOrigin:
             return None  # a web page for every unknown path
         found = referrers.listed(answer.read(MAX_MANIFEST_BYTES), what)
         link = headers.next_link(answer.fields.getlist("Link"))
-        return found, urljoin(answer.url, link) if link else None
+        return found, transport.join(answer.url, link, what) if link else None
 
     def _open_blob(
         self, digest: str, offset: int, length: int | None, deadline: float | None
@@ -267,7 +275,7 @@ class RegistryOrigin:
                 return answer
             answer.discard()
             self._forget_location(digest)
-        url = urljoin(self._session.base_url, self._url("blobs", digest))
+        url = self._session.base_url + self._url("blobs", digest)
         answer = self._session.follow("GET", url, what, self._pull, fields=fields, deadline=deadline)
         if answer.url != url and answer.status in (200, 206):
             self._keep_location(digest, answer.url)

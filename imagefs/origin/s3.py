@@ -93,6 +93,7 @@ def connect(bucket: str, prefix: str, options: Options) -> S3Origin:
     http = transport.Transport(
         transport.Settings(
             plain_http=options.plain_http,
+            loopback=True,
             ca_file=options.ca_file,
             connections=options.connections,
             connect_timeout_seconds=options.connect_timeout_seconds,
@@ -237,7 +238,7 @@ class S3Origin:
             with contextlib.closing(answer["Body"]) as body:
                 if answer["ContentLength"] > max_bytes:
                     raise errors.InvalidInputError(f"{what}: the object is larger than {max_bytes} bytes")
-                return body.read(), answer["ContentType"]
+                return body.read(), answer.get("ContentType", "")
 
         return self._call(what, once)
 

@@ -8,7 +8,7 @@ is followed without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from imagefs import errors
 from imagefs.origin import auth, transport
@@ -39,7 +39,7 @@ class Session:
         """One request to `url` (relative to the registry, or what it told us), authorized if it stays on
         the registry; a 401 renews the authorization once. Returns whatever
         status comes, but DeniedError for a 401 that stays."""
-        url = urljoin(self.base_url, url)
+        url = transport.join(self.base_url, url, what)
         if not self._is_own(url):
             self.http.check_url(url, what)
             return self.http.open(method, url, what, fields=fields, body=body, deadline=deadline)
@@ -70,14 +70,14 @@ class Session:
         deadline: float | None = None,
     ) -> transport.Answer:
         """As `open`, for requests without a body; redirects are followed, `Answer.url` says where to."""
-        url = urljoin(self.base_url, url)
+        url = transport.join(self.base_url, url, what)
         for _ in range(_MAX_REDIRECTS + 1):
             answer = self.open(method, url, what, scopes, fields=fields, deadline=deadline)
             target = answer.fields.get("Location")
             if answer.status not in _REDIRECTS or not target:
                 return answer
             answer.discard()
-            url = urljoin(url, target)
+            url = transport.join(url, target, what)
         raise errors.UnavailableError(f"{what}: more than {_MAX_REDIRECTS} redirects")
 
     def _is_own(self, url: str) -> bool:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 import urllib3
 import urllib3.exceptions
@@ -42,10 +42,12 @@ Body = Callable[[], bytes | Iterator[bytes]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """`plain_http` allows HTTP without TLS to every host; without it, only to loopback addresses.
-    `connections` is how many are kept open to one host. The read timeout is for each wait for bytes."""
+    """`plain_http` allows HTTP without TLS to every host; without it, only to loopback addresses, and where a
+    server points to one, only with `loopback`: it is on loopback itself. `connections` is how many are kept
+    open to one host. The read timeout is for each wait for bytes."""
 
     plain_http: bool = False
+    loopback: bool = False
     ca_file: Path | None = None
     connections: int = 16
     connect_timeout_seconds: float = 10.0
@@ -70,15 +72,18 @@ class Transport:
         return f"{'http' if plain else 'https'}://{host}"
 
     def check_url(self, url: str, what: str) -> None:
-        """Refuse a URL that a server told us, unless it is https:, or http: where that is allowed."""
-        parts = urlsplit(url)
+        """Refuse a URL that a server told us, unless it is https:, or http: where that is allowed. What
+        listens on this machine's loopback is no business of a server elsewhere."""
+        parts = _split(url, what)
+        settings = self._settings
         allowed = parts.scheme == "https" or (
-            parts.scheme == "http" and (self._settings.plain_http or is_loopback(parts.netloc))
+            parts.scheme == "http"
+            and (settings.plain_http or (settings.loopback and is_loopback(parts.netloc)))
         )
         if not allowed or not parts.hostname or parts.username is not None:
             raise errors.ConfigurationError(
                 f"{what}: the server points to {shown(url)}; only https: URLs are followed, "
-                "and http: on loopback or where plain HTTP was asked for (--plain-http)"
+                "and http: from loopback to loopback or where plain HTTP was asked for (--plain-http)"
             )
 
     def open(
@@ -256,9 +261,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def join(base: str, target: str, what: str) -> str:
+    """The URL that a server's Location or Link means. UnavailableError if it is none."""
+    try:
+        return urljoin(base, target)
+    except ValueError as exc:
+        raise errors.UnavailableError(f"{what}: the server points to what is no URL: {exc}") from exc
+
+
+def _split(url: str, what: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as exc:
+        raise errors.UnavailableError(f"{what}: the server points to what is no URL: {exc}") from exc
+
+
 def shown(url: str) -> str:
     """A URL for messages: host and path, without user and query."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(no URL)"
     netloc = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{netloc}{parts.path}"[:512]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from urllib.parse import urljoin
 
 from imagefs import errors
 from imagefs.origin import BlobSource, headers, retry, session, transport
@@ -91,9 +90,8 @@ class Upload:
         if answer.status != 202:
             raise transport.status_error(answer)
         self._moved_to(answer)
-        smallest = answer.fields.get("OCI-Chunk-Min-Length", "")
-        if smallest.isascii() and smallest.isdigit():
-            self._chunk_bytes = max(self._chunk_bytes, int(smallest))
+        smallest = headers.content_length(answer.fields.get("OCI-Chunk-Min-Length"))
+        self._chunk_bytes = max(self._chunk_bytes, smallest or 0)
 
     def _send_chunks(self, size: int, source: BlobSource) -> None:
         while self._sent < size:
@@ -206,5 +204,5 @@ class Upload:
         target = answer.fields.get("Location")
         answer.discard()
         if target:
-            self._location = urljoin(answer.url, target)
+            self._location = transport.join(answer.url, target, self._what)
         self._where()
