@@ -1,5 +1,5 @@
 """Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), open_tree(2), move_mount(2),
-unshare(2), pivot_root(2) and prctl(2). The one place with ctypes.
+unshare(2), pivot_root(2), prctl(2) and cachestat(2). The one place with ctypes.
 
 Each raises OSError with the kernel's errno and the path; callers turn those into errors of ours. `ctypes`
 releases the GIL during the call, which matters: a mount may wait for a FUSE server.
@@ -34,6 +34,8 @@ _PR_SET_PDEATHSIG = 1
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 """Linux 5.2; the same number on every architecture."""
+_SYS_CACHESTAT = 451
+"""Linux 6.5; the same number on every architecture."""
 _AT_FDCWD = -100
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
@@ -129,3 +131,17 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def set_parent_death_signal(signum: int) -> None:
     """prctl(PR_SET_PDEATHSIG): the kernel sends `signum` when the thread that forked us ends."""
     _check(_libc.prctl, _PR_SET_PDEATHSIG, ctypes.c_ulong(signum), 0, 0, 0)
+
+
+def cached_pages(fd: int, offset: int, length: int) -> int:
+    """cachestat(2): how many pages of a file's range the page cache holds. Linux 6.5."""
+    pages = (ctypes.c_uint64 * 5)()  # in the cache, dirty, in writeback, evicted, evicted lately
+    _check(
+        _libc.syscall,
+        ctypes.c_long(_SYS_CACHESTAT),
+        ctypes.c_int(fd),
+        (ctypes.c_uint64 * 2)(offset, length),
+        pages,
+        ctypes.c_uint(0),
+    )
+    return pages[0]

@@ -7,18 +7,17 @@ its blocks are there.
 
 Invariants:
 * The loop never waits for the server. Whatever needs an answer from it is a continuation in `_answers`.
-* Every descriptor that the server sends was verified, whole. What is here is bounded (HELD_BYTES,
-  HELD_BLOCKS), because a held block occupies disk, or memory where the disk is full, after the cache has
-  evicted its name.
+* Every descriptor that the server sends was verified, whole. What is here is bounded, because a held block
+  occupies disk, or memory where the disk is full, after the cache has evicted its name. The bound is wide
+  for blocks on disk: with 256 MiB, `import torch` asked the server for most of its blocks again and again.
 * It may be killed at any instruction: the server and the keeper hold the same descriptors, and the kernel
   gives what was not answered to the successor. When the server is gone, it exits at once, for the same
   reason.
 
-Data goes by pread into one reused buffer and writev from it. splice would save a copy, but a reply of 1 MiB
-needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have (fs.pipe-max-size); mmap of
-the block instead of pread took as much processor time (175 us a MiB for both copies). What was served is
-dropped from the block file's page cache, as the kernel keeps it under the device's name, or above it:
-reading 1 GiB left 1.1 GB cached in place of 2.3, for 0.04 s more processor time.
+Data goes by pread into one reused buffer (`blockfile.py`) and writev from it. splice would save a copy, but a
+reply of 1 MiB needs 257 pipe slots, one more than a process without CAP_SYS_RESOURCE may have
+(fs.pipe-max-size); mmap of the block instead of pread took as much processor time (175 us a MiB for both
+copies).
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ import socket
 import sys
 from collections.abc import Callable
 
-from imagefs.fuse import protocol, wire
+from imagefs.fuse import blockfile, protocol, wire
 
 HELD_BLOCKS = 512
-HELD_BYTES = 256 << 20
-_ZEROS = -1
-"""In place of a descriptor: a block of zeros."""
+HELD_BYTES = 1 << 30
+HELD_MEMORY_BYTES = 256 << 20
+_NO_FD = -1
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
 _ROOT = protocol.Attributes(protocol.ROOT_NODE, 0, directory=True)
 
@@ -59,17 +58,20 @@ class Worker:
         self._buffer = memoryview(mmap.mmap(-1, protocol.MAX_READ_BYTES))
         self._zeros = bytes(protocol.MAX_READ_BYTES)
         self._devices: dict[int, wire.Device] = {}
-        self._held: collections.OrderedDict[_Key, int] = collections.OrderedDict()
+        self._held: collections.OrderedDict[_Key, blockfile.BlockFile | None] = collections.OrderedDict()
+        """Least recently used first; None for a block of zeros."""
         self._held_bytes = 0
+        self._held_memory_bytes = 0
         self._waiting: dict[_Key, list[protocol.Read]] = {}
         self._answers: dict[int, _Continuation] = {}
         self._tag = 0
 
     def run(self) -> None:
         """Serve until the server or the mount is gone."""
-        poll = select.poll()
-        poll.register(self._server, select.POLLIN)
-        poll.register(self._fuse_fd, select.POLLIN)
+        poll = select.epoll()
+        poll.register(self._server, select.EPOLLIN)
+        # A request wakes one worker; with poll(2) it woke all of them, for one to find it.
+        poll.register(self._fuse_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
         while True:
             for fd, _ in poll.poll():
                 alive = self._read_kernel() if fd == self._fuse_fd else self._read_server()
@@ -225,17 +227,15 @@ class Worker:
             key = (device.node, index)
             count = min(device.block_bytes - within, length - filled)
             view = self._buffer[filled : filled + count]
-            fd = self._held[key]
+            block = self._held[key]
             self._held.move_to_end(key)
-            if fd == _ZEROS:
+            if block is None:
                 view[:] = self._zeros[:count]
-            elif not _fill(fd, view, within):
+            elif not block.read(view, within):
                 log(f"block {index} of {device.name.decode()} could not be read back from the cache")
                 self._let_go(key, device.block_bytes)
                 self._reply(protocol.error_reply(request.unique, errno.EIO))
                 return
-            else:
-                os.posix_fadvise(fd, within, count, os.POSIX_FADV_DONTNEED)
             filled += count
             index += 1
             within = 0
@@ -256,17 +256,27 @@ class Worker:
         self._ask(wire.Ask.BLOCK, answered, node=device.node, index=index)
 
     def _hold(self, key: _Key, fd: int, block_bytes: int) -> None:
-        self._held[key] = fd
-        self._held_bytes += 0 if fd == _ZEROS else block_bytes
-        while len(self._held) > HELD_BLOCKS or self._held_bytes > HELD_BYTES:
+        block = None if fd == _NO_FD else blockfile.BlockFile(fd)
+        self._held[key] = block
+        self._count(block, block_bytes)
+        while (
+            len(self._held) > HELD_BLOCKS
+            or self._held_bytes > HELD_BYTES
+            or self._held_memory_bytes > HELD_MEMORY_BYTES
+        ):
             oldest = next(iter(self._held))
             self._let_go(oldest, self._devices[oldest[0]].block_bytes)
 
     def _let_go(self, key: _Key, block_bytes: int) -> None:
-        fd = self._held.pop(key)
-        if fd != _ZEROS:
-            self._held_bytes -= block_bytes
-            os.close(fd)
+        block = self._held.pop(key)
+        self._count(block, -block_bytes)
+        if block is not None:
+            block.close()
+
+    def _count(self, block: blockfile.BlockFile | None, size_bytes: int) -> None:
+        if block is not None:
+            self._held_bytes += size_bytes
+            self._held_memory_bytes += size_bytes if block.in_memory else 0
 
     # -- the server's side -------------------------------------------------------------------------
 
@@ -285,7 +295,7 @@ class Worker:
         if isinstance(message, wire.Drop):
             self._drop(message.node)
         else:
-            self._answers.pop(message.tag)(message, fds[0] if fds else _ZEROS)
+            self._answers.pop(message.tag)(message, fds[0] if fds else _NO_FD)
         return True
 
     def _drop(self, node: int) -> None:
@@ -308,14 +318,6 @@ def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % size])
     return data, list(fds)
-
-
-def _fill(fd: int, view: memoryview, offset: int) -> bool:
-    """Read exactly `view` from byte `offset`. False if the file is shorter, or the disk fails."""
-    try:
-        return os.preadv(fd, [view], offset) == len(view)
-    except OSError:
-        return False
 
 
 def log(message: str) -> None:
