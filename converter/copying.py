@@ -61,10 +61,11 @@ class Copied:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Item:
-    """A manifest to copy, and where it comes from."""
+    """A manifest to copy with what it names: where it comes from, and where it goes."""
 
     manifest: Manifest
     origin: Origin
+    place: Origin
 
 
 def copy(
@@ -76,7 +77,8 @@ def copy(
 ) -> Copied:
     """Copy the image (all of an index, or one platform of it) and its block images.
 
-    Block images are looked for beside the source, and in `block_repository` if given."""
+    `block_repository` is for destinations that drop referrers: block images are kept there instead of beside
+    the destination, and looked for there if the source has none beside it."""
     for ref in (source, destination):
         if ref.transport not in ("docker", "oci", "s3"):
             raise imagefs_errors.InvalidInputError(
@@ -99,25 +101,20 @@ def _copy(
     platform: platforms.Platform | None,
 ) -> Copied:
     here, there, *elsewhere = origins
+    kept = elsewhere[0] if elsewhere else there
     top = here.read_manifest(connect.selector(source))
     if platform is not None and top.media_type in artifact.INDEX_TYPES:
         entries = image.index_entries(top, str(source))
         top = here.read_manifest(platforms.choose(entries, platform, str(source)).digest)
     if destination.digest not in (None, top.digest):
         raise imagefs_errors.IntegrityError(f"{destination}: the source's digest is {top.digest}")
-    images = list(_walk(here, top, image.MAX_INDEX_DEPTH + 1))
+    images = list(_walk(here, there, top, image.MAX_INDEX_DEPTH + 1))
     block_images = [
-        _Item(origin.read_manifest(candidate.digest), origin)
-        for digest in [item.manifest.digest for item in images]
-        for origin in (here, *elsewhere)
-        for candidate in origin.referrers(digest)
-        if candidate.artifact_type == artifact.ARTIFACT_TYPE
+        item for each in images for item in _block_images(each.manifest.digest, [here, *elsewhere], kept)
     ]
-    for item in block_images:
-        artifact.decode(item.manifest.data)
-    outcomes = _bring_blobs([*images, *block_images], there)
+    outcomes = _bring_blobs([*images, *block_images])
     for item in [*images, *block_images]:
-        there.put_manifest(item.manifest.data, item.manifest.media_type)
+        item.place.put_manifest(item.manifest.data, item.manifest.media_type)
     if destination.digest is None:
         there.put_manifest(top.data, top.media_type, destination.tag or source.tag or "latest")
     return Copied(
@@ -132,7 +129,22 @@ def _copy(
     )
 
 
-def _walk(origin: Origin, manifest: Manifest, depth: int) -> Iterator[_Item]:
+def _block_images(digest: str, origins: list[Origin], place: Origin) -> list[_Item]:
+    """The block images of a manifest in the first of `origins` that has any, to go to `place`."""
+    for origin in origins:
+        found = [
+            _Item(origin.read_manifest(candidate.digest), origin, place)
+            for candidate in origin.referrers(digest)
+            if candidate.artifact_type == artifact.ARTIFACT_TYPE
+        ]
+        for item in found:
+            artifact.decode(item.manifest.data)
+        if found:
+            return found
+    return []
+
+
+def _walk(origin: Origin, place: Origin, manifest: Manifest, depth: int) -> Iterator[_Item]:
     """The manifest and everything that it lists, children first."""
     if manifest.media_type in artifact.INDEX_TYPES:
         if depth == 0:
@@ -140,8 +152,8 @@ def _walk(origin: Origin, manifest: Manifest, depth: int) -> Iterator[_Item]:
                 f"{origin.name}: more than {image.MAX_INDEX_DEPTH} indexes inside one another"
             )
         for entry in image.index_entries(manifest, f"index {manifest.digest}"):
-            yield from _walk(origin, origin.read_manifest(entry.digest), depth - 1)
-    yield _Item(manifest, origin)
+            yield from _walk(origin, place, origin.read_manifest(entry.digest), depth - 1)
+    yield _Item(manifest, origin, place)
 
 
 def _blobs_of(item: _Item) -> Iterator[Descriptor]:
@@ -157,22 +169,22 @@ def _blobs_of(item: _Item) -> Iterator[Descriptor]:
         yield artifact.decode_descriptor(layer, f"{where}: layers[{number}]")
 
 
-def _bring_blobs(items: list[_Item], destination: Origin) -> list[tuple[str, int]]:
-    """Bring every blob once; returns what was done for each, and its size."""
-    wanted: dict[str, tuple[Descriptor, Origin]] = {}
+def _bring_blobs(items: list[_Item]) -> list[tuple[str, int]]:
+    """Bring every blob once to each place; returns what was done for each, and its size."""
+    wanted: dict[tuple[str, str], tuple[Descriptor, _Item]] = {}
     for item in items:
         for descriptor in _blobs_of(item):
-            wanted.setdefault(descriptor.digest, (descriptor, item.origin))
+            wanted.setdefault((item.place.name, descriptor.digest), (descriptor, item))
     outcomes: list[tuple[str, int]] = []
     group = tasks.Group()
-    queue: tasks.Pipe[tuple[Descriptor, Origin]] = tasks.Pipe(group, len(wanted) + 1)
+    queue: tasks.Pipe[tuple[Descriptor, _Item]] = tasks.Pipe(group, len(wanted) + 1)
     for entry in wanted.values():
         queue.put(entry)
     queue.close()
 
     def work() -> None:
-        for descriptor, origin in queue:
-            outcomes.append((bring_blob(descriptor, origin, destination), descriptor.size))
+        for descriptor, item in queue:
+            outcomes.append((bring_blob(descriptor, item.origin, item.place), descriptor.size))
 
     for number in range(min(_PARALLEL_BLOBS, len(wanted))):
         group.start(f"copy-{number}", work)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @click.argument("destination", metavar="DST")
 @click.option("--platform", help="Only this platform of a multi-platform image (default: all of it).")
 @click.option(
-    "--block-repository", metavar="REF", help="Where block images of SRC are kept, if not beside it."
+    "--block-repository",
+    metavar="REF",
+    help="Keep the block image here instead of beside DST (for mirrors that drop referrers); if SRC has none "
+    "beside it, it is looked for here, too. Readers of DST name the same --block-repository.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @settings.origin_options

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from converter import copying
-from imagefs import artifact, reference
+from imagefs import artifact, image, reference
 from imagefs import errors as imagefs_errors
 from imagefs.origin import connect
-from tests.fixtures import images, servers
+from tests.fixtures import block_images, images, servers
 from tests.fixtures.conversion import block_image, convert, origin_of
 
 TARS = [images.tar_of([("a", os.urandom(100_000))]), images.tar_of([("b", b"two" * 1000)])]
@@ -97,7 +98,38 @@ def test_block_images_that_are_kept_elsewhere(tmp_path: Path) -> None:
     assert copy(source, f"oci:{tmp_path}/without:v1").block_images == ()
     copied = copy(source, f"oci:{tmp_path}/with:v1", block_repository=reference.parse(kept))
     assert copied.block_images == (result.images[0].block_image,)
-    assert_whole(f"oci:{tmp_path}/with", made.top, copied.block_images)
+    assert_image_alone(f"oci:{tmp_path}/with", made.top)
+    opened = image.open_image(
+        reference.parse(f"oci:{tmp_path}/with:v1"), block_repository=reference.parse(kept)
+    )
+    assert opened.manifest.digest == copied.block_images[0]
+
+
+def test_block_images_go_from_beside_the_source_to_the_block_repository(
+    tmp_path: Path, registry: servers.RegistryServer
+) -> None:
+    """And `inspect` of the copy, told where they are, opens."""
+    source, mirror, kept = (f"docker://{registry.host}/{servers.unique_name()}" for _ in range(3))
+    made = images.make(TARS)
+    made.push(origin_of(source), "v1")
+    result = convert(f"{source}:v1")
+    for _ in range(2):
+        copied = copy(f"{source}:v1", f"{mirror}:v1", block_repository=reference.parse(kept))
+        assert copied.block_images == (result.images[0].block_image,)
+    assert_image_alone(mirror, made.top)
+    command = [block_images.GLOWPLUG, "inspect", f"{mirror}:v1", "--json"]
+    found = subprocess.run([*command, "--block-repository", kept], check=True, capture_output=True, text=True)
+    assert copied.block_images[0] in found.stdout
+    alone = subprocess.run(command, capture_output=True, text=True)
+    assert alone.returncode != 0
+    assert "no block image" in alone.stderr
+
+
+def assert_image_alone(ref: str, digest: str) -> None:
+    """The source image is there, whole, with no block image beside it."""
+    assert_whole(ref, digest, ())
+    origin = origin_of(ref)
+    assert origin.referrers(digest) == []
 
 
 def test_a_blob_that_differs_stops_the_copy_before_the_tag(
