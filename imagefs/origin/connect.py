@@ -100,7 +100,7 @@ def connect(ref: Reference, options: Options) -> Origin:
 
 def selector(ref: Reference) -> str:
     """What `read_manifest` of `ref`'s origin is to be asked for: its digest, its tag, or what stands for
-    neither: "latest", and for oci: the empty string, the only image of the folder."""
+    neither: "latest", and for oci: the empty string, the folder's only image (or only block image)."""
     if ref.digest or ref.tag:
         return ref.digest or ref.tag or ""
     return "" if ref.transport == "oci" else "latest"

@@ -49,7 +49,8 @@ class FolderOrigin:
     # -- reading -----------------------------------------------------------------------------------
 
     def read_manifest(self, reference: str) -> Manifest:
-        """As Origin.read_manifest; an empty `reference` means the only image of the layout."""
+        """As Origin.read_manifest; an empty `reference` means the layout's only image or, without one, its
+        only block image."""
         listed = self._entries(self._read_index())
         if ":" in reference:
             digest = _check_digest(reference)
@@ -231,6 +232,9 @@ class FolderOrigin:
 
     def _only(self, listed: list[Descriptor]) -> Descriptor:
         images = {e.digest: e for e in listed if not e.artifact_type and self._referrer(e) is None}
+        if not images:
+            # A folder that was the destination of a conversion, and of nothing else.
+            images = {e.digest: e for e in listed if e.artifact_type == artifact.ARTIFACT_TYPE}
         if len(images) == 1:
             return next(iter(images.values()))
         if not images:

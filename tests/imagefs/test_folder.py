@@ -121,6 +121,28 @@ class TestIndex:
         assert "annotations" not in second
         assert origin.read_manifest("").digest == digest, "the only image; its block image does not count"
 
+    def test_a_block_image_alone_is_the_only_image(self, origin: folder.FolderOrigin) -> None:
+        def block_image(note: str) -> bytes:
+            return image(
+                origin,
+                artifactType=artifact.ARTIFACT_TYPE,
+                subject=subject(ABSENT),
+                annotations={"n": note},
+            )
+
+        # Beside it, as in any destination of a conversion: the layer index.
+        layer = image(origin, artifactType="application/vnd.glowplug.layer.v1")
+        origin.put_manifest(layer, artifact.OCI_MANIFEST, "glowplug-layer-1")
+        with pytest.raises(errors.NotFoundError, match="no image"):
+            origin.read_manifest("")
+        digest = origin.put_manifest(block_image("1"), artifact.OCI_MANIFEST)
+        assert origin.read_manifest("").digest == digest
+        origin.put_manifest(block_image("2"), artifact.OCI_MANIFEST)
+        with pytest.raises(errors.InvalidInputError, match="2 images"):
+            origin.read_manifest("")
+        source = origin.put_manifest(image(origin), artifact.OCI_MANIFEST)
+        assert origin.read_manifest("").digest == source
+
     def test_retagging(self, origin: folder.FolderOrigin, layout: Path) -> None:
         one, two = image(origin), image(origin, annotations={"n": "2"})
         origin.put_manifest(one, artifact.OCI_MANIFEST)

@@ -140,6 +140,24 @@ def test_one_fault_is_ridden_out(
     assert len(fault_server.seen(kind)) >= 2
 
 
+HALF_WRITTEN = json.dumps({"errors": [{"code": "DIGEST_INVALID"}]}).encode()
+
+
+@pytest.mark.parametrize("times", [2, None])
+def test_a_blob_link_that_is_half_written(
+    origin: registry.RegistryOrigin, fault_server: FaultProxy, times: int | None
+) -> None:
+    """docker-registry 2.8 reads the link of a blob that somebody else uploads at the same moment."""
+    fault_server.hook = lambda seen: (201, {}, b"") if seen.method == "PUT" else None
+    fault_server.add(Fault(method="PUT", path=MANIFESTS, times=times, status=400, body=HALF_WRITTEN))
+    if times is None:
+        with pytest.raises(errors.UnavailableError, match="DIGEST_INVALID"):
+            origin.put_manifest(b"{}", artifact.OCI_MANIFEST, "new")
+    else:
+        origin.put_manifest(b"{}", artifact.OCI_MANIFEST, "new")
+    assert len(fault_server.seen("PUT")) == QUICK.attempts
+
+
 class TestBodies:
     @pytest.mark.parametrize("cut", [1, 70_000, 199_999])
     def test_resumed_where_they_broke(
