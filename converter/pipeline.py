@@ -54,7 +54,9 @@ def convert(request: Request, observer: Observer) -> report.Result:
     started = time.monotonic()
     place = _destination(request)
     with tempfile.TemporaryDirectory(prefix="glowplug-convert-", ignore_cleanup_errors=True) as work:
-        images = sources.open_images(request.source, request.options, request.wanted, Path(work))
+        images = sources.open_images(
+            request.source, request.options, request.wanted, Path(work), request.parameters.limits
+        )
         opened: list[Origin] = [image.origin for image in images[:1] if image.origin is not None]
         try:
             origin = connect.connect(place, request.options)

@@ -84,8 +84,14 @@ def digest_of(data: bytes) -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one JSON form of a value: sorted keys, no spaces, UTF-8; so that digests are deterministic."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """The one JSON form of a value: sorted keys, no spaces, UTF-8; so that digests are deterministic.
+    InvalidInputError for a string that UTF-8 cannot hold, as JSON's escapes can make one."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise errors.InvalidInputError(
+            f"a lone surrogate in {exc.object[exc.start - 40 : exc.end]!r}"
+        ) from exc
 
 
 def reuse_key(

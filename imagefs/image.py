@@ -25,6 +25,8 @@ from imagefs.reference import Reference
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 MAX_INDEX_DEPTH = 3
 """An OCI index may list indexes; a chain longer than this is refused."""
+MAX_INDEX_ENTRIES = 1024
+"""Manifests that one index may list. An index of every platform there is has a few dozen."""
 _PARALLEL_READS = 16
 
 
@@ -98,6 +100,10 @@ def index_entries(manifest: Manifest, what: str) -> list[Descriptor]:
     entries = artifact.parse_json_object(manifest.data, what).get("manifests")
     if not isinstance(entries, list):
         raise errors.InvalidInputError(f"{what}: manifests is not a list")
+    if len(entries) > MAX_INDEX_ENTRIES:
+        raise errors.InvalidInputError(
+            f"{what}: {len(entries)} manifests, at most {MAX_INDEX_ENTRIES} are read"
+        )
     return [artifact.decode_descriptor(entry, f"{what}: manifests[{n}]") for n, entry in enumerate(entries)]
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter import errors
+from converter.limits import Limits
 from imagefs import artifact, platforms, reference
 from imagefs import errors as imagefs_errors
 
 if TYPE_CHECKING:
+    from imagefs.origin import Origin
     from imagefs.origin.connect import Options
 
-    from imagefs.origin import Origin
-
+DEFAULT_LIMITS = Limits()
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 
 AllPlatforms = Literal["all"]
@@ -70,7 +71,11 @@ class SourceImage:
 
 
 def open_images(
-    ref: reference.Reference, options: Options, wanted: Wanted, work_dir: Path
+    ref: reference.Reference,
+    options: Options,
+    wanted: Wanted,
+    work_dir: Path,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> list[SourceImage]:
     """The images of `ref` for the wanted platforms, at least one.
 
@@ -80,9 +85,9 @@ def open_images(
     from converter.source import archive, daemon, repository
 
     if ref.transport == "docker-archive":
-        return [_checked(archive.open_image(Path(ref.location), ref.tag, str(ref)), wanted)]
+        return [_checked(archive.open_image(Path(ref.location), ref.tag, str(ref), limits), wanted)]
     if ref.transport == "docker-daemon":
-        return [_checked(daemon.open_image(ref, work_dir), wanted)]
+        return [_checked(daemon.open_image(ref, work_dir, limits), wanted)]
     return repository.open_images(ref, options, wanted)
 
 

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from converter import errors, inflate
+from converter.limits import Limits
 from converter.source import MAX_CONFIG_BYTES, SourceImage, SourceLayer, media, parse_config
 from imagefs import artifact
 from imagefs import errors as imagefs_errors
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
+_MAX_MEMBERS = 100_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def open_image(path: Path, wanted_name: str | None, name: str) -> SourceImage:
+def open_image(path: Path, wanted_name: str | None, name: str, limits: Limits) -> SourceImage:
     """The image called `wanted_name` (NAME:TAG) in the archive, or its only one. `name` is for messages."""
     members = _Members(path, name)
     entry = _choose(members.json("manifest.json", _MAX_MANIFEST_BYTES), wanted_name, name)
@@ -39,7 +41,7 @@ def open_image(path: Path, wanted_name: str | None, name: str) -> SourceImage:
         gzip = members.pread(start, 2) == _GZIP_MAGIC
         opener = functools.partial(_open_layer, path, start, size, gzip)
         if gzip:
-            size = _check_uncompressed(opener, number, diff_id, name)
+            size = _check_uncompressed(opener, number, diff_id, name, limits)
         descriptor = artifact.Descriptor(media.PLAIN_LAYER, diff_id, size)
         layers.append(SourceLayer(number, descriptor, diff_id, chain_ids[number], opener))
     config_descriptor = artifact.Descriptor(artifact.OCI_CONFIG, artifact.digest_of(config), len(config))
@@ -125,6 +127,7 @@ def _check_uncompressed(
     number: int,
     diff_id: str,
     name: str,
+    limits: Limits,
 ) -> int:
     """The uncompressed size of a gzip layer, which only reading it tells."""
     size = 0
@@ -132,6 +135,11 @@ def _check_uncompressed(
     with opener() as pieces:
         for piece in pieces:
             size += len(piece)
+            if size > limits.max_layer_bytes:
+                raise errors.LimitError(
+                    f"{name}: layer {number}: more than {limits.max_layer_bytes} bytes uncompressed "
+                    "(--max-layer-bytes)"
+                )
             hasher.update(piece)
     if f"sha256:{hasher.hexdigest()}" != diff_id:
         raise errors.LayerDigestError(
@@ -149,15 +157,22 @@ class _Members:
         self._name = name
         try:
             with tarfile.open(path, "r:") as tar:
-                self._members = {os.path.normpath(member.name): member for member in tar}
+                self._members = {os.path.normpath(member.name): member for member in self._few(tar)}
         except FileNotFoundError as exc:
             raise imagefs_errors.NotFoundError(f"{name}: no such file") from exc
-        except (tarfile.TarError, EOFError) as exc:
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as exc:
             raise errors.InvalidLayerError(
                 f"{name}: not a docker archive: {exc}; decompress it first if it is compressed"
             ) from exc
         except OSError as exc:
             raise imagefs_errors.ConfigurationError(f"{name}: {exc.strerror}") from exc
+
+    def _few(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        """The members, in memory from here on. tarfile can be led in a circle: then they come for ever."""
+        for count, member in enumerate(tar, 1):
+            if count > _MAX_MEMBERS:
+                raise errors.LimitError(f"{self._name}: more than {_MAX_MEMBERS} files in a docker archive")
+            yield member
 
     def place(self, member_name: str) -> tuple[int, int]:
         """Byte offset and size of a member in the archive."""

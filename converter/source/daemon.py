@@ -11,19 +11,20 @@ import os
 import tempfile
 from pathlib import Path
 
+from converter.limits import Limits
 from converter.source import SourceImage, archive
 from imagefs import errors, reference
 
 _CHUNK_BYTES = 1 << 20
 
 
-def open_image(ref: reference.Reference, work_dir: Path) -> SourceImage:
+def open_image(ref: reference.Reference, work_dir: Path, limits: Limits) -> SourceImage:
     """See source.open_images."""
     name = f"{ref.location}:{ref.tag}" if ref.tag else ref.digest or ref.location
     fd, file = tempfile.mkstemp(prefix="docker-daemon-", suffix=".tar", dir=work_dir)
     with open(fd, "wb") as out:
         _save(name, out.fileno(), str(ref))
-    image = archive.open_image(Path(file), None, str(ref))
+    image = archive.open_image(Path(file), None, str(ref), limits)
     return dataclasses.replace(image, name=str(ref))
 
 

@@ -26,6 +26,9 @@ from imagefs.origin import Origin, connect
 _REFERENCE_TYPE = "vnd.docker.reference.type"
 """Docker's annotation on index entries that describe another entry (attestations)."""
 
+_MAX_INDEXES = 32
+_MAX_IMAGES = 256
+
 
 def open_images(ref: reference.Reference, options: connect.Options, wanted: Wanted) -> list[SourceImage]:
     """See source.open_images."""
@@ -46,28 +49,43 @@ def _choose(
 ) -> list[artifact.Manifest]:
     if top.media_type not in artifact.INDEX_TYPES:
         return [top]
-    entries = list(image_entries(origin, top, str(ref), image.MAX_INDEX_DEPTH))
+    entries = list(_image_entries(origin, top, str(ref)))
     if not entries:
         raise imagefs_errors.NotFoundError(f"{ref}: the index holds no image")
     if wanted != "all":
         entries = [platforms.choose(entries, wanted or platforms.host(), str(ref))]
+    if len(entries) > _MAX_IMAGES:
+        raise errors.LimitError(
+            f"{ref}: {len(entries)} images in one index, at most {_MAX_IMAGES} are converted"
+        )
     return [origin.read_manifest(entry.digest) for entry in entries]
 
 
-def image_entries(
-    origin: Origin, index: artifact.Manifest, name: str, depth: int
-) -> Iterator[artifact.Descriptor]:
+def _image_entries(origin: Origin, top: artifact.Manifest, name: str) -> Iterator[artifact.Descriptor]:
     """The image manifests of an index, in its order; indexes in it are followed, attestations and other
     artifacts left out."""
-    if depth == 0:
-        raise errors.InvalidLayerError(
-            f"{name}: more than {image.MAX_INDEX_DEPTH} indexes inside one another"
-        )
-    for entry in image.index_entries(index, f"{name}: index {index.digest}"):
-        if entry.media_type in artifact.INDEX_TYPES:
-            yield from image_entries(origin, origin.read_manifest(entry.digest), name, depth - 1)
-        elif entry.media_type in artifact.MANIFEST_TYPES and not _is_about_another(entry):
-            yield entry
+    # Each index once, and not many: what a few of them list between them is bounded, what they could is not.
+    seen = {top.digest}
+    levels = [iter(image.index_entries(top, f"{name}: index {top.digest}"))]
+    while levels:
+        for entry in levels[-1]:
+            if entry.media_type in artifact.INDEX_TYPES:
+                if len(levels) == image.MAX_INDEX_DEPTH:
+                    raise errors.InvalidLayerError(
+                        f"{name}: more than {image.MAX_INDEX_DEPTH} indexes inside one another"
+                    )
+                if entry.digest in seen:
+                    continue
+                seen.add(entry.digest)
+                if len(seen) > _MAX_INDEXES:
+                    raise errors.LimitError(f"{name}: more than {_MAX_INDEXES} indexes")
+                inner = origin.read_manifest(entry.digest)
+                levels.append(iter(image.index_entries(inner, f"{name}: index {inner.digest}")))
+                break
+            if entry.media_type in artifact.MANIFEST_TYPES and not _is_about_another(entry):
+                yield entry
+        else:
+            levels.pop()
 
 
 def _is_about_another(entry: artifact.Descriptor) -> bool:

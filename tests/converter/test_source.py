@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from converter import errors, source
+from converter import errors, limits, source
+from converter.source import archive, repository
+from imagefs import artifact, image, platforms, reference
 from imagefs import errors as imagefs_errors
-from imagefs import platforms, reference
 from imagefs.origin import connect
 from tests.fixtures import images
 
@@ -101,6 +102,56 @@ def test_an_index_that_holds_itself_too_deep_is_refused(tmp_path: Path) -> None:
         nested = images.make_index({"linux/amd64": nested})
     with pytest.raises(errors.InvalidLayerError, match="indexes inside one another"):
         open_layout(nested.write_layout(tmp_path), "all")
+
+
+def test_an_index_lists_no_more_than_somebody_can_mean(tmp_path: Path) -> None:
+    entry = {"mediaType": artifact.OCI_MANIFEST, "digest": "sha256:" + "1" * 64, "size": 1}
+    many = {"schemaVersion": 2, "manifests": [entry] * (image.MAX_INDEX_ENTRIES + 1)}
+    manifest = artifact.Manifest(artifact.OCI_INDEX, "sha256:" + "2" * 64, json.dumps(many).encode())
+    with pytest.raises(imagefs_errors.InvalidInputError, match="1025 manifests"):
+        image.index_entries(manifest, "index")
+
+
+def test_indexes_that_list_many_indexes_are_refused_early(tmp_path: Path) -> None:
+    reads = 0
+
+    class Hydra:
+        def read_manifest(self, digest: str) -> artifact.Manifest:
+            nonlocal reads
+            reads += 1
+            return self.index(int(digest[7:], 16))
+
+        def index(self, number: int) -> artifact.Manifest:
+            heads = [
+                {
+                    "mediaType": artifact.OCI_INDEX,
+                    "digest": f"sha256:{number * 1000 + head + 1:064x}",
+                    "size": 1,
+                }
+                for head in range(500 if number <= 500 else 0)
+            ]
+            data = json.dumps({"manifests": heads}).encode()
+            return artifact.Manifest(artifact.OCI_INDEX, f"sha256:{number:064x}", data)
+
+    hydra = Hydra()
+    with pytest.raises(errors.LimitError, match="indexes"):
+        list(repository._image_entries(hydra, hydra.index(0), "name"))  # type: ignore[arg-type]
+    assert reads < 100
+
+
+def test_an_archive_of_very_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = images.write_archive(tmp_path / "a.tar", TARS)
+    open_archive(path)
+    monkeypatch.setattr(archive, "_MAX_MEMBERS", 3)
+    with pytest.raises(errors.LimitError, match="more than 3 files"):
+        open_archive(path)
+
+
+def test_a_gzip_bomb_in_an_archive_is_met_by_its_limit(tmp_path: Path) -> None:
+    path = images.write_archive(tmp_path / "a.tar", [bytes(3 << 20)], encoding="gzip")
+    ref = reference.parse(f"docker-archive:{path}")
+    with pytest.raises(errors.LimitError, match="--max-layer-bytes"):
+        source.open_images(ref, OPTIONS, None, tmp_path, limits.Limits(max_layer_bytes=2 << 20))
 
 
 def open_archive(path: Path, name: str = "") -> source.SourceImage:

@@ -71,6 +71,12 @@ def test_a_missing_field_is_named(image: artifact.BlockImage, field: str) -> Non
         artifact.decode(json.dumps(document).encode())
 
 
+def test_what_utf8_cannot_hold_is_refused() -> None:
+    document = json.loads(b'{"mediaType": "\\ud800"}')
+    with pytest.raises(errors.InvalidInputError, match="lone surrogate"):
+        artifact.canonical_json(document)
+
+
 def test_depth_bomb_is_refused() -> None:
     with pytest.raises(errors.InvalidInputError):
         artifact.decode(b"[" * 200_000)
