@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,7 +28,8 @@ def _processes(client: stack.Client) -> dict[str, list[int]]:
 
 def _kill(pids: list[int]) -> None:
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # workers end by themselves once their server is gone
+            os.kill(pid, signal.SIGKILL)
 
 
 def _one_worker(client: stack.Client) -> None:
