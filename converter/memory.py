@@ -2,7 +2,7 @@
 
 The promise is 256 MB and 1 KB per entry. `shares` divides what is left of it beside the interpreter among
 compression contexts, block buffers and layers in parallel; pure. `BufferPool` holds the buffers that all
-layers of a conversion take from.
+layers of a conversion take from. `return_what_is_freed` is for the process that converts, at its start.
 
 No layer can wait for another here for ever: a layer image writer holds at most `MOST_BUFFERS` and waits for
 nothing but this pool while it holds that many; every buffer that was put comes back; and there is at least
@@ -11,6 +11,7 @@ one buffer more than layers can hold while each still wants one.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -28,6 +29,10 @@ _CONTEXT_BYTES: Final = 110_000_000
 """Of the budget for compression contexts, which have 1 MB at level 2 and 50 to 85 at level 19."""
 _MOST_BUFFERS: Final = 64
 _MOST_THREADS: Final = 16
+
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_LARGE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +57,17 @@ def shares(block_bytes: int, frame_bytes: int, level: int, jobs: int, processors
         if buffers >= layers * erofs_writer.MOST_BUFFERS:
             return Shares(min(threads, buffers), buffers, layers)
     return Shares(1, erofs_writer.MOST_BUFFERS, 1)
+
+
+def return_what_is_freed() -> None:
+    """Have glibc give freed compressed blocks and upload parts back to the system; other libraries do.
+
+    Left to itself, it keeps them in an arena for each thread: 359 MB instead of 235 at eight incompressible
+    layers in 16 MiB blocks to S3."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_ARENA_MAX, 2)
 
 
 class BufferPool:

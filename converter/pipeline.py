@@ -27,7 +27,7 @@ from imagefs import artifact, errors, reference
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
-_PARALLEL_UPLOADS = 4
+_PARALLEL_UPLOADS = 3
 _DESTINATIONS = ("docker", "oci", "s3")
 
 

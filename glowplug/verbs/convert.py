@@ -117,7 +117,7 @@ def command(
 
     Temporary files go to $TMPDIR: about the compressed size of the image.
     """
-    from converter import blob, layer, pipeline
+    from converter import blob, layer, memory, pipeline
     from glowplug import progress
     from imagefs import platforms, reference
 
@@ -140,6 +140,7 @@ def command(
         reuse=not no_reuse,
     )
     sys.setswitchinterval(_MIN_SWITCH_SECONDS)
+    memory.return_what_is_freed()
     with progress.conversion() as observer:
         result = pipeline.convert(request, observer)
     click.echo(json.dumps(result.document(), indent=2) if as_json else _summary(result))

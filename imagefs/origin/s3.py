@@ -50,7 +50,7 @@ T = TypeVar("T")
 logging.getLogger("botocore").setLevel(logging.INFO)
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
-PART_BYTES = 16 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 10_000
 _MAX_REFERRERS = 10_000
 _PRESIGNED_LIFE_SECONDS = 3600
@@ -282,6 +282,7 @@ class S3Origin:
                     ),
                 )
                 parts.append({"PartNumber": number, "ETag": done["ETag"]})
+                del part  # while the next one is gathered
             _check_source(digest, size, "sha256:" + hasher.hexdigest(), read_bytes, what)
             self._call(
                 what,
@@ -373,15 +374,23 @@ class S3Origin:
 
 
 def _parts(source: BlobSource, part_bytes: int) -> Iterator[bytes]:
-    """The source in parts of exactly `part_bytes`, the last one shorter."""
-    pending = bytearray()
+    """The source in parts of exactly `part_bytes`, the last one shorter. Holds one part and a piece: uploads
+    run in parallel, within the converter's memory."""
+    pending: list[bytes] = []
+    missing = part_bytes
     for piece in source.open(0):
-        pending += piece
-        while len(pending) >= part_bytes:
-            yield bytes(pending[:part_bytes])
-            del pending[:part_bytes]
+        while len(piece) >= missing:
+            pending.append(piece[:missing])
+            piece, missing = piece[missing:], part_bytes
+            part = b"".join(pending)
+            pending.clear()
+            yield part
+            del part
+        if piece:
+            pending.append(piece)
+            missing -= len(piece)
     if pending:
-        yield bytes(pending)
+        yield b"".join(pending)
 
 
 def _check_source(digest: str, size: int, found: str, found_bytes: int, what: str) -> None:

@@ -18,23 +18,25 @@ import pytest
 import zstandard
 
 from converter import erofs_writer, memory, tasks
+from tests.fixtures import servers
 
 PROMISE_BYTES = 256_000_000
 BYTES_PER_ENTRY = 1000
 CONVERT = """
 import re, sys
-from converter import layer, limits, pipeline
+from converter import layer, limits, memory, pipeline
 from converter.observer import Silent
 from imagefs import reference
 from imagefs.origin import connect
-source, place, block_bytes, jobs = sys.argv[1:]
+source, place, block_bytes, jobs, endpoint = sys.argv[1:]
+memory.return_what_is_freed()
 pipeline.convert(
     pipeline.Request(
         source=reference.parse(source),
         destination=reference.parse(place),
         wanted="all",
         parameters=layer.Parameters(int(block_bytes), int(block_bytes), 1, limits.Limits()),
-        options=connect.Options(),
+        options=connect.Options(s3_endpoint_url=endpoint or None),
         jobs=int(jobs),
     ),
     Silent(),
@@ -146,24 +148,37 @@ def write_layout(folder: Path, layers: int, fill: Callable[[tarfile.TarFile, int
     return f"oci:{folder}"
 
 
-def peak_bytes(tmp_path: Path, source: str, block_bytes: int, jobs: int) -> int:
-    arguments = [source, f"oci:{tmp_path}/out", str(block_bytes), str(jobs)]
+def peak_bytes(source: str, place: str, block_bytes: int, jobs: int, endpoint: str = "") -> int:
+    arguments = [source, place, str(block_bytes), str(jobs), endpoint]
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, *arguments], check=True, capture_output=True, text=True
     )
     return int(done.stdout)
 
 
-@pytest.mark.parametrize(("layers", "jobs", "block_bytes"), [(6, 8, 4 << 20), (3, 2, 16 << 20)])
-def test_incompressible_layers_in_parallel(tmp_path: Path, layers: int, jobs: int, block_bytes: int) -> None:
+def noise_layers(folder: Path, layers: int) -> str:
     def fill(tar: tarfile.TarFile, number: int) -> None:
         info = tarfile.TarInfo(f"noise-{number}")
         info.size = 240_000_000 // layers
         tar.addfile(info, Noise())
 
-    source = write_layout(tmp_path / "source", layers, fill)
+    return write_layout(folder, layers, fill)
 
-    assert peak_bytes(tmp_path, source, block_bytes, jobs) < PROMISE_BYTES
+
+@pytest.mark.parametrize(("layers", "jobs", "block_bytes"), [(6, 8, 4 << 20), (3, 2, 16 << 20)])
+def test_incompressible_layers_in_parallel(tmp_path: Path, layers: int, jobs: int, block_bytes: int) -> None:
+    source = noise_layers(tmp_path / "source", layers)
+    assert peak_bytes(source, f"oci:{tmp_path}/out", block_bytes, jobs) < PROMISE_BYTES
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("block_bytes", [4 << 20, 16 << 20])
+def test_uploads_in_parts_at_the_same_time(
+    tmp_path: Path, s3_server: servers.S3Server, block_bytes: int
+) -> None:
+    source = noise_layers(tmp_path / "source", 8)
+    place = f"s3://{s3_server.bucket}/{servers.unique_name()}"
+    assert peak_bytes(source, place, block_bytes, 8, s3_server.endpoint_url) < PROMISE_BYTES
 
 
 def check_entries(tmp_path: Path, entries: int, most_bytes: int) -> None:
@@ -176,7 +191,7 @@ def check_entries(tmp_path: Path, entries: int, most_bytes: int) -> None:
             tar.addfile(info, io.BytesIO(content))
 
     source = write_layout(tmp_path / "source", 1, fill)
-    assert peak_bytes(tmp_path, source, 4 << 20, 2) < most_bytes
+    assert peak_bytes(source, f"oci:{tmp_path}/out", 4 << 20, 2) < most_bytes
 
 
 def test_entries(tmp_path: Path) -> None:
