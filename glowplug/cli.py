@@ -12,7 +12,9 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import types
+from typing import NoReturn
 
 import click
 
@@ -94,7 +96,7 @@ def main() -> None:
         sys.exit(exc.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("glowplug: interrupted", err=True)
-        sys.exit(130)
+        _leave(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -102,8 +104,23 @@ def main() -> None:
         code = exit_code(exc)
         if code is None:
             raise  # a bug: whoever reports it needs the traceback
-        click.echo(f"glowplug: {exc}", err=True)
-        sys.exit(code)
+        click.echo(f"glowplug: {_printable(str(exc))}", err=True)
+        _leave(code)
+
+
+def _printable(message: str) -> str:
+    """What registries and images put into a message must not drive the terminal."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in message)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit, without the threads that hang in an origin: Python would wait for them, and all that there was to
+    clean up is cleaned up."""
+    if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupt(signum: int, frame: types.FrameType | None) -> None:

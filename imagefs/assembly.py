@@ -61,20 +61,20 @@ def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:
         )
     if not image.layers:
         return RootAttributes()
-    with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, 2 * len(devices))) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, 2 * len(devices)))
+    try:
         checks = [pool.submit(_check_layer, image, number, device) for number, device in enumerate(devices)]
         reads = [
             pool.submit(_read_span, image, number, device, offset, length)
             for number, device in enumerate(devices)
             for offset, length in metadata_spans(image.layers[number])
         ]
-        try:
-            roots = [check.result() for check in checks]
-            for read in reads:
-                read.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        roots = [check.result() for check in checks]
+        for read in reads:
+            read.result()
+    finally:
+        # Not waited for: what still reads after an error, or Ctrl-C, ends when the layers are detached.
+        pool.shutdown(wait=False, cancel_futures=True)
     named = [root for root in roots if root is not None]
     if roots[-1] is not None:
         return None

@@ -144,8 +144,12 @@ def _load(ref: Reference, manifest: Manifest, origin: Origin) -> LazyImage:
             f"{ref}: block maps of {total} bytes in all, limit {blockmap.MAX_MAP_BYTES}"
         )
     wanted = [image.config, *(layer.block_map for layer in image.layers)]
-    with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, len(wanted))) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, len(wanted)))
+    try:
         config, *maps = pool.map(lambda descriptor: _read_blob(origin, descriptor), wanted)
+    finally:
+        # Not waited for: after an error, or Ctrl-C, a read may hang in an origin for minutes.
+        pool.shutdown(wait=False, cancel_futures=True)
     _check_diff_ids(ref, image, config)
     return LazyImage(
         reference=ref,

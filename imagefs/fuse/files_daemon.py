@@ -7,6 +7,7 @@ unmounted. Cache and fetcher live inside it; the cache directory may be shared w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,9 +52,10 @@ def start(job: Job, log: Path) -> int:
     assert daemon.stdin is not None
     assert daemon.stdout is not None
     try:
-        with daemon.stdin as sink, daemon.stdout as source:
-            sink.write(json.dumps(dataclasses.asdict(job)).encode())
-            sink.close()
+        with daemon.stdout as source:
+            # One that ended already has said why in its log.
+            with contextlib.suppress(BrokenPipeError), daemon.stdin as sink:
+                sink.write(json.dumps(dataclasses.asdict(job)).encode())
             line = source.readline()
     except BaseException:
         daemon.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from imagefs import mounts
+from imagefs import blockmap, mounts
 from imagefs.fuse import control
 from tests.fixtures import block_images, images, tars
 from tests.fixtures.block_images import Command
@@ -46,17 +47,13 @@ def directory(tmp_path: Path) -> Path:
 
 
 def listing(root: Path) -> dict[str, object]:
-    """Everything that stat, readlink and xattrs say, and the content, by path. overlayfs lists a whiteout in
-    a directory that only one layer has, but does not find it: such a name is passed over."""
+    """Everything that stat, readlink and xattrs say, and the content, by path."""
     out: dict[str, object] = {}
     links: dict[tuple[int, int], str] = {}
     for folder, names, files in os.walk(os.fsencode(root)):
         for name in [b".", *names, *files] if folder == os.fsencode(root) else [*names, *files]:
             path = os.path.join(folder, name)
-            try:
-                status = os.lstat(path)
-            except FileNotFoundError:
-                continue
+            status = os.lstat(path)
             key = os.path.relpath(path, os.fsencode(root)).decode("utf-8", "surrogateescape")
             regular = stat.S_ISREG(status.st_mode)
             first = links.setdefault((status.st_dev, status.st_ino), key) if regular else key
@@ -407,6 +404,31 @@ def test_interrupted_while_the_origin_hangs(glowplug: Command, tmp_path: Path, d
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130, said
     assert not os.path.ismount(directory)
+    assert glowplug.left() == []
+
+
+@pytest.mark.parametrize("verb", ["inspect", "mount"])
+def test_an_interrupt_does_not_wait_for_an_origin_that_hangs(
+    glowplug: Command, directory: Path, tmp_path: Path, verb: str
+) -> None:
+    ref = block_images.make(tmp_path / "image", [BASE])
+    (block_map,) = [
+        blob
+        for blob in (tmp_path / "image/blobs/sha256").iterdir()
+        if blob.read_bytes()[:8] == blockmap.MAGIC
+    ]
+    block_map.unlink()
+    os.mkfifo(block_map)
+    process = glowplug.start(verb, ref, *([directory] if verb == "mount" else []), stderr=subprocess.PIPE)
+    fd = -1
+    while fd < 0:
+        assert process.poll() is None
+        with contextlib.suppress(OSError):  # until somebody opened it for reading
+            fd = os.open(block_map, os.O_WRONLY | os.O_NONBLOCK)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    os.close(fd)
+    assert process.returncode == 130, said
     assert glowplug.left() == []
 
 
