@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from converter import copying, reuse
+from converter import copying, errors, reuse
 from converter.source import SourceImage
 from imagefs import artifact, blockmap
 from imagefs.artifact import Descriptor
@@ -61,6 +61,12 @@ class Destination:
 
     def put_image(self, image: SourceImage, layers: Sequence[FinishedLayer], tag: str | None) -> Descriptor:
         """Store the block image of `image`, whose layers are all stored, and point `tag` at it."""
+        total = sum(len(layer.map_bytes) for layer in layers)
+        if total > blockmap.MAX_MAP_BYTES:
+            raise errors.LimitError(
+                f"{image.name}: block maps of {total} bytes, readers take {blockmap.MAX_MAP_BYTES}; "
+                "choose larger blocks or frames (--block-size, --frame-size)"
+            )
         config = image.config_descriptor
         self.origin.put_blob(config.digest, config.size, BytesSource(image.config))
         data = artifact.encode(

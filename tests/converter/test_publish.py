@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import reuse
+from converter import errors, reuse
 from imagefs import artifact, blockmap
 from imagefs.origin import BytesSource, Origin
 from tests.fixtures import images, servers
@@ -54,6 +54,14 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     assert reused(again) == ["destination", "destination"]
     assert [i.block_image for i in again.images] == [i.block_image for i in first.images]
     assert tree_of(tmp_path) == before
+
+
+def test_what_no_reader_would_take_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = layout(tmp_path)
+    monkeypatch.setattr(blockmap, "MAX_MAP_BYTES", 300)
+    with pytest.raises(errors.LimitError, match=r"readers take 300.*--block-size"):
+        convert(source)
+    assert artifact.ARTIFACT_TYPE.encode() not in (tmp_path / "index.json").read_bytes()
 
 
 def test_a_folder_with_one_image_needs_no_tag_before_or_after(tmp_path: Path) -> None:
