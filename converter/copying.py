@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from converter import tasks
+from converter import errors, tasks
 from imagefs import artifact, image, platforms, reference
 from imagefs import errors as imagefs_errors
 from imagefs.artifact import Descriptor, Manifest
 from imagefs.origin import Origin, connect
 
 _PARALLEL_BLOBS = 4
+_MAX_MANIFESTS = 4096
+"""Manifests and indexes that one copy moves."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def _copy(
         top = here.read_manifest(platforms.choose(entries, platform, str(source)).digest)
     if destination.digest not in (None, top.digest):
         raise imagefs_errors.IntegrityError(f"{destination}: the source's digest is {top.digest}")
-    images = list(_walk(here, there, top, image.MAX_INDEX_DEPTH + 1))
+    images = list(_walk(here, there, top, image.MAX_INDEX_DEPTH + 1, set()))
     block_images = [
         item for each in images for item in _block_images(each.manifest.digest, [here, *elsewhere], kept)
     ]
@@ -144,15 +146,19 @@ def _block_images(digest: str, origins: list[Origin], place: Origin) -> list[_It
     return []
 
 
-def _walk(origin: Origin, place: Origin, manifest: Manifest, depth: int) -> Iterator[_Item]:
-    """The manifest and everything that it lists, children first."""
+def _walk(origin: Origin, place: Origin, manifest: Manifest, depth: int, seen: set[str]) -> Iterator[_Item]:
+    """The manifest and everything that it lists, children first, each once: `seen` has their digests."""
+    seen.add(manifest.digest)
+    if len(seen) > _MAX_MANIFESTS:
+        raise errors.LimitError(f"{origin.name}: more than {_MAX_MANIFESTS} manifests in one index")
     if manifest.media_type in artifact.INDEX_TYPES:
         if depth == 0:
             raise imagefs_errors.InvalidInputError(
                 f"{origin.name}: more than {image.MAX_INDEX_DEPTH} indexes inside one another"
             )
         for entry in image.index_entries(manifest, f"index {manifest.digest}"):
-            yield from _walk(origin, place, origin.read_manifest(entry.digest), depth - 1)
+            if entry.digest not in seen:
+                yield from _walk(origin, place, origin.read_manifest(entry.digest), depth - 1, seen)
     yield _Item(manifest, origin, place)
 
 

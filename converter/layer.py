@@ -142,7 +142,14 @@ class LayerConversion:
             if node is not None:
                 writer.add_file(node, entry.size, reader)
         depends = layer_tree.depends_on_lower()
+        copied_bytes = 0
         for copy in layer_tree.resolve(lower() if depends else None):
+            copied_bytes += copy.entry.size
+            if copied_bytes > limits.max_image_bytes:
+                raise errors.LimitError(
+                    f"hard links to files of lower layers copy {copied_bytes} bytes, "
+                    f"the limit is {limits.max_image_bytes} (--max-image-bytes)"
+                )
             writer.add_file(copy.node, copy.entry.size, _LowerData(copy.entry))
         return writer.finish(layer_tree.root), depends
 

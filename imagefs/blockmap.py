@@ -25,7 +25,8 @@ DEFAULT_BLOCK_BYTES = 4 * 1024 * 1024
 MIN_FRAME_BYTES = 4096
 MAX_IMAGE_BYTES = 1 << 44
 """EROFS addresses 2^32 filesystem blocks of 4 KiB."""
-MAX_MAP_BYTES = 512 * 1024 * 1024
+MAX_MAP_BYTES = 128 * 1024 * 1024
+"""Of all maps of an image together: 2.6 million blocks, 10 TiB at the default block size."""
 
 FLAG_ROOT_IMPLIED = 1 << 0
 """The tar had no entry for the root directory: its attributes come from the layers below."""

@@ -155,3 +155,22 @@ def test_what_cannot_be_copied(tmp_path: Path) -> None:
         copy("docker-archive:/x", f"oci:{tmp_path}/out")
     with pytest.raises(imagefs_errors.IntegrityError, match=made.top):
         copy(source, f"oci:{tmp_path}/out@sha256:{'0' * 64}")
+
+
+def test_an_index_that_lists_itself_many_times_is_walked_once(tmp_path: Path) -> None:
+    """Three levels of indexes, each listing the next 200 times: 8 million paths, four manifests."""
+    image_ = images.make(TARS)
+    layout = image_.write_layout(tmp_path / "from")
+    origin = connect.connect(reference.parse(f"oci:{layout}"), connect.Options())
+    media_type, digest, size = artifact.OCI_MANIFEST, image_.top, len(image_.manifests[image_.top][1])
+    for level in range(3):
+        entry = {"mediaType": media_type, "digest": digest, "size": size}
+        entry["platform"] = {"os": "linux", "architecture": "amd64"}
+        document = {"schemaVersion": 2, "mediaType": artifact.OCI_INDEX, "manifests": [entry] * 200}
+        data = artifact.canonical_json(document)
+        tag = "deep" if level == 2 else None
+        media_type, size = artifact.OCI_INDEX, len(data)
+        digest = origin.put_manifest(data, artifact.OCI_INDEX, tag)
+    copied = copy(f"oci:{layout}:deep", f"oci:{tmp_path / 'to'}:deep")
+    assert copied.digest == digest
+    assert_whole(f"oci:{tmp_path / 'to'}", image_.top, ())

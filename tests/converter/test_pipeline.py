@@ -317,6 +317,17 @@ def test_bombs_meet_limits(
     assert isinstance(error, errors.LimitError)
 
 
+def test_copies_of_lower_files_meet_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard link into a lower layer has no data in its own tar: what is copied counts all the same."""
+    one, two = (images.tar_of([(name, b"x" * 90_000)]) for name in ("big", "other"))
+    links = bytes(tars.Builder().hard_link(b"first", b"big").hard_link(b"second", b"other"))
+    bounds = dataclasses.replace(limits.Limits(), max_image_bytes=100_000)
+    parameters = dataclasses.replace(SMALL, limits=bounds)
+    image = images.make([one, two, links])
+    error = bad(tmp_path, monkeypatch, image, r".*layer 2.*--max-image-bytes", parameters=parameters)
+    assert isinstance(error, errors.LimitError)
+
+
 def test_a_file_that_claims_more_than_the_tar_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lying = tars.header(b"big", size=8 << 30) + b"x" * 1000
     bad(tmp_path, monkeypatch, images.make([TWO[0], lying]), NAMED + ".*big")
