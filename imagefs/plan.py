@@ -137,6 +137,7 @@ class _Layer:
             collections.OrderedDict() for _ in Priority
         )
         self.read_ahead = readahead.ReadAhead(policy.read_ahead, len(block_map.blocks))
+        self.metadata_blocks = frozenset(block_map.metadata_blocks())
         self.failures = 0
         self.retry_at = 0.0
         self.not_before = 0.0  # the origin's own wish (Retry-After): a new demand does not shorten it
@@ -219,8 +220,13 @@ class Plan(Generic[W]):
             state.retry_at = state.not_before
 
     def demanded(self, layer: str, index: int) -> range:
-        """Note that a block was demanded, cached or not; the blocks worth wanting at READ_AHEAD."""
-        return self._layers[layer].read_ahead.demanded(index)
+        """Note that a block was demanded, cached or not; the blocks worth wanting at READ_AHEAD. Metadata
+        says nothing about which data will be wanted, and a mount asks for all of it by itself: with three
+        layers, nine blocks came along that nobody had asked for."""
+        state = self._layers[layer]
+        if index in state.metadata_blocks:
+            return range(0)
+        return state.read_ahead.demanded(index)
 
     # -- fetching ----------------------------------------------------------------------------------
 

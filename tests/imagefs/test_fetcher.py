@@ -212,15 +212,15 @@ def test_what_breaks_in_the_middle_spares_the_blocks_that_came(tmp_path: pathlib
 def test_read_ahead_brings_what_follows_without_being_asked(tmp_path: pathlib.Path) -> None:
     ahead = dataclasses.replace(POLICY, read_ahead=readahead.ReadAheadPolicy(initial_blocks=2, max_blocks=8))
     with bench(tmp_path, fetcher.FetchSettings(policy=ahead)) as made:
-        made.ask(0)
-        made.answers.wait([0])
+        made.ask(1)
+        made.answers.wait([1])
         scripted.eventually(lambda: made.fetcher.stats().fetched_blocks == 3)
-        for index in (1, 2, 3):
+        for index in (2, 3, 4):
             made.ask(index)
-        made.answers.wait([1, 2, 3])
-        scripted.eventually(lambda: made.fetcher.stats().fetched_blocks == BLOCKS)
+        made.answers.wait([2, 3, 4])
+        scripted.eventually(lambda: made.fetcher.stats().fetched_blocks == BLOCKS - 1)
         demanded = [e.block for e in made.fetcher.events() if e.reason == "demand" and e.outcome == "origin"]
-        assert set(demanded) <= {0, 3}
+        assert set(demanded) <= {1, 4}
 
 
 # -- faults ------------------------------------------------------------------------------------------

@@ -472,6 +472,12 @@ def test_read_ahead_keeps_several_runs_and_stays_in_the_layer() -> None:
     assert list(run.demanded(99)) == []
 
 
+def test_metadata_is_followed_by_nothing() -> None:
+    queue = plan_of(("a", "o"), policy=plan.Policy(read_ahead=readahead.ReadAheadPolicy(initial_blocks=2)))
+    assert list(queue.demanded("a", 0)) == []
+    assert list(queue.demanded("a", 1)) == [2, 3]
+
+
 def test_read_ahead_can_be_turned_off() -> None:
     run = readahead.ReadAhead(readahead.ReadAheadPolicy(initial_blocks=0, max_blocks=0), 100)
     assert [list(run.demanded(index)) for index in range(5)] == [[], [], [], [], []]
