@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from imagefs import cachedirectory, errors, eviction
+from imagefs.draft import Draft
 
 _log = logging.getLogger(__name__)
 
@@ -137,23 +138,29 @@ class BlockCache:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def put(self, digest: bytes, length: int, data: bytes | memoryview) -> int:
-        """Keep a verified block (`data`, of `length` bytes, the caller's again afterwards), and give a
-        descriptor of it before it is synced. UnavailableError only when there is neither disk nor memory."""
-        assert len(data) == length
-        if not self._closed and time.monotonic() >= self._disk_retry_at:
-            try:
-                path, fd = self._files.write(digest, data)
-            except OSError as exc:
-                self._disk_refuses(exc)
-                self._work.put(self._evict)
-            else:
-                self._checked.add(digest)
-                self._used_at[digest] = self._touched_at[digest] = time.time()
-                self._unsynced[digest] = path
-                self._work.put(functools.partial(self._persist, digest, path))
-                return fd
-        return self._put_memory(digest, data)
+    def draft(self, length: int) -> Draft:
+        """A place for a block of `length` bytes that is about to arrive."""
+        takes = not self._closed and time.monotonic() >= self._disk_retry_at
+        return Draft(self._files if takes else None, length)
+
+    def put(self, digest: bytes, written: Draft, data: bytes | memoryview) -> int:
+        """Keep the block that was written to a draft, and give a descriptor of it before it is synced. `data`
+        is all of it, verified, and the caller's again afterwards. UnavailableError only when there is neither
+        disk nor memory for it."""
+        try:
+            finished = written.finish(data)
+        except OSError as exc:
+            self._disk_refuses(exc)
+            self._work.put(self._evict)
+            finished = None
+        if finished is None:
+            return self._put_memory(digest, data)
+        path, fd = finished
+        self._checked.add(digest)
+        self._used_at[digest] = self._touched_at[digest] = time.time()
+        self._unsynced[digest] = path
+        self._work.put(functools.partial(self._persist, digest, path))
+        return fd
 
     def forget(self, digests: Iterable[bytes]) -> None:
         """These blocks' images were removed: first to go, unless pinned or used again."""

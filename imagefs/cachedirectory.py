@@ -11,6 +11,7 @@ unless they say otherwise.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -62,24 +63,29 @@ class CacheDirectory:
 
     # -- one block ---------------------------------------------------------------------------------
 
-    def write(self, digest: bytes, data: bytes | memoryview) -> tuple[str, int]:
-        """Write a block under a temporary name; that name, and a descriptor for reading. Space is allocated
-        first; zeros at the end become a hole."""
+    def begin(self, length: int) -> WritingFile:
+        """A file for a block of that length, with its space allocated."""
         path = f"{self._own_writer().path}/{next(self._numbers)}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        file = WritingFile(path, fd)
         try:
-            end = _end_of_data(data)
-            if end:
-                os.posix_fallocate(fd, 0, end)
-            write_all(fd, memoryview(data)[:end])
-            os.ftruncate(fd, len(data))
-            self.mark_checked(fd)
-            return path, os.open(path, os.O_RDONLY)
+            os.posix_fallocate(fd, 0, length)
         except OSError:
-            os.unlink(path)
+            file.drop()
             raise
-        finally:
-            os.close(fd)
+        return file
+
+    def finish(self, file: WritingFile, data: bytes | memoryview) -> int:
+        """All of `data`, verified, is in the file: a descriptor for reading. Zeros at its end become a hole.
+        The file is to be published, or dropped after an error."""
+        end = _end_of_data(data)
+        if end < len(data):
+            os.ftruncate(file.fd, end)
+            os.ftruncate(file.fd, len(data))
+        self.mark_checked(file.fd)
+        fd = os.open(file.path, os.O_RDONLY)
+        os.close(file.fd)
+        return fd
 
     def publish(self, path: str, digest: bytes) -> int:
         """Sync a written block and give it its name; its allocated bytes. The temporary name is gone after
@@ -184,6 +190,20 @@ class CacheDirectory:
             return self._writer
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class WritingFile:
+    """A file under a temporary name, for one thread."""
+
+    path: str
+    fd: int
+
+    def drop(self) -> None:
+        """Remove it. Does not raise."""
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
 class _Writer:
     """This process's folder for files being written; locked as long as the process lives."""
 
@@ -213,11 +233,11 @@ class _Writer:
         return False
 
 
-def write_all(fd: int, data: memoryview) -> None:
-    """Write `data` from offset 0, whole."""
+def write_all(fd: int, data: memoryview, offset: int = 0) -> None:
+    """Write `data`, whole."""
     written = 0
     while written < len(data):
-        written += os.pwrite(fd, data[written:], written)
+        written += os.pwrite(fd, data[written:], offset + written)
 
 
 def hash_file(fd: int) -> bytes:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 from imagefs import blockmap, errors, fetchlog, frames, plan
 from imagefs.cache import BlockCache
+from imagefs.draft import Draft
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
 from imagefs.plan import Priority as Priority
@@ -345,25 +346,28 @@ class Fetcher:
         pieces = frames.Pieces(stream, start)
         with contextlib.closing(stream):
             for number, index in enumerate(missing):
-                try:
-                    pieces.skip_to(block_map.blocks[index].offset)
-                    data = frames.decode_block(block_map, index, pieces, layer.map_digest, buffer)
-                except errors.IntegrityError as exc:
-                    self._fail(fetch, index, exc, more_origins=False)
-                except Exception as exc:
-                    for unread in missing[number:]:
-                        self._fail(fetch, unread, exc, more_origins=len(origins) > 1)
-                    break
-                else:
-                    self._keep(fetch, layer, index, data)
+                with contextlib.closing(self._cache.draft(block_map.block_length(index))) as draft:
+                    try:
+                        pieces.skip_to(block_map.blocks[index].offset)
+                        data = frames.decode_block(
+                            block_map, index, pieces, layer.map_digest, buffer, draft.write
+                        )
+                    except errors.IntegrityError as exc:
+                        self._fail(fetch, index, exc, more_origins=False)
+                    except Exception as exc:
+                        for unread in missing[number:]:
+                            self._fail(fetch, unread, exc, more_origins=len(origins) > 1)
+                        break
+                    else:
+                        self._keep(fetch, layer, index, draft, data)
         self._log.count(fetched_bytes=pieces.position - start)
 
-    def _keep(self, fetch: plan.Fetch, layer: LazyLayer, index: int, data: memoryview) -> None:
+    def _keep(self, fetch: plan.Fetch, layer: LazyLayer, index: int, draft: Draft, data: memoryview) -> None:
         """Cache a block that came, and answer those who wait for it."""
         try:
             if self._closed:
                 raise _closing()
-            fd = self._cache.put(layer.block_map.blocks[index].digest, len(data), data)
+            fd = self._cache.put(layer.block_map.blocks[index].digest, draft, data)
         except Exception as exc:
             self._fail(fetch, index, exc, more_origins=False)
         else:

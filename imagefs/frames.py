@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import zstandard
 
@@ -73,10 +73,16 @@ class Pieces:
 
 
 def decode_block(
-    block_map: blockmap.BlockMap, index: int, pieces: Pieces, layer: str, buffer: memoryview
+    block_map: blockmap.BlockMap,
+    index: int,
+    pieces: Pieces,
+    layer: str,
+    buffer: memoryview,
+    appeared: Callable[[memoryview], object] = lambda piece: None,
 ) -> memoryview:
     """The uncompressed bytes of block `index`, in the front of `buffer`, from `pieces`, which stand at the
-    block's first byte. Takes no byte beyond the block's last one.
+    block's first byte. Takes no byte beyond the block's last one. `appeared` gets the same bytes in order as
+    they appear, not verified yet.
 
     Raises IntegrityError, naming `layer`, block and offset, unless they are the frames that the map
     describes, nothing more, and hash to the block's digest; and what `pieces` raises.
@@ -84,15 +90,18 @@ def decode_block(
     block = block_map.blocks[index]
     out = buffer[: block_map.block_length(index)]
     hasher = hashlib.sha256()
+
+    def see(piece: memoryview) -> None:
+        hasher.update(piece)
+        appeared(piece)
+
     try:
         if block.frames:
             for number, frame in enumerate(block.frames):
                 start = number * block_map.frame_bytes
-                _decode_frame(
-                    pieces, frame.compressed_bytes, out[start : start + block_map.frame_bytes], hasher
-                )
+                _decode_frame(pieces, frame.compressed_bytes, out[start : start + block_map.frame_bytes], see)
         else:
-            _decode_frame(pieces, block.compressed_bytes, out, hasher)
+            _decode_frame(pieces, block.compressed_bytes, out, see)
     except (ValueError, zstandard.ZstdError) as exc:
         raise _damaged(block_map, index, layer, str(exc)) from exc
     if hasher.digest() != block.digest:
@@ -100,7 +109,9 @@ def decode_block(
     return out
 
 
-def _decode_frame(pieces: Pieces, compressed_bytes: int, out: memoryview, hasher: hashlib._Hash) -> None:
+def _decode_frame(
+    pieces: Pieces, compressed_bytes: int, out: memoryview, see: Callable[[memoryview], None]
+) -> None:
     """One frame, whose content fills `out` exactly. Raises ValueError and ZstdError."""
     source = _FrameSource(pieces, compressed_bytes, len(out))
     reader = _decompressor().stream_reader(typing.cast("typing.IO[bytes]", source))
@@ -109,7 +120,7 @@ def _decode_frame(pieces: Pieces, compressed_bytes: int, out: memoryview, hasher
         count = reader.readinto1(out[filled:])
         if not count:
             raise ValueError(f"zstd: a frame holds {filled} bytes, not {len(out)}")
-        hasher.update(out[filled : filled + count])
+        see(out[filled : filled + count])
         filled += count
     # The end of the frame, its checksum or empty blocks, is for libzstd to see, too.
     if reader.readinto1(bytearray(1)):

@@ -43,9 +43,19 @@ def take(fd: int | None, length: int = LENGTH) -> bytes:
         os.close(fd)
 
 
+def put(target: cache.BlockCache, digest: bytes, data: bytes) -> int:
+    """As the fetcher does it: piece by piece, then whole."""
+    draft = target.draft(len(data))
+    for start in range(0, len(data), 30_000):
+        draft.write(memoryview(data)[start : start + 30_000])
+    fd = target.put(digest, draft, data)
+    draft.close()
+    return fd
+
+
 def store(target: cache.BlockCache, number: int) -> bytes:
     digest, data = block(number)
-    assert take(target.put(digest, len(data), data)) == data
+    assert take(put(target, digest, data)) == data
     return digest
 
 
@@ -61,7 +71,7 @@ def test_a_block_is_readable_at_once_and_after_reopening(tmp_path: pathlib.Path)
     digest, data = block(1)
     with opened(tmp_path) as first:
         assert first.get(digest, LENGTH) is None
-        assert take(first.put(digest, LENGTH, data)) == data
+        assert take(put(first, digest, data)) == data
         assert take(first.get(digest, LENGTH)) == data
     with opened(tmp_path) as second:
         assert take(second.get_checked(digest, LENGTH)) == data
@@ -72,7 +82,7 @@ def test_a_block_is_readable_at_once_and_after_reopening(tmp_path: pathlib.Path)
 def test_descriptors_are_read_only(tmp_path: pathlib.Path) -> None:
     digest, data = block(1)
     with opened(tmp_path) as target:
-        fd = target.put(digest, LENGTH, data)
+        fd = put(target, digest, data)
         with pytest.raises(OSError):
             os.pwrite(fd, b"x", 0)
         os.close(fd)
@@ -82,7 +92,7 @@ def test_zeros_at_the_end_take_no_space(tmp_path: pathlib.Path) -> None:
     data = b"x" * 5000 + bytes(4 << 20)
     digest = hashlib.sha256(data).digest()
     with opened(tmp_path) as target:
-        assert take(target.put(digest, len(data), data), len(data)) == data
+        assert take(put(target, digest, data), len(data)) == data
     assert path_of(tmp_path, digest).stat().st_blocks * 512 <= 3 * LENGTH
 
 
@@ -132,7 +142,7 @@ def test_a_wrong_length_asked_for_does_not_cost_the_block(tmp_path: pathlib.Path
 def test_the_quota_holds_and_open_descriptors_survive_eviction(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path, quota=10 * LENGTH) as target:
         first = block(0)
-        held = target.put(first[0], LENGTH, first[1])
+        held = put(target, *first)
         digests = [store(target, number) for number in range(1, 40)]
         settled(target)
         files = list((tmp_path / "blocks").glob("*/*"))
@@ -176,6 +186,18 @@ def test_when_all_is_pinned_blocks_come_from_memory(tmp_path: pathlib.Path) -> N
         assert all(target.present(digest) for digest in digests)
 
 
+def test_a_draft_that_was_not_put_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    with opened(tmp_path) as target:
+        digest, data = block(1)
+        with contextlib.closing(target.draft(LENGTH)) as draft:
+            draft.write(memoryview(data)[:10_000])
+            assert not target.present(digest)
+            assert target.get(digest, LENGTH) is None
+        names = [file.name for file in (tmp_path / "writers").rglob("*") if file.is_file()]
+        assert set(names) <= {"lock", ".lock"}
+        assert store(target, 1) == digest
+
+
 def test_processes_share_a_directory(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path) as one, opened(tmp_path) as other:
         digest = store(one, 1)
@@ -184,26 +206,21 @@ def test_processes_share_a_directory(tmp_path: pathlib.Path) -> None:
         path_of(tmp_path, digest).unlink()
         assert one.get(digest, LENGTH) is None
         store(one, 2)
-        assert take(other.put(*reversed_block(2))) == block(2)[1]
+        assert take(put(other, *block(2))) == block(2)[1]
         settled(one)
         settled(other)
         assert take(one.get(block(2)[0], LENGTH)) == block(2)[1]
-
-
-def reversed_block(number: int) -> tuple[bytes, int, bytes]:
-    digest, data = block(number)
-    return digest, len(data), data
 
 
 WRITE_FOREVER = """
 import itertools, os, sys
 sys.path.insert(0, sys.argv[2])
 from imagefs import cache
-from tests.imagefs.test_cache import block
+from tests.imagefs.test_cache import block, put
 target = cache.BlockCache(sys.argv[1], 1 << 40, 0)
 for number in itertools.count():
     digest, data = block(number, 1 << 20)
-    os.close(target.put(digest, len(data), data))
+    os.close(put(target, digest, data))
     print(number, flush=True)
 """
 

@@ -1,0 +1,51 @@
+"""The cache file of a block that is still arriving, written as its bytes are decoded.
+
+Made by `BlockCache.draft`, written by the fetcher, used up by `BlockCache.put`; for one thread. Its bytes are
+unverified, so that nobody gets its name or a descriptor before `put`. The file is made by the first byte, and
+an error of the disk waits until `put`, where memory can take its place. Writing all 4 MiB at the end instead,
+with the reader waiting, took 0.5 s of a 3.8 s `import torch` from cold.
+"""
+
+from __future__ import annotations
+
+from imagefs import cachedirectory
+
+
+class Draft:
+    """See the module. Without `files`, because the disk refuses, writing does nothing."""
+
+    def __init__(self, files: cachedirectory.CacheDirectory | None, length: int) -> None:
+        self._files = files
+        self._length = length
+        self._file: cachedirectory.WritingFile | None = None
+        self._error: OSError | None = None
+        self._end = 0
+
+    def write(self, piece: memoryview) -> None:
+        """The next bytes."""
+        if self._files is None or self._error is not None:
+            return
+        try:
+            if self._file is None:
+                self._file = self._files.begin(self._length)
+            cachedirectory.write_all(self._file.fd, piece, self._end)
+            self._end += len(piece)
+        except OSError as exc:
+            self._error = exc
+
+    def finish(self, data: bytes | memoryview) -> tuple[str, int] | None:
+        """The file's temporary name, and a descriptor for reading, once all of `data`, verified, was written;
+        None without a file. Raises the OSError that kept something from being written."""
+        if self._error is not None:
+            raise self._error
+        if self._files is None or self._file is None:
+            return None
+        path, fd = self._file.path, self._files.finish(self._file, data)
+        self._file = None
+        return path, fd
+
+    def close(self) -> None:
+        """Drop the file, unless it was finished."""
+        if self._file is not None:
+            self._file.drop()
+            self._file = None
