@@ -210,7 +210,8 @@ def test_what_breaks_in_the_middle_spares_the_blocks_that_came(tmp_path: pathlib
 
 
 def test_read_ahead_brings_what_follows_without_being_asked(tmp_path: pathlib.Path) -> None:
-    ahead = dataclasses.replace(POLICY, read_ahead=readahead.ReadAheadPolicy(initial_blocks=2, max_blocks=8))
+    windows = readahead.ReadAheadPolicy(initial_blocks=2, max_blocks=8, proof_blocks=2)
+    ahead = dataclasses.replace(POLICY, read_ahead=windows)
     with bench(tmp_path, fetcher.FetchSettings(policy=ahead)) as made:
         made.ask(1)
         made.answers.wait([1])

@@ -451,33 +451,24 @@ Planning.TestCase.settings = settings(max_examples=150, stateful_step_count=50, 
 TestPlanning = Planning.TestCase
 
 
-def test_read_ahead_follows_runs_with_a_growing_window() -> None:
-    policy = readahead.ReadAheadPolicy(initial_blocks=2, max_blocks=8)
-    run = readahead.ReadAhead(policy, 1000)
-    assert list(run.demanded(10)) == [11, 12]
-    assert list(run.demanded(10)) == []
-    assert list(run.demanded(11)) == [13, 14, 15]
-    assert list(run.demanded(13)) == [16, 17, 18, 19, 20, 21]
-    proposed = {block for index in range(14, 40) for block in run.demanded(index)}
-    assert proposed == set(range(22, 48))
-
-
-def test_read_ahead_keeps_several_runs_and_stays_in_the_layer() -> None:
-    run = readahead.ReadAhead(readahead.ReadAheadPolicy(initial_blocks=1, max_blocks=4, runs=2), 100)
-    assert list(run.demanded(10)) == [11]
-    assert list(run.demanded(50)) == [51]
-    assert list(run.demanded(11)) == [12, 13]
-    assert list(run.demanded(51)) == [52, 53]
-    assert list(run.demanded(98)) == [99]
-    assert list(run.demanded(99)) == []
-
-
 def test_metadata_is_followed_by_nothing() -> None:
     queue = plan_of(("a", "o"), policy=plan.Policy(read_ahead=readahead.ReadAheadPolicy(initial_blocks=2)))
     assert list(queue.demanded("a", 0)) == []
     assert list(queue.demanded("a", 1)) == [2, 3]
 
 
-def test_read_ahead_can_be_turned_off() -> None:
-    run = readahead.ReadAhead(readahead.ReadAheadPolicy(initial_blocks=0, max_blocks=0), 100)
-    assert [list(run.demanded(index)) for index in range(5)] == [[], [], [], [], []]
+def test_read_ahead_leaves_most_of_an_origin_to_demands() -> None:
+    queue = plan_of(("a", "o"), ("b", "o"), ("c", "p"), policy=plan.Policy(read_ahead_connections=2))
+    for layer in ("a", "b", "c"):
+        for index in range(0, 10, 2):
+            queue.want(layer, index, Priority.READ_AHEAD, 0.0)
+    started = [fetch for fetch in (queue.next_fetch(0.0) for _ in range(10)) if fetch]
+    assert sorted(fetch.layer for fetch in started) == ["a", "b", "c", "c"]
+    for index in range(20, 24):
+        queue.want("a", index, Priority.DEMAND, 0.0, f"reader {index}", 60.0)
+    assert [indices(queue.next_fetch(0.0)) for _ in range(4)] == [(20,), (21,), (22,), (23,)]
+    queue.arrived(started[0].layer, started[0].indices[0])
+    queue.finished(started[0])
+    again = queue.next_fetch(0.0)
+    assert again is not None
+    assert again.priority is Priority.READ_AHEAD
