@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glowplug import settings
+from glowplug import interrupts, settings
 from imagefs import errors
 
 if TYPE_CHECKING:
@@ -89,6 +89,6 @@ def starting(storage: settings.Storage, origins: Options) -> Iterator[Starting]:
     try:
         yield server
     except BaseException:
-        with contextlib.suppress(Exception):
+        with interrupts.deferred(), contextlib.suppress(Exception):
             server.client().stop_if_idle()
         raise
