@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from glowplug import device_server, mountlist, namespaces, process, settings
 from imagefs import assembly, errors, holders, mounts, syscalls
 from imagefs import mount as mount_layer
-from imagefs.fuse import control, keeper
+from imagefs.fuse import control, statedirectory
 from imagefs.mount import Choice, Mode
 from imagefs.mounts import MountTable, Record
 
@@ -176,7 +176,7 @@ def collect(table: MountTable, client: control.DeviceClient | None) -> None:
 def _forget_other_mounts(state_dir: Path) -> None:
     """In a mount namespace of our own: let go of the copies of all mounts of ours, whichever state directory
     they are of, so that they can be unmounted, and their devices freed, while we live."""
-    ours = str(keeper.device_directory(state_dir))
+    ours = str(statedirectory.device_directory(state_dir))
     copies = [point.directory for point in holders.mount_points() if point.source == mountlist.SOURCE]
     mount_layer.unmount_all([Path(directory) for directory in copies if directory != ours])
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import errors, privatedirectory
-from imagefs.fuse import keeper
+from imagefs.fuse import statedirectory
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import device_name, encode_spec, write_atomically
 from imagefs.origin.connect import Options
@@ -120,8 +120,8 @@ class DeviceClient:
                 "layers": [encode_spec(layer) for layer in layers],
             }
         )
-        directory = keeper.device_directory(state_dir)
-        if not keeper.mounted(directory):
+        directory = statedirectory.device_directory(state_dir)
+        if not statedirectory.mounted(directory):
             raise errors.ConfigurationError(
                 f"{directory} is not mounted in this mount namespace: the device server of {state_dir} was "
                 "started in another one; use another state directory (--state)"
@@ -247,7 +247,7 @@ class DeviceClient:
         command += ["--clones", str(self._settings.workers), "--start-server"]
         command += ["--ready-fd", str(ready_writer)]
         try:
-            keeper.bound_log(state_dir / "server.log")
+            statedirectory.bound_log(state_dir / "server.log")
             started = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import errors, reference
-from imagefs.fuse import protocol
 
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
+_FIRST_NODE = 2
+"""1 is the root of the mount (protocol.ROOT_NODE, not imported here: every client loads this module)."""
 MAX_OWNER_BYTES = 255
 
 
@@ -124,7 +125,7 @@ class DeviceTable:
                 source = Source(spec.origin_ref, origins)
                 old = records.get(spec.map_digest)
                 if old is None:
-                    node = nodes.setdefault(spec.map_digest, protocol.ROOT_NODE + 1 + len(nodes))
+                    node = nodes.setdefault(spec.map_digest, _FIRST_NODE + len(nodes))
                     record = Record(node, dataclasses.replace(spec, map_bytes=None), {owner: source})
                 elif owner not in old.owners:
                     record = dataclasses.replace(old, owners={**old.owners, owner: source})

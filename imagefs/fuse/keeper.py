@@ -36,14 +36,13 @@ import time
 from pathlib import Path
 
 from imagefs import syscalls
-from imagefs.fuse import protocol
+from imagefs.fuse import protocol, statedirectory
 
 _IOC_CLONE = 0x8004E500
 """FUSE_DEV_IOC_CLONE, _IOR(229, 0, uint32_t)."""
 _READ_AHEAD_KIB = 2 * protocol.MAX_READ_BYTES >> 10
 """The kernel's default, 128 KiB, would make eight requests of what can be one; two in flight keep both the
 reader and a worker busy."""
-_LOG_BYTES = 4 << 20
 _HOUSEKEEPING_SECONDS = 60.0
 _INIT_SECONDS = 10.0
 _STRAGGLER_SECONDS = 10.0
@@ -55,54 +54,19 @@ _ACCEPT_PAUSE_SECONDS = 0.1
 _LOCK_TRIES = 50
 
 
-def device_directory(state_dir: Path) -> Path:
-    """Where the devices of a state directory are mounted."""
-    return state_dir / "devices"
-
-
-def mounted(path: Path) -> list[str]:
-    """The "major:minor" of each mount on `path` in our mount namespace. Never touches the mount itself: a
-    dead one would answer with errors, a waiting one not at all."""
-    target = os.fspath(path).replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")
-    target = target.replace("\n", r"\012")
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        lines = [line.split() for line in file]
-    return [fields[2] for fields in lines if fields[4] == target]
-
-
-def same_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end of a unix socket runs as we do."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return bool(struct.unpack("3i", credentials)[1] == os.geteuid())
-
-
-def listen(path: Path, kind: socket.SocketKind) -> socket.socket:
-    """A listening unix socket that only our user can connect to; replaces a stale one."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, kind)
-    before = os.umask(0o177)
-    try:
-        listener.bind(os.fspath(path))
-    finally:
-        os.umask(before)
-    listener.listen(64)
-    return listener
-
-
 class Keeper:
     """The loop's state."""
 
     def __init__(self, state_dir: Path, *, start_server: bool, ready_fd: int | None) -> None:
         self._state_dir = state_dir
-        self._mount_point = device_directory(state_dir)
+        self._mount_point = statedirectory.device_directory(state_dir)
         self._start_server = start_server
         self._ready_fd = ready_fd
         self._token = os.urandom(16).hex()
         self._resend = True
         self._clones: list[int] = []
         self._master = -1
-        self._listener = listen(state_dir / "keeper.sock", socket.SOCK_SEQPACKET)
+        self._listener = statedirectory.listen(state_dir / "keeper.sock", socket.SOCK_SEQPACKET)
         self._poll = select.poll()
         self._poll.register(self._listener, select.POLLIN)
         self._connections: dict[int, socket.socket] = {}
@@ -119,7 +83,7 @@ class Keeper:
 
     def mount(self, clones: int) -> None:
         """Mount, after clearing away what a dead keeper left, and make the clones."""
-        for _ in mounted(self._mount_point):
+        for _ in statedirectory.mounted(self._mount_point):
             log("unmounting what a dead keeper left")
             syscalls.umount(self._mount_point, syscalls.MNT_DETACH)
         self._mount_point.mkdir(mode=0o700, exist_ok=True)
@@ -133,7 +97,7 @@ class Keeper:
             f"max_read={protocol.MAX_READ_BYTES}",
         )
         self._greet()
-        for device in mounted(self._mount_point):
+        for device in statedirectory.mounted(self._mount_point):
             with contextlib.suppress(OSError):  # /sys may be read-only in a container: slower, not wrong
                 Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
         for _ in range(clones):
@@ -206,7 +170,7 @@ class Keeper:
 
     def stop(self) -> None:
         """Unmount and say goodbye. Lazily: a mount that still uses a device gets errors from then on."""
-        for _ in mounted(self._mount_point):
+        for _ in statedirectory.mounted(self._mount_point):
             with contextlib.suppress(OSError):
                 syscalls.umount(self._mount_point, syscalls.MNT_DETACH)
         for connection in self._connections.values():
@@ -227,7 +191,7 @@ class Keeper:
         if self._straggler_deadline is not None and now >= self._straggler_deadline:
             log("workers of a dead server are still there: starting the next one all the same")
             self._generation_ended()
-        bound_log(self._state_dir / "server.log")
+        statedirectory.bound_log(self._state_dir / "server.log")
 
     # -- servers -----------------------------------------------------------------------------------
 
@@ -238,7 +202,7 @@ class Keeper:
             log(f"cannot accept: {exc}")
             time.sleep(_ACCEPT_PAUSE_SECONDS)  # no descriptor left: the loop would come back at once
             return
-        if not same_user(connection):
+        if not statedirectory.same_user(connection):
             connection.close()
             return
         self._connections[connection.fileno()] = connection
@@ -328,20 +292,6 @@ class Keeper:
             self._start_at = time.monotonic() + delay
 
 
-def bound_log(path: Path) -> None:
-    """Keep the log under _LOG_BYTES, and one older part of the same size. Its writers append, so that it
-    can be emptied under them."""
-    try:
-        if path.stat().st_size <= _LOG_BYTES:
-            return
-        path.with_suffix(".log.1").write_bytes(path.read_bytes()[-_LOG_BYTES:])
-        os.truncate(path, 0)
-    except FileNotFoundError:
-        return
-    except OSError as exc:
-        log(f"cannot bound the log: {exc}")
-
-
 def log(message: str) -> None:
     """One line to the log."""
     with contextlib.suppress(OSError):  # a full disk must not end whoever speaks
@@ -409,7 +359,7 @@ def main() -> None:
         try:
             keeper.mount(arguments.clones)
         except OSError as exc:
-            log(f"cannot mount {device_directory(arguments.state)}: {exc}")
+            log(f"cannot mount {statedirectory.device_directory(arguments.state)}: {exc}")
             keeper.stop()
             sys.exit(1)
     keeper.run()

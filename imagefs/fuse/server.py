@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagefs import errors
-from imagefs.fuse import control, keeper, protocol, wire
+from imagefs.fuse import control, protocol, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Server:
         for slot, clone in enumerate(self._link.clones):
             threading.Thread(target=self._tend_worker, args=(slot, clone), daemon=True).start()
         self._resend()
-        listener = keeper.listen(self._settings.state_dir / "control.sock", socket.SOCK_STREAM)
+        listener = statedirectory.listen(self._settings.state_dir / "control.sock", socket.SOCK_STREAM)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         self._link.say_ready()
         threading.Thread(target=self._load, daemon=True).start()
@@ -319,7 +319,7 @@ class Server:
     def _serve(self, connection: socket.socket, slots: threading.BoundedSemaphore) -> None:
         try:
             with connection:
-                if not keeper.same_user(connection):
+                if not statedirectory.same_user(connection):
                     return
                 connection.settimeout(_IDLE_SECONDS)
                 while (request := control.receive(connection)) is not None:

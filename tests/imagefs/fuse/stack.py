@@ -19,7 +19,7 @@ from pathlib import Path
 import zstandard
 
 from imagefs import blockmap
-from imagefs.fuse import control, keeper
+from imagefs.fuse import control, statedirectory
 from imagefs.origin import connect
 
 Client = control.DeviceClient
@@ -183,7 +183,7 @@ def running(values: control.ServerSettings) -> Iterator[Client]:
             client.stop()
         with contextlib.suppress(FileNotFoundError):
             print((values.state_dir / "server.log").read_text())
-        assert not keeper.mounted(keeper.device_directory(values.state_dir))
+        assert not statedirectory.mounted(statedirectory.device_directory(values.state_dir))
 
 
 class Reader:

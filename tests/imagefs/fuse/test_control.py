@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagefs import errors
-from imagefs.fuse import control, keeper
+from imagefs.fuse import control, statedirectory
 from imagefs.origin.connect import Options
 
 
@@ -75,10 +75,10 @@ def test_no_server_is_no_client(tmp_path: Path) -> None:
 
 def test_the_log_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "server.log"
-    keeper.bound_log(path)
+    statedirectory.bound_log(path)
     path.write_bytes(b"x" * (5 << 20))
     with path.open("ab") as writer:
-        keeper.bound_log(path)
+        statedirectory.bound_log(path)
         assert path.stat().st_size == 0
         writer.write(b"next\n")
     assert path.read_bytes() == b"next\n"

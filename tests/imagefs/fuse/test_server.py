@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from imagefs import errors, syscalls
-from imagefs.fuse import control, keeper
+from imagefs.fuse import control, statedirectory
 from tests.imagefs.fuse import stack
 from tests.imagefs.fuse.stack import Reader
 
@@ -97,7 +97,7 @@ def test_names_come_and_go_with_their_owners(tmp_path: Path, blobs: stack.BlobSe
         first = client.attach("a", specs[:2], stack.OPTIONS)
         client.attach("a", specs[:2], stack.OPTIONS)  # counts once
         second = client.attach("b", specs[1:], stack.OPTIONS)
-        directory = keeper.device_directory(values.state_dir)
+        directory = statedirectory.device_directory(values.state_dir)
         assert set(os.listdir(directory)) == {path.name for path in {*first, *second}}
         nodes = {path.name: path.stat().st_ino for path in {*first, *second}}
         client.detach("a")
@@ -120,7 +120,7 @@ def test_more_devices_than_one_listing_holds(tmp_path: Path, blobs: stack.BlobSe
     values = stack.settings(tmp_path)
     with stack.running(values) as client:
         devices = client.attach("owner", [blobs.add(layer) for layer in layers], stack.OPTIONS)
-        listed = os.listdir(keeper.device_directory(values.state_dir))
+        listed = os.listdir(statedirectory.device_directory(values.state_dir))
         assert sorted(listed) == sorted(path.name for path in devices)
 
 

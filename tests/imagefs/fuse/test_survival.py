@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imagefs.fuse import control, keeper
+from imagefs.fuse import control, statedirectory
 from tests.imagefs.fuse import stack
 from tests.imagefs.fuse.stack import Reader, eventually
 
@@ -157,11 +157,11 @@ def test_everything_killed_and_started_anew(tmp_path: Path, blobs: stack.BlobSer
         _kill([*found["server"], *found["workers"], old])
         with pytest.raises(OSError, match=r"."):
             os.pread(fd, 4096, 0)
-        assert keeper.mounted(keeper.device_directory(values.state_dir))
+        assert statedirectory.mounted(statedirectory.device_directory(values.state_dir))
         assert (values.state_dir / "control.sock").exists()
         eventually(lambda: control.DeviceClient.connect(values.state_dir) is None, "all are gone")
         with stack.running(values) as again:
-            assert len(keeper.mounted(keeper.device_directory(values.state_dir))) == 1
+            assert len(statedirectory.mounted(statedirectory.device_directory(values.state_dir))) == 1
             assert again.status()["devices"] == []
             (device,) = again.attach("owner", [spec], stack.OPTIONS)
             assert device.read_bytes() == layer.image
