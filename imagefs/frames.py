@@ -3,7 +3,7 @@
 Pure: pieces in, bytes out. Called by the fetcher's threads, by the converter for the layers below, and by
 `check`, from any thread (each has a decompressor of its own; zstd and sha256 release the interpreter lock).
 Every piece is decoded and hashed while the next one is on its way, so that once a block's last byte came
-only the last piece's work is left: a fifth of a millisecond in place of the 7 ms of a whole block of 4 MiB.
+only the last piece's work is left: at the median 0.6 ms on busy cores, in place of 7 ms for all 4 MiB.
 
 What comes out was compared with the digest in the block map, whole. Output goes into the caller's buffer and
 never past the block's length in it; a frame's declared size is compared with the map before libzstd sees the
