@@ -58,12 +58,12 @@ class Policy:
     layer; of each of the three, `demand_connections` are for demands only, but never the last one.
     Read-ahead gets `read_ahead_connections` of an origin: two keep a link of 1 Gbit/s full for a sequential
     reader (388 MB/s of image; one connection: 281), more do not start `import torch` any sooner, and neither
-    did starting none while a demand was in flight. Fill, which nobody waits for, gets `fill_connections` of an origin, and
-    none while that origin is fetching a demand. An origin whose last fetch failed gets `failing_connections`,
-    so that dead ones cannot use up the whole. `request_bytes` bounds one request that takes neighbours along
-    (compressed) for boot and read-ahead, `fill_request_bytes` for fill. Pauses between tries of a failing
-    layer grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after
-    refused credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off
+    did starting none while a demand was in flight. Fill, which nobody waits for, gets `fill_connections` of
+    an origin, and none while that origin is fetching a demand. An origin whose last fetch failed gets
+    `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds one request that
+    takes neighbours along (compressed) for boot and read-ahead, `fill_request_bytes` for fill. Pauses between
+    tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the
+    least pause after refused credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off
     reads for good. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
     """
 
