@@ -63,8 +63,8 @@ class Policy:
     `failing_connections`, so that dead ones cannot use up the whole. `request_bytes` bounds one request that
     takes neighbours along (compressed) for boot and read-ahead, `fill_request_bytes` for fill. Pauses between
     tries of a failing layer grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the
-    least pause after refused credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off
-    reads for good. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
+    least pause after refused credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no
+    origin puts off reads for good. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
     """
 
     connections: int = 32
