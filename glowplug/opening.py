@@ -8,7 +8,6 @@ is the seam.
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,8 @@ def open_image(
     wanted = platforms.parse(platform) if platform else platforms.host()
     source_digest = None
     if ref.transport in ("docker-archive", "docker-daemon"):
+        import tempfile
+
         from converter import source
 
         with tempfile.TemporaryDirectory(prefix="glowplug-") as folder:

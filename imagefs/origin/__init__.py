@@ -21,9 +21,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Generator, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from imagefs.artifact import Descriptor, Manifest
+if TYPE_CHECKING:  # whoever names an origin's options loads this, before it can start the device server
+    from imagefs.artifact import Descriptor, Manifest
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
