@@ -332,7 +332,11 @@ class BlockCache:
                 work = self._keep_limits
             if work is None:
                 return
-            work()
+            try:
+                work()
+            except Exception:
+                # Blocks that come later must still be named and evicted.
+                _log.exception("block cache: %s: housekeeping failed", self._files.path)
 
     def _persist(self, digest: bytes, path: str) -> None:
         """Sync one written block and name it; then see to the limits."""

@@ -271,10 +271,14 @@ class Fetcher:
                     return
                 known = self._layers[fetch.layer]
                 origins = list(known.origins.values())
-            # Kept for the next fetch: memory that is new to the process costs more than decoding into it.
-            if len(buffer) < known.layer.block_map.block_bytes:
-                buffer = bytearray(known.layer.block_map.block_bytes)
             try:
+                # Kept for the next fetch: memory that is new to the process costs more than decoding into it.
+                if len(buffer) < known.layer.block_map.block_bytes:
+                    buffer = bytearray(known.layer.block_map.block_bytes)
+            except MemoryError as exc:
+                for index in fetch.indices:
+                    self._fail(fetch, index, exc, more_origins=False)
+            else:
                 self._carry_out(fetch, known.layer, origins, memoryview(buffer))
             finally:
                 with self._lock:
