@@ -32,8 +32,6 @@ MAX_BACKGROUND = 1024
 """Unanswered reads before the kernel makes all images wait for each other. Its default, 12, let one image
 whose origin hung stall every other."""
 
-RESEND_BIT = 1 << 63
-"""Set in `unique` of a request that was queued again by `resend_notice`."""
 _NOTIFY_RESEND = 7
 
 _ASYNC_READ = 1 << 0
@@ -66,8 +64,6 @@ _OPEN_OUT = struct.Struct("=QII")  # 16
 _READ_IN = struct.Struct("=QQIIQII")  # 40
 _STATFS_OUT = struct.Struct("=QQQQQIIII24x")  # 80
 _DIRENT = struct.Struct("=QQII")  # 24, then the name, padded to 8
-
-OUT_HEADER_BYTES = _OUT_HEADER.size
 
 CACHE_SECONDS = 24 * 3600
 """How long the kernel keeps names and attributes: they never change while a node lives."""
