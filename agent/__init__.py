@@ -1,0 +1,1 @@
+"""The node daemon: containerd starts containers from block images."""
