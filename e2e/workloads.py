@@ -140,7 +140,7 @@ def _debian_root(cache: Path, say: Callable[[str], None]) -> Path:
         say(f"debootstrap of Debian {SUITE} with Python: about a minute")
         building = cache / f"debian-{SUITE}.building"
         shutil.rmtree(building, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", "--include=python3", SUITE, str(building), _mirror()]
+        command = ["debootstrap", "--variant=minbase", "--include=python3", SUITE, str(building), mirror()]
         with (cache / "debootstrap.log").open("wb") as log:
             if subprocess.run(command, check=False, stdout=log, stderr=log).returncode:
                 raise BuildError(f"debootstrap failed; its output is in {log.name}")
@@ -150,7 +150,7 @@ def _debian_root(cache: Path, say: Callable[[str], None]) -> Path:
     return done
 
 
-def _mirror() -> str:
+def mirror() -> str:
     """The Debian mirror that this machine's apt uses."""
     command = [
         "apt-get",
