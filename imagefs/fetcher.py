@@ -129,7 +129,7 @@ class Fetcher:
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
         if fd is not None:
-            self._log.note_hit(map_digest, index, priority, wanted_at)
+            self._log.note_hit(map_digest, index, priority, wanted_at, length)
             self._call(done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
@@ -174,13 +174,15 @@ class Fetcher:
                 future.add_done_callback(_close_result)
         return bytes(out)
 
-    def events(self) -> list[fetchlog.FetchEvent]:
-        """The latest events, oldest first."""
-        return self._log.events()
+    def events(self, after: int = 0) -> list[fetchlog.FetchEvent]:
+        """The latest events with numbers above `after`, oldest first."""
+        return self._log.events(after)
 
     def stats(self) -> fetchlog.FetchStats:
         """Counters; see FetchStats."""
-        return self._log.stats(self._threads)
+        with self._lock:
+            queued = self._plan.queued()
+        return self._log.stats(self._threads, {p.name.lower(): count for p, count in queued.items()})
 
     def close(self) -> None:
         """Fail what is pending, and stop. Threads that hang in an origin are left to end by themselves."""
@@ -230,11 +232,12 @@ class Fetcher:
         fd = None
         if known is not None:
             block_map = known.layer.block_map
-            fd = self._cache.get(block_map.blocks[index].digest, block_map.block_length(index))
+            length = block_map.block_length(index)
+            fd = self._cache.get(block_map.blocks[index].digest, length)
         if fd is None:
             self._want(map_digest, index, priority, done, wanted_at)
         else:
-            self._log.note_hit(map_digest, index, priority, wanted_at)
+            self._log.note_hit(map_digest, index, priority, wanted_at, length)
             self._call(done, fd)
 
     def _read_ahead(self, map_digest: str, index: int) -> None:

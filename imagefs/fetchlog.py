@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from imagefs import plan
@@ -13,10 +15,12 @@ from imagefs import plan
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchEvent:
-    """One block's way. Times are time.monotonic_ns(). `reason` is why it was first wanted ("demand", "boot",
-    "read_ahead", "fill"), `priority` how urgent it was in the end. `outcome`: "origin", "cache" or "failed".
-    `compressed_bytes` is 0 for what cost the origin nothing."""
+    """One block's way. `number` grows from event to event, also over a restart of the process: whoever has
+    seen one can ask for what came after. Times are time.monotonic_ns(). `reason` is why it was first wanted
+    ("demand", "boot", "read_ahead", "fill"), `priority` how urgent it was in the end. `outcome`: "origin",
+    "cache" or "failed". `compressed_bytes` is 0 for what cost the origin nothing."""
 
+    number: int
     map_digest: str
     block: int
     priority: plan.Priority
@@ -31,9 +35,12 @@ class FetchEvent:
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchStats:
     """Counters since start. `coalesced_blocks` came in the same request as a neighbour; `fetched_bytes` are
-    compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline."""
+    compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline,
+    `failed_reads` all demanded blocks whose readers got an error; `demand_misses` are blocks that a reader
+    waited for and that had to come from elsewhere. `queued` blocks wait, by priority."""
 
     cache_hits: int
+    cache_bytes: int
     zero_hits: int
     origin_requests: int
     fetched_blocks: int
@@ -43,7 +50,10 @@ class FetchStats:
     failed_blocks: int
     corrupt_blocks: int
     expired_reads: int
+    failed_reads: int
+    demand_misses: int
     threads: int
+    queued: Mapping[str, int]
 
 
 class FetchLog:
@@ -53,6 +63,8 @@ class FetchLog:
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
         self._events: collections.deque[FetchEvent] = collections.deque(maxlen=events)
+        # No log makes an event a nanosecond: a later one begins above this one's last number.
+        self._numbers = itertools.count(time.monotonic_ns())
 
     def count(self, **counts: int) -> None:
         """Add to counters, by their names in FetchStats."""
@@ -61,38 +73,54 @@ class FetchLog:
 
     def note(self, answer: plan.Answer[Any], outcome: str, compressed_bytes: int) -> None:
         """A block that went through the plan."""
-        event = FetchEvent(
-            map_digest=answer.layer,
-            block=answer.index,
-            priority=answer.priority,
-            reason=answer.reason.name.lower(),
-            wanted_ns=int(answer.wanted_at * 1e9),
-            started_ns=int(answer.started_at * 1e9),
-            arrived_ns=time.monotonic_ns(),
-            compressed_bytes=compressed_bytes if outcome == "origin" else 0,
-            outcome=outcome,
-        )
+        demanded = answer.priority is plan.Priority.DEMAND
+        arrived_ns = time.monotonic_ns()
         with self._lock:
+            event = FetchEvent(
+                number=next(self._numbers),
+                map_digest=answer.layer,
+                block=answer.index,
+                priority=answer.priority,
+                reason=answer.reason.name.lower(),
+                wanted_ns=int(answer.wanted_at * 1e9),
+                started_ns=int(answer.started_at * 1e9),
+                arrived_ns=arrived_ns,
+                compressed_bytes=compressed_bytes if outcome == "origin" else 0,
+                outcome=outcome,
+            )
             self._events.append(event)
+            if demanded and outcome == "failed":
+                self._counts["failed_reads"] += 1
+            elif demanded and outcome != "cache":
+                self._counts["demand_misses"] += 1
 
-    def note_hit(self, map_digest: str, block: int, priority: plan.Priority, wanted_at: float) -> None:
-        """A block that was cached when it was asked for, at `wanted_at` (monotonic seconds)."""
+    def note_hit(
+        self, map_digest: str, block: int, priority: plan.Priority, wanted_at: float, length_bytes: int
+    ) -> None:
+        """A block of `length_bytes` that was cached when it was asked for, at `wanted_at` (monotonic
+        seconds)."""
         wanted_ns = int(wanted_at * 1e9)
         reason = priority.name.lower()
-        event = FetchEvent(
-            map_digest, block, priority, reason, wanted_ns, wanted_ns, time.monotonic_ns(), 0, "cache"
-        )
+        arrived_ns = time.monotonic_ns()
         with self._lock:
-            self._events.append(event)
+            number = next(self._numbers)
+            self._events.append(
+                FetchEvent(
+                    number, map_digest, block, priority, reason, wanted_ns, wanted_ns, arrived_ns, 0, "cache"
+                )
+            )
             self._counts["cache_hits"] += 1
+            self._counts["cache_bytes"] += length_bytes
 
-    def events(self) -> list[FetchEvent]:
-        """The latest events, oldest first."""
+    def events(self, after: int = 0) -> list[FetchEvent]:
+        """The latest events with numbers above `after`, oldest first."""
         with self._lock:
-            return list(self._events)
+            newer = itertools.takewhile(lambda event: event.number > after, reversed(self._events))
+            return list(newer)[::-1]
 
-    def stats(self, threads: int) -> FetchStats:
-        """The counters, and how many threads there are."""
-        names = {field.name for field in dataclasses.fields(FetchStats)} - {"threads"}
+    def stats(self, threads: int, queued: Mapping[str, int]) -> FetchStats:
+        """The counters, how many threads there are, and what waits."""
+        names = {field.name for field in dataclasses.fields(FetchStats)} - {"threads", "queued"}
         with self._lock:
-            return FetchStats(**{name: self._counts[name] for name in names}, threads=threads)
+            counts = {name: self._counts[name] for name in names}
+        return FetchStats(**counts, threads=threads, queued=queued)

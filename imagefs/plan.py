@@ -188,6 +188,13 @@ class Plan(Generic[W]):
                 del self._jobs[key]
         return answers
 
+    def queued(self) -> dict[Priority, int]:
+        """Blocks that wait for a connection, by priority."""
+        return {
+            priority: sum(len(layer.queues[priority]) for layer in self._layers.values())
+            for priority in Priority
+        }
+
     # -- wanting -----------------------------------------------------------------------------------
 
     def want(

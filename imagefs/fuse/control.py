@@ -138,9 +138,9 @@ class DeviceClient:
         status: dict[str, Any] = self._checked_request({"op": "status"})
         return status
 
-    def events(self) -> list[dict[str, Any]]:
-        """The latest fetches, oldest first: fetcher.FetchEvent as JSON objects."""
-        events: list[dict[str, Any]] = self._checked_request({"op": "events"})
+    def events(self, after: int = 0) -> list[dict[str, Any]]:
+        """The latest fetches with numbers above `after`, oldest first: FetchEvent as JSON objects."""
+        events: list[dict[str, Any]] = self._checked_request({"op": "events", "after": after})
         return events
 
     def stop(self) -> None:
@@ -337,6 +337,14 @@ def string(request: Mapping[str, Any], field: str) -> str:
     value = request.get(field)
     if not isinstance(value, str):
         raise errors.InvalidInputError(f"control: {field} {value!r} is not a string")
+    return value
+
+
+def number(request: Mapping[str, Any], field: str) -> int:
+    """A field of a request. Raises InvalidInputError."""
+    value = request.get(field)
+    if type(value) is not int or value < 0:
+        raise errors.InvalidInputError(f"control: {field} {value!r} is not a number of 0 or more")
     return value
 
 

@@ -222,11 +222,11 @@ class Layers:
         at, message = self._last_errors.get(map_digest, (0.0, ""))
         return {"seconds_ago": round(time.monotonic() - at, 1), "message": message} if message else None
 
-    def events(self) -> list[dict[str, Any]]:
-        """The fetcher's events as JSON objects; priorities by name."""
+    def events(self, after: int) -> list[dict[str, Any]]:
+        """The fetcher's events above that number, as JSON objects; priorities by name."""
         return [
             {**dataclasses.asdict(event), "priority": event.priority.name.lower()}
-            for event in self._fetcher.events()
+            for event in self._fetcher.events(after)
         ]
 
     # -- layers ------------------------------------------------------------------------------------

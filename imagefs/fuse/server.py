@@ -60,6 +60,7 @@ class KeeperLink:
         self.clones: list[int] = []
         self.token = ""
         self.resend = False
+        self.keepers_replaced = 0
         self._restarts = False
         self._stopping = False
         self._lock = threading.Lock()
@@ -143,6 +144,7 @@ class KeeperLink:
         os.close(ready)
         self._socket = self._connect()
         self._send({"op": "rejoin"})
+        self.keepers_replaced += 1
 
 
 class _Channel:
@@ -358,7 +360,7 @@ class Server:
         if operation == "status":
             return {**layers.status(), "processes": self._processes()}
         if operation == "events":
-            return layers.events()
+            return layers.events(control.number(request, "after"))
         if operation == "stop_if_idle":
             self._stopping = layers.close_if_idle()
             return self._stopping
@@ -369,6 +371,7 @@ class Server:
             "server": os.getpid(),
             "workers": [self._pids[slot] for slot in sorted(self._pids)],
             "workers_replaced": self._restarts,
+            "keepers_replaced": self._link.keepers_replaced,
             "survives_kill": self._link.resend,
         }
 
