@@ -84,7 +84,7 @@ def run(
     folder = table.claim(record) / "private"
     try:
         with namespaces.signals_held():
-            devices = client.attach(record.id, layer_specs(image), origins)
+            devices = client.attach(record.id, assembly.layer_specs(image), origins)
         namespaces.enter_private_mounts()
         _forget_other_mounts(storage.state_dir)
         folder.mkdir()
@@ -138,21 +138,6 @@ def _mounted_already(record: Record, server: device_server.Starting | None) -> s
     return f"{record.directory} has an earlier mount: {wrong}, then mount again"
 
 
-def layer_specs(image: LazyImage) -> list[control.LayerSpec]:
-    """What the device server must know of each layer, bottom first."""
-    return [
-        control.LayerSpec(
-            origin_ref=lazy.origin.name,
-            map_digest=lazy.map_digest,
-            map_size=len(data),
-            blob_digest=lazy.blob_digest,
-            blob_size=lazy.block_map.blob_bytes,
-            map_bytes=data,
-        )
-        for lazy, data in zip(image.layers, image.map_bytes, strict=True)
-    ]
-
-
 def release(record: Record, table: MountTable, client: control.DeviceClient | None) -> None:
     """Give back what a record stands for, once nothing of it is mounted: devices, then the record. The
     device server ends with its last device."""
@@ -193,7 +178,7 @@ def _mount_in_kernel(
         # Whole or not at all: an attach that was cut short could arrive after its own detach.
         with namespaces.signals_held():
             folder = table.claim(record)
-            devices = client.attach(record.id, layer_specs(image), origins)
+            devices = client.attach(record.id, assembly.layer_specs(image), origins)
         choice = _assemble(image, devices, folder, Path(record.directory), options, record, client)
         if choice is not None:
             table.update(dataclasses.replace(record, mode=choice.mode.value, pid=None, pid_start=None))

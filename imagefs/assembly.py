@@ -1,6 +1,7 @@
 """An image's layers become one root filesystem, and go again: the order of things, and its undoing.
 
-Called by the verbs `mount`, `umount` and `run`, on their thread. What a mount needs, in this order:
+Called by the verbs `mount` and `run`, on their thread; the agent uses the parts, because its layers stay
+mounted and containerd assembles them. What a mount needs, in this order:
 
     record in the table -> layers attached to the device server -> superblocks checked, metadata read
     -> layers mounted -> overlay over them -> the layers' own mount points taken away
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from imagefs import erofs, errors, mount, syscalls
 from imagefs.erofs import ondisk
+from imagefs.fuse.devices import LayerSpec
 from imagefs.image import LazyImage
 from imagefs.lazylayer import LazyLayer
 from imagefs.mount import Choice, Mode, RootAttributes
@@ -53,14 +55,25 @@ def check_directory(directory: Path) -> Path:
 
 
 def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:
+    """As `prepare_layers`. Returns the root's attributes, None where the topmost layer has the right ones."""
+    if not image.layers:
+        return RootAttributes()
+    roots = prepare_layers(image, devices)
+    named = [root for root in roots if root is not None]
+    if roots[-1] is not None:
+        return None
+    return named[-1] if named else RootAttributes()
+
+
+def prepare_layers(image: LazyImage, devices: Sequence[Path]) -> list[RootAttributes | None]:
     """Check every layer's superblock and bring all metadata in, all layers at once, before the kernel
-    parses anything. Returns the root's attributes, None where the topmost layer has the right ones."""
+    parses anything. Returns the attributes of each layer's root, None of a layer that only implies it."""
     if len(image.layers) > mount.MAX_LAYERS:
         raise errors.ConfigurationError(
             f"{image.reference} has {len(image.layers)} layers, overlayfs takes {mount.MAX_LAYERS}"
         )
     if not image.layers:
-        return RootAttributes()
+        return []
     pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, 2 * len(devices)))
     try:
         checks = [pool.submit(_check_layer, image, number, device) for number, device in enumerate(devices)]
@@ -75,10 +88,22 @@ def prepare(image: LazyImage, devices: Sequence[Path]) -> RootAttributes | None:
     finally:
         # Not waited for: what still reads after an error, or Ctrl-C, ends when the layers are detached.
         pool.shutdown(wait=False, cancel_futures=True)
-    named = [root for root in roots if root is not None]
-    if roots[-1] is not None:
-        return None
-    return named[-1] if named else RootAttributes()
+    return roots
+
+
+def layer_specs(image: LazyImage) -> list[LayerSpec]:
+    """What the device server must know of each layer, bottom first."""
+    return [
+        LayerSpec(
+            origin_ref=lazy.origin.name,
+            map_digest=lazy.map_digest,
+            map_size=len(data),
+            blob_digest=lazy.blob_digest,
+            blob_size=lazy.block_map.blob_bytes,
+            map_bytes=data,
+        )
+        for lazy, data in zip(image.layers, image.map_bytes, strict=True)
+    ]
 
 
 def assemble(

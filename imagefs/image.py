@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from imagefs import artifact, blockmap, errors, platforms
@@ -27,7 +28,13 @@ MAX_INDEX_DEPTH = 3
 """An OCI index may list indexes; a chain longer than this is refused."""
 MAX_INDEX_ENTRIES = 1024
 """Manifests that one index may list. An index of every platform there is has a few dozen."""
+MAX_CANDIDATES = 16
+"""Block images of one source that are offered to a policy that refuses them, before we give up."""
 _PARALLEL_READS = 16
+
+Accept = Callable[[Origin, str, Manifest], None]
+"""A trust policy: raises DeniedError for a block image manifest, found in that origin for that source digest,
+that must not be used. Asked before anything that the manifest names is read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +42,8 @@ class LazyImage:
     """A block image whose manifest, config and block maps are at hand and verified.
 
     `layers` is bottom first and runs parallel to `block_image.layers` and `map_bytes` (the maps as stored).
+    `sources` are the manifests on the way from the REF to the source manifest, an index first; empty where
+    the REF led to the block image without them.
     """
 
     reference: Reference
@@ -44,6 +53,7 @@ class LazyImage:
     layers: tuple[LazyLayer, ...]
     map_bytes: tuple[bytes, ...]
     origin: Origin
+    sources: tuple[Manifest, ...] = ()
 
     @property
     def source_digest(self) -> str:
@@ -62,13 +72,15 @@ def open_image(
     block_repository: Reference | None = None,
     source_digest: str | None = None,
     options: connect.Options | None = None,
+    accept: Accept | None = None,
 ) -> LazyImage:
     """Open the block image of `ref`: of a source image, or a block image itself.
 
     `block_repository` names another place where the block image of a source lies. `source_digest` is the
-    manifest digest of a source that has no origin (docker-archive:, docker-daemon:), which makes
-    `block_repository` necessary. Raises NotFoundError when there is no block image, IntegrityError when
-    the parts do not belong together.
+    manifest digest of a source that need not be asked for, or has no origin (docker-archive:,
+    docker-daemon:), which makes `block_repository` necessary. `accept` is the trust policy; of several
+    candidates the first that it takes is used. Raises NotFoundError when there is no block image,
+    DeniedError when there is none that may be used, IntegrityError when the parts do not belong together.
     """
     options = options or connect.Options()
     wanted = platform or platforms.host()
@@ -78,21 +90,23 @@ def open_image(
                 f"{ref}: nothing can refer to an image in {ref.transport}; say with --block-repository "
                 "where its block image is"
             )
-        return _open_referrer(ref, source_digest, connect.connect(block_repository, options))
+        return _open_referrer(ref, source_digest, connect.connect(block_repository, options), accept)
     origin = connect.connect(ref, options)
-    manifest = _choose_platform(origin, connect.selector(ref), wanted, ref)
+    *indexes, manifest = _choose_platform(origin, connect.selector(ref), wanted, ref)
     document = artifact.parse_json_object(manifest.data, f"manifest of {ref}")
     if artifact.is_block_image(document):
+        if accept is not None:
+            accept(origin, artifact.decode(manifest.data).subject.digest, manifest)
         return _load(ref, manifest, origin)
     place = origin if block_repository is None else connect.connect(block_repository, options)
-    image = _open_referrer(ref, manifest.digest, place)
+    image = _open_referrer(ref, manifest.digest, place, accept)
     config = artifact.decode_descriptor(document.get("config"), f"manifest of {ref}: config")
     if config.digest != image.block_image.config.digest:
         raise errors.IntegrityError(
             f"block image {image.manifest.digest} of {ref} carries config {image.block_image.config.digest}, "
             f"the source has {config.digest}; convert the image again"
         )
-    return image
+    return dataclasses.replace(image, sources=(*indexes, manifest))
 
 
 def index_entries(manifest: Manifest, what: str) -> list[Descriptor]:
@@ -107,29 +121,53 @@ def index_entries(manifest: Manifest, what: str) -> list[Descriptor]:
     return [artifact.decode_descriptor(entry, f"{what}: manifests[{n}]") for n, entry in enumerate(entries)]
 
 
-def _choose_platform(origin: Origin, name: str, wanted: platforms.Platform, ref: Reference) -> Manifest:
+def _choose_platform(origin: Origin, name: str, wanted: platforms.Platform, ref: Reference) -> list[Manifest]:
+    """The manifest for a platform, after the indexes that led to it."""
+    found: list[Manifest] = []
     for _ in range(MAX_INDEX_DEPTH):
         manifest = origin.read_manifest(name)
+        found.append(manifest)
         if manifest.media_type not in artifact.INDEX_TYPES:
-            return manifest
+            return found
         what = f"index {manifest.digest} of {ref}"
         name = platforms.choose(index_entries(manifest, what), wanted, what).digest
     raise errors.InvalidInputError(f"{ref}: more than {MAX_INDEX_DEPTH} indexes inside one another")
 
 
-def _open_referrer(ref: Reference, digest: str, origin: Origin) -> LazyImage:
-    chosen = artifact.choose(origin.referrers(digest))
-    if chosen is None:
-        raise errors.NotFoundError(
-            f"no block image for {ref} ({digest}) in {origin.name}: run `glowplug convert {ref}`"
-        )
-    image = _load(ref, origin.read_manifest(chosen.digest), origin)
+def _open_referrer(ref: Reference, digest: str, origin: Origin, accept: Accept | None) -> LazyImage:
+    manifest = _referrer(ref, digest, origin, accept)
+    image = _load(ref, manifest, origin)
     if image.source_digest != digest:
         raise errors.IntegrityError(
-            f"{origin.name} lists {chosen.digest} as block image of {digest}, but its subject is "
+            f"{origin.name} lists {manifest.digest} as block image of {digest}, but its subject is "
             f"{image.source_digest}"
         )
     return image
+
+
+def _referrer(ref: Reference, digest: str, origin: Origin, accept: Accept | None) -> Manifest:
+    """The manifest of the block image of a source: of those that may be used, the one that is chosen."""
+    candidates = list(origin.referrers(digest))
+    refused: errors.DeniedError | None = None
+    for _ in range(MAX_CANDIDATES):
+        chosen = artifact.choose(candidates)
+        if chosen is None:
+            break
+        manifest = origin.read_manifest(chosen.digest)
+        if accept is None:
+            return manifest
+        try:
+            accept(origin, digest, manifest)
+        except errors.DeniedError as exc:
+            refused = refused or exc
+            candidates = [each for each in candidates if each.digest != chosen.digest]
+        else:
+            return manifest
+    if refused is not None:
+        raise refused
+    raise errors.NotFoundError(
+        f"no block image for {ref} ({digest}) in {origin.name}: run `glowplug convert {ref}`"
+    )
 
 
 def _load(ref: Reference, manifest: Manifest, origin: Origin) -> LazyImage:

@@ -25,7 +25,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from imagefs import errors, loop, syscalls
@@ -68,6 +68,21 @@ class RootAttributes:
     xattrs: Mapping[bytes, bytes] = dataclasses.field(default_factory=dict)
 
 
+_DEFAULT_CHOICE = Choice(Mode.EROFS, "the kernel mounts EROFS from plain files")
+
+
+def mount_layer(wanted: Mode | None, name: str, device: Path, target: Path) -> Choice:
+    """Mount one layer image (name for messages) where it stays, at `target`. `wanted` is the mode of an
+    earlier choice. ConfigurationError when this machine can mount no EROFS at all."""
+    with _read_ahead():
+        choice = _mount_or_fall_back(
+            wanted, Choice(wanted, "as before") if wanted else _DEFAULT_CHOICE, name, device, target
+        )
+    if choice.mode is Mode.FUSE:
+        raise errors.ConfigurationError(f"{name}: {choice.why}; layers cannot be mounted on this machine")
+    return choice
+
+
 def mount_layers(
     wanted: Mode | None, devices: Sequence[tuple[str, Path]], folder: Path
 ) -> tuple[Choice | None, list[Path]]:
@@ -75,36 +90,20 @@ def mount_layers(
     the mount points; choice None when this machine can mount no EROFS (wanted None) or nothing was
     mounted for lack of it. On an error nothing stays mounted."""
     done: list[Path] = []
-    choice = Choice(Mode.EROFS, "the kernel mounts EROFS from plain files")
-    if wanted is Mode.LOOP:
-        choice = Choice(Mode.LOOP, "asked for")
-    elif wanted is Mode.EROFS:
-        choice = Choice(Mode.EROFS, "asked for")
-    before = _erofs_backing_devices()
-    try:
-        for number, (name, device) in enumerate(devices):
-            target = folder / str(number)
-            target.mkdir(exist_ok=True)
-            try:
-                _mount_layer(choice.mode, device, target)
-            except OSError as exc:
-                fallback = None if number or wanted else _fallback(exc)
-                if fallback is None:
-                    raise _explain(exc, name, choice.mode) from exc
-                choice = fallback
+    choice = Choice(wanted, "asked for") if wanted in (Mode.LOOP, Mode.EROFS) else _DEFAULT_CHOICE
+    with _read_ahead():
+        try:
+            for number, (name, device) in enumerate(devices):
+                target = folder / str(number)
+                target.mkdir(exist_ok=True)
+                fixed = choice.mode if number or wanted else None
+                choice = _mount_or_fall_back(fixed, choice, name, device, target)
                 if choice.mode is Mode.FUSE:
                     return None, []
-                try:
-                    _mount_layer(choice.mode, device, target)
-                except OSError as second:
-                    raise _explain(second, name, choice.mode) from second
-            done.append(target)
-    except BaseException:
-        unmount_all(done)
-        raise
-    for name in _erofs_backing_devices() - before:
-        with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
-            (_BACKING_DEVICES / name / "read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
+                done.append(target)
+        except BaseException:
+            unmount_all(done)
+            raise
     return choice, done
 
 
@@ -178,6 +177,24 @@ def carry_attributes(path: Path, root: RootAttributes) -> None:
     os.utime(path, ns=(root.mtime_ns, root.mtime_ns))
 
 
+def _mount_or_fall_back(wanted: Mode | None, choice: Choice, name: str, device: Path, target: Path) -> Choice:
+    """Mount as chosen or, where no mode is `wanted`, in the way that the kernel's refusal points to. Returns
+    how it was done; Mode.FUSE says that it was not."""
+    try:
+        _mount_layer(choice.mode, device, target)
+    except OSError as exc:
+        fallback = None if wanted else _fallback(exc)
+        if fallback is None:
+            raise _explain(exc, name, choice.mode) from exc
+        if fallback.mode is not Mode.FUSE:
+            try:
+                _mount_layer(fallback.mode, device, target)
+            except OSError as second:
+                raise _explain(second, name, fallback.mode) from second
+        return fallback
+    return choice
+
+
 def _mount_layer(mode: Mode, device: Path, target: Path) -> None:
     flags = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
     if mode is Mode.EROFS:
@@ -193,6 +210,16 @@ def _mount_layer(mode: Mode, device: Path, target: Path) -> None:
         syscalls.mount(block_device, target, "erofs", flags)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _read_ahead() -> Iterator[None]:
+    """Give the file-backed mounts that are made meanwhile the read-ahead of the device file."""
+    before = _erofs_backing_devices()
+    yield
+    for name in _erofs_backing_devices() - before:
+        with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
+            (_BACKING_DEVICES / name / "read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
 
 
 def _erofs_backing_devices() -> set[str]:
