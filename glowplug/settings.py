@@ -211,11 +211,9 @@ def storage_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def free_floor_bytes(storage: Storage) -> int:
     """The floor in bytes on the filesystem that holds (or will hold) the cache."""
-    place = storage.cache_dir
-    while not place.exists():
-        place = place.parent
-    stat = os.statvfs(place)
-    return stat.f_blocks * stat.f_frsize * storage.free_floor_percent // 100
+    from imagefs.fuse import control
+
+    return control.free_floor_bytes(storage.cache_dir, storage.free_floor_percent)
 
 
 def server_settings(storage: Storage, origins: Options) -> ServerSettings:

@@ -59,6 +59,15 @@ class ServerSettings:
     origins: Options = dataclasses.field(default_factory=Options)
 
 
+def free_floor_bytes(cache_dir: Path, percent: int) -> int:
+    """A share of the filesystem that holds (or will hold) the cache, in bytes."""
+    place = cache_dir
+    while not place.exists():
+        place = place.parent
+    stat = os.statvfs(place)
+    return stat.f_blocks * stat.f_frsize * percent // 100
+
+
 def encode_settings(value: ServerSettings) -> bytes:
     """As JSON."""
     document = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
