@@ -2,7 +2,8 @@
 
 Called by the fetcher (any thread); `get` and `put` never raise because of the disk. Owned here: one
 background thread (sync, rename, evict), and the memfds that stand in for a disk that refuses. The files are
-`cachedirectory.py`'s, the choice of victims `eviction.py`'s. Invariants:
+`cachedirectory.py`'s, what goes is `cachehousekeeping.py`'s and `eviction.py`'s, what is here
+`cacheindex.py`'s. Invariants:
 
 * A descriptor that leaves this module is of a block that was verified: by the caller of `put`, or here at the
   first use after a boot (the file's attribute, or this process's memory where there are none, says so).
@@ -16,6 +17,7 @@ background thread (sync, rename, evict), and the memfds that stand in for a disk
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -26,9 +28,9 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
-from imagefs import cachedirectory, errors, eviction
+from imagefs import cachedirectory, cachehousekeeping, cacheindex, errors, eviction
 from imagefs.draft import Draft
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ _HOUSEKEEPING_SECONDS = 30.0
 _RESCAN_SECONDS = 60.0
 _MEMORY_BYTES = 64 * 1024 * 1024
 """Memfds that the cache itself keeps while the disk refuses: enough for the blocks being read right now."""
-_LEAST_FREE_BYTES = 64 * 1024 * 1024
+_IDLE_RESCAN_SECONDS = 300.0
+"""How long the index of a cache that this process does not write to may miss what others did."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,10 +67,18 @@ class CacheStats:
 class BlockCache:
     """See the module. `quota_bytes` bounds what the files occupy on disk; `free_floor_bytes` of the
     filesystem stay free, and never less than 64 MiB or a fiftieth of it. Both are restored in the
-    background."""
+    background. `in_use` gives the digests that images in use have, which are the last to go; it is called in
+    the background."""
 
-    def __init__(self, directory: str | os.PathLike[str], quota_bytes: int, free_floor_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        quota_bytes: int,
+        free_floor_bytes: int,
+        in_use: Callable[[], Collection[bytes]] = frozenset,
+    ) -> None:
         self._files = cachedirectory.CacheDirectory(pathlib.Path(directory).absolute())
+        self._in_use = in_use
         self._quota_bytes = quota_bytes
         self._free_floor_bytes = free_floor_bytes
         self._lock = threading.Lock()
@@ -78,13 +89,12 @@ class BlockCache:
         self._unsynced: dict[bytes, str] = {}
         self._memory: collections.OrderedDict[bytes, tuple[int, int]] = collections.OrderedDict()
         self._counts: collections.Counter[str] = collections.Counter()
-        self._used_bytes = 0
-        self._blocks = 0
+        self.index = cacheindex.CacheIndex()
         self._scanned_at = 0.0
         self._disk_retry_at = 0.0
         self._refused = False
         self._closed = False
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="block-cache", daemon=True)
         self._thread.start()
 
@@ -162,15 +172,6 @@ class BlockCache:
         self._work.put(functools.partial(self._persist, digest, path))
         return fd
 
-    def forget(self, digests: Iterable[bytes]) -> None:
-        """These blocks' images were removed: first to go, unless pinned or used again."""
-        for digest in digests:
-            self._used_at.pop(digest, None)
-            self._touched_at.pop(digest, None)
-            # Not there, or not ours to touch: then it goes in its turn.
-            with contextlib.suppress(OSError):
-                os.utime(self._files.block_path(digest), (eviction.FORGOTTEN, eviction.FORGOTTEN))
-
     def pin(self, owner: str, digests: Iterable[bytes]) -> None:
         """Keep these blocks, once they are here, from eviction until `unpin(owner)`; replaces what the owner
         pinned before. Holds across restarts and for every process that shares the directory."""
@@ -190,14 +191,39 @@ class BlockCache:
         """Owner -> number of blocks pinned."""
         return {owner: len(digests) for owner, digests in self._files.pins()}
 
+    def copy_room_bytes(self) -> int:
+        """How much full copies may add now; see eviction.copy_room_bytes. 0 or less for nothing, as before
+        the first look at the directory, and while the disk refuses blocks."""
+        if not self.index.ready.is_set() or time.monotonic() < self._disk_retry_at:
+            return 0
+        kept = set(self._in_use())
+        kept.update(digest for _, digests in self._files.pins() for digest in digests)
+        kept_bytes = self.index.occupied_bytes(kept)
+        return eviction.copy_room_bytes(kept_bytes, self.index.used_bytes, self._space())
+
+    def collect(self) -> cachehousekeeping.Collected:
+        """Bring the cache under its limits now, and wait for it."""
+        collected: concurrent.futures.Future[cachehousekeeping.Collected] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                collected.set_result(self._evict())
+            except Exception as exc:
+                collected.set_exception(exc)
+
+        if self._closed:
+            raise errors.UnavailableError("block cache: closing")
+        self._work.put(work)
+        return collected.result()
+
     def stats(self) -> CacheStats:
         """Counters and sizes; see CacheStats."""
         with self._lock:
             counts = self._counts
             return CacheStats(
                 quota_bytes=self._quota_bytes,
-                used_bytes=self._used_bytes,
-                blocks=self._blocks,
+                used_bytes=self.index.used_bytes,
+                blocks=len(self.index),
                 unsynced_blocks=len(self._unsynced),
                 hits=counts["hits"],
                 misses=counts["misses"],
@@ -249,7 +275,7 @@ class BlockCache:
     def _used(self, digest: bytes, fd: int) -> None:
         now = time.time()
         self._used_at[digest] = now
-        if now - self._touched_at.get(digest, 0.0) >= _TOUCH_SECONDS:
+        if abs(now - self._touched_at.get(digest, 0.0)) >= _TOUCH_SECONDS:  # the clock may be set back
             self._touched_at[digest] = now
             # On a read-only filesystem this process still knows the time.
             with contextlib.suppress(OSError):
@@ -263,6 +289,7 @@ class BlockCache:
         self._checked.discard(digest)
         with self._lock:
             self._counts["corrupt"] += 1
+        self.index.remove(digest)
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -329,7 +356,7 @@ class BlockCache:
             try:
                 work = self._work.get(timeout=_HOUSEKEEPING_SECONDS)
             except queue.Empty:
-                work = self._keep_limits
+                work = self._look_around
             if work is None:
                 return
             try:
@@ -351,8 +378,7 @@ class BlockCache:
                 del self._unsynced[digest]
         with self._lock:
             self._counts["written"] += 1
-            self._used_bytes += allocated
-            self._blocks += 1
+        self.index.add(digest, allocated)
         if time.monotonic() - self._scanned_at > _RESCAN_SECONDS:
             self._evict()  # others may have written, too
         else:
@@ -361,50 +387,36 @@ class BlockCache:
             self._refused = False
             _log.warning("block cache: %s takes blocks again", self._files.path)
 
+    def _look_around(self) -> None:
+        """Nothing was written for a while."""
+        if time.monotonic() - self._scanned_at > _IDLE_RESCAN_SECONDS:
+            self._evict()
+        else:
+            self._keep_limits()
+
     def _keep_limits(self) -> None:
-        free_bytes, floor_bytes = self._space()
-        if self._used_bytes > self._quota_bytes or free_bytes < floor_bytes:
+        if self._space().excess_bytes(self.index.used_bytes) > 0:
             self._evict()
 
-    def _space(self) -> tuple[int, int]:
-        """Free bytes, and how many must stay free."""
-        try:
-            free_bytes, total_bytes = self._files.space()
-        except OSError:
-            return 0, 0
-        return free_bytes, max(self._free_floor_bytes, min(_LEAST_FREE_BYTES, total_bytes // 50))
+    def _space(self) -> eviction.Space:
+        return cachehousekeeping.space(self._files, self._quota_bytes, self._free_floor_bytes)
 
-    def _evict(self) -> None:
-        """Look at the directory as it is, whoever wrote it, and remove what must go."""
-        entries = [
-            dataclasses.replace(entry, used_at=max(entry.used_at, self._used_at.get(entry.digest, 0.0)))
-            for entry in self._files.scan()
-        ]
-        free_bytes, floor_bytes = self._space()
-        choice = eviction.choose(
-            entries,
-            {digest for _, digests in self._files.pins() for digest in digests},
-            quota_bytes=self._quota_bytes,
-            free_bytes=free_bytes,
-            free_floor_bytes=floor_bytes,
+    def _evict(self) -> cachehousekeeping.Collected:
+        collected = cachehousekeeping.collect(
+            self._files, self._quota_bytes, self._free_floor_bytes, self._in_use, self._used_at
         )
-        for victim in choice.victims:
-            # Another process may have been first; what cannot be removed stays and is counted next time.
-            with contextlib.suppress(OSError):
-                os.unlink(self._files.block_path(victim.digest))
-        gone = {victim.digest for victim in choice.victims}
-        kept = {entry.digest for entry in entries} - gone
+        kept = {entry.digest for entry in collected.kept}
         for digest in set(self._used_at) - kept - set(self._unsynced):
             self._used_at.pop(digest, None)
             self._touched_at.pop(digest, None)
             self._checked.discard(digest)
+        self.index.replace(collected.kept)
         with self._lock:
-            self._counts["evicted"] += len(gone)
-            self._used_bytes = sum(entry.allocated_bytes for entry in entries if entry.digest in kept)
-            self._blocks = len(kept)
+            self._counts["evicted"] += len(collected.removed)
         self._scanned_at = time.monotonic()
-        if choice.short_bytes > 0:
-            text = f"{choice.short_bytes} bytes over its limits, and nothing left to evict"
+        if collected.short_bytes > 0:
+            text = f"{collected.short_bytes} bytes over its limits, and nothing left to evict"
             self._disk_refuses(OSError(errno.ENOSPC, text))
-        elif choice.victims:
+        elif collected.removed:
             self._disk_retry_at = 0.0  # there is room now
+        return collected

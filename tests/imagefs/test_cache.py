@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from imagefs import cache, cachedirectory, errors
+from imagefs import cache, cachedirectory, cachehousekeeping, errors
 from tests.imagefs.scripted import eventually
 
 LENGTH = 64 * 1024
@@ -155,7 +155,7 @@ def test_the_quota_holds_and_open_descriptors_survive_eviction(tmp_path: pathlib
         assert stats.used_bytes <= 10 * LENGTH
 
 
-def test_least_recently_used_go_and_pinned_and_forgotten_are_told_apart(tmp_path: pathlib.Path) -> None:
+def test_least_recently_used_go_and_pinned_and_unused_are_told_apart(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path) as target:
         digests = [store(target, number) for number in range(8)]
         settled(target)
@@ -163,12 +163,12 @@ def test_least_recently_used_go_and_pinned_and_forgotten_are_told_apart(tmp_path
         target.pin("another", digests[1:2])
         assert target.pins() == {"base image": 2, "another": 1}
         target.unpin("base image")
-        target.forget([digests[7]])
         for number in (2, 3):
             os.close(target.get(digests[number], LENGTH) or -1)
     for number in (0, 1, 4, 5, 6):
         os.utime(path_of(tmp_path, digests[number]), (1000 + number, 1000 + number))
-    with opened(tmp_path, quota=4 * LENGTH) as target:
+    in_use = {*digests[:7]}
+    with contextlib.closing(cache.BlockCache(tmp_path, 4 * LENGTH, 0, lambda: in_use)) as target:
         eventually(lambda: target.stats().evicted_blocks == 5)
         left = [number for number in range(8) if target.present(digests[number])]
         assert left == [1, 2, 3]
@@ -332,3 +332,66 @@ def test_memory_kept_for_a_refusing_disk_is_bounded(
         held = [target.get(block(number)[0], LENGTH) for number in range(10)]
         assert [number for number in range(10) if held[number] is not None] == [7, 8, 9]
         assert [take(fd) for fd in held if fd is not None] == [block(number)[1] for number in (7, 8, 9)]
+
+
+def test_verify_removes_what_is_wrong_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    with opened(tmp_path) as target:
+        digests = [store(target, number) for number in range(4)]
+    flipped, short = path_of(tmp_path, digests[1]), path_of(tmp_path, digests[2])
+    with flipped.open("r+b") as file:
+        file.write(b"\xff")
+    os.truncate(short, 100)
+    files = cachedirectory.CacheDirectory(tmp_path)
+    seen: list[int] = []
+    found = cachehousekeeping.verify(files, list(files.scan()), seen.append)
+    assert sorted(found.damaged) == sorted(digest.hex() for digest in digests[1:3])
+    assert (found.blocks, found.stuck) == (4, ())
+    assert sum(seen) == found.bytes_read == 3 * LENGTH + 100
+    with opened(tmp_path) as again:
+        assert [again.present(digest) for digest in digests] == [True, False, False, True]
+        store(again, 1)
+
+
+def test_the_index_follows_what_is_put_evicted_and_found_damaged(tmp_path: pathlib.Path) -> None:
+    with opened(tmp_path, quota=10 * LENGTH) as target:
+        first = store(target, 0)
+        settled(target)
+        assert first in target.index
+        assert target.index.used_bytes == target.index.occupied_bytes([first]) >= LENGTH
+        for number in range(1, 20):
+            store(target, number)
+            settled(target)
+        left = [number for number in range(20) if block(number)[0] in target.index]
+        assert left == [number for number in range(20) if target.present(block(number)[0])]
+        assert first not in target.index
+        assert target.index.used_bytes <= 10 * LENGTH
+    with opened(tmp_path) as again:
+        assert again.index.ready.wait(30)
+        assert len(again.index) == len(left)
+
+
+def test_full_copies_get_room_above_what_is_in_use_or_pinned(tmp_path: pathlib.Path) -> None:
+    in_use: set[bytes] = set()
+    with contextlib.closing(cache.BlockCache(tmp_path, 10 * LENGTH, 0, lambda: in_use)) as target:
+        digests = [store(target, number) for number in range(8)]
+        settled(target)
+        assert target.copy_room_bytes() == 9 * LENGTH
+        target.pin("owner", digests[:2])
+        in_use.update(digests[1:3])
+        assert target.copy_room_bytes() == 6 * LENGTH
+
+
+def test_collect_brings_the_cache_under_its_limits_and_says_what_went(tmp_path: pathlib.Path) -> None:
+    with opened(tmp_path) as target:
+        digests = [store(target, number) for number in range(8)]
+        settled(target)
+        assert target.collect().removed == ()
+    with opened(tmp_path, quota=4 * LENGTH) as target:
+        target.collect()
+        assert target.stats().used_bytes <= 4 * LENGTH
+        target.pin("all", digests)
+        assert len(target.index) == sum(target.present(digest) for digest in digests) > 1
+    with opened(tmp_path, quota=LENGTH) as target:
+        collected = target.collect()
+        assert collected.removed == ()
+        assert collected.short_bytes > 0

@@ -16,8 +16,15 @@ entries = st.lists(
 )
 
 
-def choose(listing: list[eviction.Entry], pinned: set[bytes], quota: int, free: int = 10**9, floor: int = 0):
-    return eviction.choose(listing, pinned, quota_bytes=quota, free_bytes=free, free_floor_bytes=floor)
+def choose(
+    listing: list[eviction.Entry],
+    pinned: set[bytes],
+    quota: int,
+    free: int = 10**9,
+    floor: int = 0,
+    in_use: set[bytes] = frozenset(),  # type: ignore[assignment]
+) -> eviction.Choice:
+    return eviction.choose(listing, pinned, lambda: in_use, eviction.Space(quota, free, floor))
 
 
 @given(entries, st.sets(st.binary(min_size=2, max_size=2)), st.integers(0, 5000), st.integers(0, 2000))
@@ -38,7 +45,25 @@ def test_enough_goes_oldest_first_and_never_what_is_pinned(
         assert not choice.victims
 
 
-def test_forgotten_blocks_go_first() -> None:
-    old = eviction.Entry(b"old", 10, 5.0)
-    forgotten = eviction.Entry(b"forgotten", 10, eviction.FORGOTTEN)
-    assert choose([old, forgotten], set(), quota=15).victims == (forgotten,)
+def test_what_no_image_in_use_has_goes_first() -> None:
+    old = eviction.Entry(b"old, in use", 10, 5.0)
+    new = eviction.Entry(b"new, of a removed image", 10, 6.0)
+    newer = eviction.Entry(b"newer, of a removed image", 10, 7.0)
+    assert choose([newer, old, new], set(), quota=25, in_use={old.digest}).victims == (new,)
+    assert choose([newer, old, new], set(), quota=5, in_use={old.digest}).victims == (new, newer, old)
+
+
+@given(entries, st.sets(st.binary(min_size=2, max_size=2)), st.integers(0, 5000), st.integers(-2000, 2000))
+def test_a_copy_that_keeps_to_its_room_makes_nothing_go_that_is_in_use(
+    listing: list[eviction.Entry], in_use: set[bytes], quota: int, above_floor: int
+) -> None:
+    used = sum(entry.allocated_bytes for entry in listing)
+    kept = sum(entry.allocated_bytes for entry in listing if entry.digest in in_use)
+    room = eviction.copy_room_bytes(kept, used, eviction.Space(quota, 3000 + above_floor, 3000))
+    if room <= 0:
+        return
+    copy = eviction.Entry(b"the copied block", room, 1e10)
+    after = eviction.Space(quota, 3000 + above_floor - room, 3000)
+    choice = eviction.choose([*listing, copy], set(), lambda: {*in_use, copy.digest}, after)
+    assert not {entry.digest for entry in choice.victims} & {*in_use, copy.digest}
+    assert not choice.short_bytes
