@@ -4,7 +4,7 @@ import signal
 
 import hypothesis
 
-pytest_plugins = ["tests.fixtures.servers"]
+pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.kubernetes_api"]
 
 # Whatever a shell starts with & ignores SIGINT, and hands that on: commands under test must not inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
