@@ -22,7 +22,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from imagefs import blockmap, errors, fetchlog, frames, plan
 from imagefs.cache import BlockCache
@@ -30,6 +31,9 @@ from imagefs.draft import Draft
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
 from imagefs.plan import Priority as Priority
+
+if TYPE_CHECKING:  # what reads without a cluster need not load HTTP for peers
+    from imagefs.peers import Peers
 
 _log = logging.getLogger(__name__)
 
@@ -56,19 +60,22 @@ class _Attached:
     layer: LazyLayer
     count: int
     origins: dict[str, Origin]
+    missed_at: float
 
 
 class Fetcher:
     """See the module."""
 
-    def __init__(self, cache: BlockCache, settings: FetchSettings) -> None:
+    def __init__(self, cache: BlockCache, settings: FetchSettings, peers: Peers | None = None) -> None:
         self._cache = cache
+        self._peers = peers
         self._settings = settings
         self._plan: plan.Plan[Done] = plan.Plan(settings.policy)
         self._layers: dict[str, _Attached] = {}
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._time = threading.Condition(self._lock)
+        self._calm = threading.Condition(self._lock)
         self._threads = 0
         self._idle = 0
         self._clock_until = 0.0
@@ -78,6 +85,8 @@ class Fetcher:
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
         self._clock.start()
+        if peers is not None:
+            peers.bind(self._want, self._hand_out, self._call, self._log)
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -88,7 +97,9 @@ class Fetcher:
         with self._lock:
             known = self._layers.get(layer.map_digest)
             if known is None:
-                self._layers[layer.map_digest] = _Attached(layer, 1, {layer.origin.name: layer.origin})
+                self._layers[layer.map_digest] = _Attached(
+                    layer, 1, {layer.origin.name: layer.origin}, time.monotonic()
+                )
                 self._plan.add_layer(layer.map_digest, layer.origin.name, layer.block_map)
             else:
                 known.count += 1
@@ -108,14 +119,19 @@ class Fetcher:
         gone = errors.NotFoundError(f"layer {map_digest} was detached")
         for answer in answers:
             self._refuse(answer, gone)
+        for done in self._peers.forget(map_digest) if self._peers else ():
+            self._call(done, gone)
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def request(self, map_digest: str, index: int, priority: Priority, done: Done) -> None:
+    def request(
+        self, map_digest: str, index: int, priority: Priority, done: Done, *, for_peer: bool = False
+    ) -> None:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
         zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
         IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
-        a demand is not retried: it gets the first error."""
+        a demand is not retried: it gets the first error. So does what is asked `for_peer`, which neither goes
+        to another peer nor says anything about what will be read here."""
         wanted_at = time.monotonic()
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
@@ -133,10 +149,10 @@ class Fetcher:
             self._call(done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
-            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at)
+            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at, for_peer)
         else:
-            self._want(map_digest, index, priority, done, wanted_at)
-        if priority is Priority.DEMAND:
+            self._miss(known.layer, index, priority, done, wanted_at, for_peer)
+        if priority is Priority.DEMAND and not for_peer:
             self._read_ahead(map_digest, index)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
@@ -174,6 +190,12 @@ class Fetcher:
                 future.add_done_callback(_close_result)
         return bytes(out)
 
+    def quiet_seconds(self, map_digest: str) -> float:
+        """How long no read of the layer has missed the cache, or it has been attached. 0 if it is not."""
+        with self._lock:
+            known = self._layers.get(map_digest)
+            return 0.0 if known is None else time.monotonic() - known.missed_at
+
     def events(self, after: int = 0) -> list[fetchlog.FetchEvent]:
         """The latest events with numbers above `after`, oldest first."""
         return self._log.events(after)
@@ -195,23 +217,51 @@ class Fetcher:
             answers = [answer for name in layers for answer in self._plan.remove_layer(name)]
             self._work.notify_all()
             self._time.notify_all()
+            self._calm.notify_all()
         for answer in answers:
             self._refuse(answer, _closing())
+        if self._peers is not None:
+            self._peers.close()
         self._checkers.shutdown(wait=True)
         self._clock.join()
         os.close(self._zeros)
 
     # -- queueing ----------------------------------------------------------------------------------
 
+    def _miss(
+        self,
+        layer: LazyLayer,
+        index: int,
+        priority: Priority,
+        done: Done | None,
+        wanted_at: float,
+        for_peer: bool = False,
+    ) -> None:
+        """The cache lacks it: the block's home among the peers is asked, or the origin."""
+        peers = None if for_peer else self._peers
+        if peers is None or not peers.ask(layer, index, priority, done, wanted_at):
+            self._want(layer.map_digest, index, priority, done, wanted_at, patient=not for_peer)
+
     def _want(
-        self, map_digest: str, index: int, priority: Priority, done: Done | None, wanted_at: float
+        self,
+        map_digest: str,
+        index: int,
+        priority: Priority,
+        done: Done | None,
+        wanted_at: float,
+        *,
+        patient: bool = True,
     ) -> None:
         deadline = None
-        if priority is Priority.DEMAND:
+        if priority is Priority.DEMAND and patient:
             deadline = wanted_at + self._settings.read_deadline_seconds
         with self._lock:
-            attached = map_digest in self._layers
-            if attached:
+            known = self._layers.get(map_digest)
+            attached = known is not None
+            if known is not None:
+                if deadline is not None:
+                    known.missed_at = wanted_at
+                    self._calm.notify_all()  # it may be for what a fill is bringing
                 self._plan.want(map_digest, index, priority, wanted_at, done, deadline)
                 self._start_worker()
                 if deadline is not None and deadline < self._clock_until:
@@ -227,15 +277,25 @@ class Fetcher:
             threading.Thread(target=self._run, name="fetch", daemon=True).start()
             self._threads += 1
 
-    def _check(self, map_digest: str, index: int, priority: Priority, done: Done, wanted_at: float) -> None:
+    def _check(
+        self,
+        map_digest: str,
+        index: int,
+        priority: Priority,
+        done: Done,
+        wanted_at: float,
+        for_peer: bool,
+    ) -> None:
         known = self._layers.get(map_digest)
         fd = None
         if known is not None:
             block_map = known.layer.block_map
             length = block_map.block_length(index)
             fd = self._cache.get(block_map.blocks[index].digest, length)
-        if fd is None:
-            self._want(map_digest, index, priority, done, wanted_at)
+        if known is None:
+            self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
+        elif fd is None:
+            self._miss(known.layer, index, priority, done, wanted_at, for_peer)
         else:
             self._log.note_hit(map_digest, index, priority, wanted_at, length)
             self._call(done, fd)
@@ -246,8 +306,8 @@ class Fetcher:
             proposed = self._plan.demanded(map_digest, index) if known else range(0)
         for ahead in proposed:
             block = known.layer.block_map.blocks[ahead] if known else None
-            if block is not None and not block.zero and not self._cache.present(block.digest):
-                self._want(map_digest, ahead, Priority.READ_AHEAD, None, time.monotonic())
+            if known and block is not None and not block.zero and not self._cache.present(block.digest):
+                self._miss(known.layer, ahead, Priority.READ_AHEAD, None, time.monotonic())
 
     def _future(self, map_digest: str, index: int) -> concurrent.futures.Future[int]:
         future: concurrent.futures.Future[int] = concurrent.futures.Future()
@@ -286,6 +346,7 @@ class Fetcher:
             finally:
                 with self._lock:
                     self._plan.finished(fetch)
+                    self._calm.notify_all()
 
     def _next_fetch(self) -> plan.Fetch | None:
         """With the lock held: wait for work; None when this thread should end."""
@@ -350,7 +411,7 @@ class Fetcher:
         deadline = time.monotonic() + self._settings.read_deadline_seconds
         self._log.count(origin_requests=1, coalesced_blocks=len(missing) - 1)
         stream = origin.stream_range(layer.blob_digest, start, length, deadline)
-        pieces = frames.Pieces(stream, start)
+        pieces = frames.Pieces(self._giving_way(fetch, stream), start)
         with contextlib.closing(stream):
             for number, index in enumerate(missing):
                 with contextlib.closing(self._cache.draft(block_map.block_length(index))) as draft:
@@ -368,6 +429,16 @@ class Fetcher:
                     else:
                         self._keep(fetch, layer, index, draft, data)
         self._log.count(fetched_bytes=pieces.position - start)
+
+    def _giving_way(self, fetch: plan.Fetch, stream: Iterator[bytes]) -> Iterator[bytes]:
+        """The stream, which stands still while the plan says so: neither link nor processor is for a fill
+        while somebody waits. Not for ever, because an origin takes a reader that never reads for dead."""
+        until = time.monotonic() + self._settings.read_deadline_seconds / 2
+        for piece in stream:
+            yield piece
+            with self._lock:
+                while not self._closed and self._plan.gives_way(fetch) and time.monotonic() < until:
+                    self._calm.wait(until - time.monotonic())
 
     def _keep(self, fetch: plan.Fetch, layer: LazyLayer, index: int, draft: Draft, data: memoryview) -> None:
         """Cache a block that came, and answer those who wait for it."""

@@ -297,6 +297,14 @@ class Plan(Generic[W]):
         _decrement(self._in_flight_by_kind, (fetch.origin, fetch.priority))
         _decrement(self._in_flight_by_layer, fetch.layer)
 
+    def gives_way(self, fetch: Fetch) -> bool:
+        """Whether a running fill should take no more bytes for now: a demand is in flight at its origin, and
+        nobody has come to demand what it brings."""
+        if fetch.priority is not Priority.FILL or not self._in_flight_by_kind[fetch.origin, Priority.DEMAND]:
+            return False
+        jobs = (self._jobs.get((fetch.layer, index)) for index in fetch.indices)
+        return not any(job is not None and job.priority is Priority.DEMAND for job in jobs)
+
     # -- time --------------------------------------------------------------------------------------
 
     def next_time(self, now: float) -> float | None:

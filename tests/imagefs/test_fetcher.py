@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -463,3 +464,70 @@ def test_many_readers_of_many_layers_get_every_byte(tmp_path: pathlib.Path) -> N
         assert not wrong
         calls = [(layer.blob_digest, call.offset) for layer in layers for call in layer.origin.calls]
         assert len(calls) == len(set(calls))
+
+
+def test_a_fill_that_is_arriving_gives_way_to_a_demand(tmp_path: pathlib.Path) -> None:
+    """No byte of a fill is taken while a demand is under way at its origin, unless it is demanded, too."""
+    filling, demanded, answer = threading.Event(), threading.Event(), threading.Event()
+    moved_on: list[int] = []
+    with bench(tmp_path) as made:
+        blocks = made.layer.block_map.blocks
+
+        def between(call: scripted.Call, start: int) -> None:
+            if call.offset == blocks[9].offset:
+                demanded.set()
+                assert_true(answer.wait(30))
+            elif not demanded.is_set():
+                filling.set()
+                assert_true(demanded.wait(30))
+            else:
+                moved_on.append(start)
+
+        made.origin.between = between
+        made.ask(1, Priority.FILL)
+        assert filling.wait(30)
+        made.ask(9)
+        assert demanded.wait(30)
+        time.sleep(0.2)  # it could go on now, if it did not give way
+        assert moved_on == []
+        made.ask(1, key="1 demanded")
+        for result in made.answers.wait([1, "1 demanded"]):
+            assert content(result, 1)
+        assert moved_on
+        answer.set()
+        assert content(made.answers.wait([9])[0], 9)
+
+
+def test_a_fill_that_gave_way_goes_on_afterwards(tmp_path: pathlib.Path) -> None:
+    filling, demanded, answer = threading.Event(), threading.Event(), threading.Event()
+    with bench(tmp_path) as made:
+
+        def between(call: scripted.Call, start: int) -> None:
+            if call.offset == made.layer.block_map.blocks[9].offset:
+                demanded.set()
+                assert_true(answer.wait(30))
+            filling.set()
+
+        made.origin.between = between
+        made.ask(1, Priority.FILL)
+        assert filling.wait(30)
+        made.ask(9)
+        assert demanded.wait(30)
+        answer.set()
+        for index, result in zip((9, 1), made.answers.wait([9, 1]), strict=True):
+            assert content(result, index)
+
+
+def test_quiet_is_counted_from_the_last_miss(tmp_path: pathlib.Path) -> None:
+    with bench(tmp_path) as made:
+        name = made.layer.map_digest
+        asked_at = time.monotonic()
+        made.ask(2)
+        made.answers.wait([2])
+        assert 0 <= made.fetcher.quiet_seconds(name) <= time.monotonic() - asked_at
+        missed_at = time.monotonic()
+        made.ask(2, key="a hit")
+        made.answers.wait(["a hit"])
+        hit_seconds = time.monotonic() - missed_at
+        assert made.fetcher.quiet_seconds(name) >= hit_seconds
+        assert made.fetcher.quiet_seconds("sha256:unknown") == 0.0
