@@ -18,7 +18,7 @@ class FetchEvent:
     """One block's way. `number` grows from event to event, also over a restart of the process: whoever has
     seen one can ask for what came after. Times are time.monotonic_ns(). `reason` is why it was first wanted
     ("demand", "boot", "read_ahead", "fill"), `priority` how urgent it was in the end. `outcome`: "origin",
-    "cache" or "failed". `compressed_bytes` is 0 for what cost the origin nothing."""
+    "peer", "cache" or "failed". `compressed_bytes` is 0 for what cost the origin nothing."""
 
     number: int
     map_digest: str
@@ -37,7 +37,9 @@ class FetchStats:
     """Counters since start. `coalesced_blocks` came in the same request as a neighbour; `fetched_bytes` are
     compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline,
     `failed_reads` all demanded blocks whose readers got an error; `demand_misses` are blocks that a reader
-    waited for and that had to come from elsewhere. `queued` blocks wait, by priority."""
+    waited for and that had to come from elsewhere. `queued` blocks wait, by priority. `peer_` is what this
+    node got from others (bytes uncompressed; a hedge is a demand for which the origin was asked as well),
+    `served_` what it gave to them."""
 
     cache_hits: int
     cache_bytes: int
@@ -52,6 +54,13 @@ class FetchStats:
     expired_reads: int
     failed_reads: int
     demand_misses: int
+    peer_requests: int
+    peer_blocks: int
+    peer_bytes: int
+    peer_failures: int
+    peer_hedges: int
+    served_blocks: int
+    served_bytes: int
     threads: int
     queued: Mapping[str, int]
 
