@@ -1,0 +1,342 @@
+"""The block images of this node: found once, attached once, their layers mounted at first use, let go.
+
+Called by the snapshotter (as its `LazyImages`), by `glowplug pull` and by prefetch, from any thread. The
+store has what is known, `imagetable` the same in memory: this process is the only one that writes it.
+
+* An image is attached to the device server as a whole, owner "image:<digest of the block image>"; after the
+  server lost it (a reboot), again from the block maps in root/maps, without asking the origin, when one of
+  its layers is used.
+* A new image counts once its layers are attached, all superblocks were checked and all metadata is at hand.
+  What fails before that, or comes after the lookup's deadline, is undone.
+* An image goes with its last snapshot, unless it is pinned or prefetched. One that was just found is held for
+  a moment, because its snapshots are only about to be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from agent import config, lookup, snapshots
+from agent.flights import Flight, Flights
+from agent.imagetable import ImageTable
+from agent.lookup import Trust, Wanted
+from agent.mapfiles import MapFiles
+from agent.mounts import LayerMounts
+from agent.observer import Observer
+from agent.snapshotter import Found
+from agent.store import ImageRow, LayerRow, Store
+from imagefs import assembly, blockmap, erofs, errors
+from imagefs.erofs import ondisk
+from imagefs.fuse import statedirectory
+from imagefs.fuse.control import DeviceClient
+from imagefs.fuse.devices import LayerSpec, device_name
+from imagefs.image import LazyImage
+from imagefs.mount import RootAttributes
+from imagefs.origin import connect
+
+HOLD_SECONDS = 5.0
+"""From an image's being found to its first snapshot: containerd asks for the next layer at once."""
+PULL_HOLD_SECONDS = 300.0
+"""The same after a `pull` by name, when a person or a program is to act next."""
+_OWNER = "image:"
+
+
+class Images:
+    """See the module. `trust` None takes what the repository lists."""
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        store: Store,
+        devices: DeviceClient,
+        mounts: LayerMounts,
+        observer: Observer,
+        origins: connect.Options,
+        trust: Trust | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings.images
+        self._device_directory = statedirectory.device_directory(settings.state)
+        self._store = store
+        self._devices = devices
+        self._mounts = mounts
+        self._observer = observer
+        self._origins = origins
+        self._trust = trust
+        self._clock = clock
+        self._maps = MapFiles(settings.root / "maps")
+        self._table = ImageTable(store.images())
+        self._lock = threading.Lock()
+        self._attached: set[str] = set()
+        self._attaching: dict[str, threading.Lock] = {}
+        self._roots: dict[str, RootAttributes | None] = {}
+        self._inodes: dict[str, int] = {}
+        self._flights = Flights(
+            settings.images.lookup_deadline_seconds,
+            settings.images.negative_seconds,
+            self._open,
+            self._report,
+            clock,
+        )
+
+    # -- for the snapshotter -----------------------------------------------------------------------
+
+    def find_layer(self, chain_id: str, labels: Mapping[str, str]) -> Found | None:
+        """The lazy layer of a Prepare that is to become `chain_id`; None: unpack it in the ordinary way (the
+        reason was told to the observer)."""
+        wanted = lookup.from_labels(labels)
+        row = self._find_quietly(wanted) if wanted is not None else None
+        place = self._table.layer_of_chain(chain_id, row)
+        if place is None:
+            return None
+        self._hold(place[0], HOLD_SECONDS)
+        return Found(*place)
+
+    def directory(self, block_digest: str, layer: int) -> Path:
+        """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
+        row = self._table.row(block_digest)
+        found = row.layers[layer]
+        path = self._mounts.find(found.mount_number, device_name(found.map_digest))
+        if path is not None:
+            return path
+        started = self._clock()
+        device = self.attach(block_digest)[layer]
+        name = f"{row.reference}: layer {layer} ({found.map_digest})"
+        path = self._mounts.ensure(found.mount_number, name, device)
+        self._observer.phase(row.reference, "mount", self._clock() - started)
+        return path
+
+    def root_attributes(self, block_digest: str, layer: int) -> RootAttributes | None:
+        """The attributes of the layer's root directory; None when the layer does not say."""
+        found = self._table.row(block_digest).layers[layer]
+        if found.map_digest not in self._roots:
+            self._roots[found.map_digest] = self._read_root(block_digest, layer, found.map_digest)
+        return self._roots[found.map_digest]
+
+    def usage(self, block_digest: str, layer: int) -> snapshots.Usage:
+        """Inodes of the layer, and how many bytes of it are on this machine's disk now."""
+        found = self._table.row(block_digest).layers[layer]
+        if found.map_digest not in self._inodes:
+            with open(self.attach(block_digest)[layer], "rb") as device:
+                superblock = erofs.check_superblock(device.read(ondisk.BLOCK_BYTES))
+            self._inodes[found.map_digest] = superblock.inodes
+        return snapshots.Usage(self._inodes[found.map_digest], 0)
+
+    def released(self, block_digest: str) -> None:
+        """A snapshot of the image is gone: the image goes with the last one."""
+        row = self._table.find(block_digest)
+        if row is not None:
+            self._release(row)
+
+    # -- by name -----------------------------------------------------------------------------------
+
+    def pull(self, reference: str) -> ImageRow:
+        """Find the block image of a reference, and have all its layers at hand. Raises what the lookup
+        raised, UnavailableError after the deadline."""
+        return self.pull_opened(reference)[0]
+
+    def pull_opened(self, reference: str) -> tuple[ImageRow, LazyImage]:
+        """As `pull`, with the opened image: its config, and the manifests that led to it."""
+        flight = self._flights.join(lookup.from_text(reference), remembered=False)
+        assert flight.image is not None
+        row = self._table.row(flight.image.manifest.digest)
+        self._hold(row.block_digest, PULL_HOLD_SECONDS)
+        return row, flight.image
+
+    # -- upkeep ------------------------------------------------------------------------------------
+
+    def rows(self) -> list[ImageRow]:
+        """The images that are known now."""
+        return self._table.rows()
+
+    def attach(self, block_digest: str) -> list[Path]:
+        """The device files of an image's layers, attached now if they are not."""
+        row = self._table.row(block_digest)
+        with self._attaching_lock(block_digest):
+            if block_digest not in self._attached:
+                specs = [self._spec(row, layer) for layer in row.layers]
+                self._devices.attach(owner_of(block_digest), specs, self._origins)
+                self._attached.add(block_digest)
+        return [self._device_directory / device_name(layer.map_digest) for layer in row.layers]
+
+    def reconcile(self, owners: Collection[str]) -> list[str]:
+        """Take note of what the device server has attached, by its own account; all else is attached when it
+        is used. Returns what it has attached for images that are not known any more."""
+        rows = {owner_of(row.block_digest): row.block_digest for row in self._table.rows()}
+        self._attached = {digest for owner, digest in rows.items() if owner in owners}
+        return [owner for owner in owners if owner.startswith(_OWNER) and owner not in rows]
+
+    def tidy_maps(self) -> int:
+        """Remove the block maps that no image has. How many."""
+        return self._maps.keep_only(layer.map_digest for row in self._table.rows() for layer in row.layers)
+
+    def sweep(self) -> None:
+        """Let go of every image that nothing keeps: what was found and never used, what `released` could not
+        finish."""
+        for row in self._table.rows():
+            self._release(row)
+
+    def refresh(self, block_digest: str) -> None:
+        """The row's pin or prefetch mark was changed in the store."""
+        row = self._store.image(block_digest)
+        if row is not None:
+            self._table.put(row)
+
+    # -- looking up --------------------------------------------------------------------------------
+
+    def _find_quietly(self, wanted: Wanted) -> ImageRow | None:
+        known = self._table.of_source(wanted.source_digest)
+        if known is not None:
+            return known
+        try:
+            flight = self._flights.join(wanted)
+        except errors.ImagefsError:
+            return None
+        return self._table.find(flight.block_digest or "")
+
+    def _open(self, flight: Flight) -> None:
+        """One lookup, on its own thread."""
+        image = lookup.open_image(flight.wanted, self._settings, self._origins, self._trust)
+        with contextlib.closing(image.origin):
+            self._observer.phase(flight.wanted.name, "lookup", self._clock() - flight.started)
+            digest = image.manifest.digest
+            with self._attaching_lock(digest):
+                if self._table.find(digest) is None:
+                    self._take_up(flight, image)
+            flight.block_digest, flight.image = digest, image
+
+    def _take_up(self, flight: Flight, image: LazyImage) -> None:
+        """Attach a new image's layers, and bring their metadata in. Undone when it fails, or comes late."""
+        started = self._clock()
+        digest = image.manifest.digest
+        for layer, data in zip(image.layers, image.map_bytes, strict=True):
+            self._maps.keep(layer.map_digest, data)
+        devices = self._devices.attach(owner_of(digest), assembly.layer_specs(image), self._origins)
+        flight.cancel = lambda: self._cancel(flight, digest)
+        try:
+            self._commit(flight, None)
+            roots = assembly.prepare_layers(image, devices)
+            self._commit(flight, digest)
+            row = self._store.put_image(_row(flight.wanted, image))
+        except BaseException:
+            self._detach(digest)
+            raise
+        for layer, root in zip(image.layers, roots, strict=True):
+            self._roots[layer.map_digest] = root
+        self._attached.add(digest)
+        self._table.put(row)
+        self._hold(digest, HOLD_SECONDS)
+        self._observer.phase(flight.wanted.name, "metadata", self._clock() - started)
+
+    def _commit(self, flight: Flight, block_digest: str | None) -> None:
+        """With a digest: from here on the image counts. UnavailableError if nobody waits any more."""
+        with self._lock:
+            if flight.done.is_set():
+                raise errors.UnavailableError(f"{flight.wanted.name}: past its deadline")
+            flight.block_digest = block_digest
+
+    def _cancel(self, flight: Flight, block_digest: str) -> None:
+        """At the deadline: fail the reads that the lookup waits for, unless it is through."""
+        with self._lock:
+            late = flight.block_digest is None
+        if late:
+            self._detach(block_digest)
+
+    def _report(self, flight: Flight) -> None:
+        name, error = flight.wanted.name, flight.error
+        why = None if error is None else lookup.reason(error)
+        if error is not None and why != lookup.NO_BLOCK_IMAGE:
+            self._observer.event("lookup_failed", str(error), level="warning", image=name)
+        row = self._table.find(flight.block_digest or "")
+        seconds = self._clock() - flight.started
+        layers = len(row.layers) if row is not None else 0
+        self._observer.pulled(name, lazy=error is None, seconds=seconds, layers=layers, reason=why)
+
+    # -- letting go --------------------------------------------------------------------------------
+
+    def _hold(self, block_digest: str, seconds: float) -> None:
+        self._table.hold(block_digest, self._clock() + seconds)
+
+    def _release(self, row: ImageRow) -> None:
+        """Forget an image, unless something keeps it."""
+        digest = row.block_digest
+        if row.pinned or row.prefetched or self._table.held_until(digest) > self._clock():
+            return
+        with self._attaching_lock(digest):
+            try:
+                if self._store.references(digest):
+                    return
+                self._store.remove_image(digest)
+            except errors.ImagefsError:
+                return  # a snapshot was made of it meanwhile, or the disk is full: the next sweep sees it
+            gone = self._table.drop(row)
+            for layer in row.layers:
+                if layer.map_digest in gone:
+                    self._mounts.unmount(layer.mount_number, device_name(layer.map_digest))
+                    self._maps.remove(layer.map_digest)
+                    self._roots.pop(layer.map_digest, None)
+                    self._inodes.pop(layer.map_digest, None)
+            self._detach(digest)
+        self._observer.event("image_released", f"{row.reference} is not used any more", image=row.reference)
+
+    def _detach(self, block_digest: str) -> None:
+        self._attached.discard(block_digest)
+        with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
+            self._devices.detach(owner_of(block_digest))
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def _attaching_lock(self, block_digest: str) -> threading.Lock:
+        """Held while an image comes or goes. One for each image that was ever seen: it is small, and a lock
+        that somebody may wait for cannot be removed."""
+        with self._lock:
+            return self._attaching.setdefault(block_digest, threading.Lock())
+
+    def _spec(self, row: ImageRow, layer: LayerRow) -> LayerSpec:
+        return LayerSpec(
+            origin_ref=row.origin_ref,
+            map_digest=layer.map_digest,
+            map_size=layer.map_size,
+            blob_digest=layer.blob_digest,
+            blob_size=layer.blob_size,
+            map_bytes=self._maps.read(layer.map_digest),
+        )
+
+    def _read_root(self, block_digest: str, layer: int, map_digest: str) -> RootAttributes | None:
+        device = self.attach(block_digest)[layer]
+        data = self._maps.read(map_digest)
+        if data is not None and blockmap.decode(data).root_implied:
+            return None
+        return assembly.root_attributes(device)
+
+
+def owner_of(block_digest: str) -> str:
+    """The name under which an image's layers are attached to the device server."""
+    return _OWNER + block_digest
+
+
+def _row(wanted: Wanted, image: LazyImage) -> ImageRow:
+    layers = image.block_image.layers
+    chain = lookup.chain_ids([layer.diff_id for layer in layers])
+    return ImageRow(
+        block_digest=image.manifest.digest,
+        source_digest=image.source_digest,
+        reference=wanted.name,
+        origin_ref=image.origin.name,
+        layers=tuple(
+            LayerRow(
+                chain_id,
+                each.diff_id,
+                each.block_map.digest,
+                each.block_map.size,
+                each.blob.digest,
+                each.blob.size,
+            )
+            for chain_id, each in zip(chain, layers, strict=True)
+        ),
+        created_ns=time.time_ns(),
+    )
