@@ -71,6 +71,19 @@ CREATE TABLE layers (
     PRIMARY KEY (image, number)
 );
 CREATE INDEX layers_map ON layers (map_digest);
+CREATE VIEW snapshot_rows AS
+    SELECT s.id, s.name, s.kind, s.parent AS parent_id, coalesce(p.name, '') AS parent, s.labels,
+           s.created_ns, s.updated_ns, s.inodes, s.size_bytes, s.image, s.layer, s.broken
+    FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent;
+"""
+
+_CHAIN = """
+WITH RECURSIVE line (id, depth) AS (
+    SELECT id, 0 FROM snapshots WHERE name = ?
+    UNION ALL
+    SELECT a.parent, depth + 1 FROM line JOIN snapshots a USING (id) WHERE a.parent IS NOT NULL
+)
+SELECT snapshot_rows.* FROM snapshot_rows JOIN line USING (id) ORDER BY line.depth
 """
 
 
@@ -134,22 +147,6 @@ class SnapshotRow:
         )
 
 
-_SELECT = """
-SELECT s.id, s.name, s.kind, s.parent, coalesce(p.name, ''), s.labels, s.created_ns, s.updated_ns,
-       s.inodes, s.size_bytes, s.image, s.layer, s.broken
-FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent
-"""
-
-_CHAIN = f"""
-WITH RECURSIVE line (id, depth) AS (
-    SELECT id, 0 FROM snapshots WHERE name = ?
-    UNION ALL
-    SELECT a.parent, depth + 1 FROM line JOIN snapshots a USING (id) WHERE a.parent IS NOT NULL
-)
-{_SELECT} JOIN line ON line.id = s.id ORDER BY line.depth
-"""
-
-
 class Store:
     """Open it with `Store.open`. Every method raises UnavailableError when the disk is full, read-only or
     failing, and CorruptStoreError when the file turns out to be damaged."""
@@ -197,12 +194,14 @@ class Store:
     ) -> SnapshotRow:
         """A new snapshot. `place` is called with its id before the transaction ends: when it raises, there
         is no such snapshot. NotFoundError: no such parent; InvalidInputError: it is not committed;
-        AlreadyExistsError: the name is taken."""
+        AlreadyExistsError: the name is taken; NotFoundError, too, when `image` was forgotten meanwhile."""
         now = self._now_ns()
         with self._writing() as database:
             parent_id = self._parent_id(database, parent)
             if _maybe(database, name) is not None:
                 raise agent_errors.AlreadyExistsError(f"snapshot {name} exists already")
+            if image is not None and not _images(database, image):
+                raise errors.NotFoundError(f"no block image {image} is known here")
             cursor = database.execute(
                 "INSERT INTO snapshots (name, kind, parent, labels, created_ns, updated_ns, image, layer)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -221,7 +220,7 @@ class Store:
     def by_id(self, number: int) -> SnapshotRow:
         """By id. NotFoundError."""
         with self._reading() as database:
-            for row in database.execute(_SELECT + "WHERE s.id = ?", (number,)):
+            for row in database.execute("SELECT * FROM snapshot_rows WHERE id = ?", (number,)):
                 return _snapshot(row)
         raise errors.NotFoundError(f"no snapshot has the id {number}")
 
@@ -236,16 +235,26 @@ class Store:
     def children(self, name: str) -> list[SnapshotRow]:
         """What has the snapshot `name` as its parent; for the empty name, what has none. By id."""
         with self._reading() as database:
-            if not name:
-                rows = database.execute(_SELECT + "WHERE s.parent IS NULL ORDER BY s.id").fetchall()
-            else:
-                rows = database.execute(_SELECT + "WHERE p.name = ? ORDER BY s.id", (name,)).fetchall()
+            rows = database.execute(
+                "SELECT * FROM snapshot_rows WHERE parent_id IS (SELECT id FROM snapshots WHERE name = ?)"
+                " AND (parent_id IS NULL) = (? = '') ORDER BY id",
+                (name, name),
+            ).fetchall()
         return [_snapshot(row) for row in rows]
 
     def walk(self) -> list[SnapshotRow]:
         """All, by id: parents come before their children, but for what was given a parent at its commit."""
         with self._reading() as database:
-            return [_snapshot(row) for row in database.execute(_SELECT + "ORDER BY s.id").fetchall()]
+            return [
+                _snapshot(row)
+                for row in database.execute("SELECT * FROM snapshot_rows ORDER BY id").fetchall()
+            ]
+
+    def settled_ids(self) -> set[int]:
+        """The ids in use once every change that is under way now has ended. For whoever has listed folders
+        and wants to know which of them nobody owns: `insert` places a folder before its row is seen."""
+        with self._writing() as database:
+            return {number for (number,) in database.execute("SELECT id FROM snapshots")}
 
     def commit(
         self, key: str, name: str, labels: Mapping[str, str], usage: Usage, parent: str = ""
@@ -483,7 +492,7 @@ def _absent(name: str) -> errors.NotFoundError:
 
 
 def _maybe(database: sqlite3.Connection, name: str) -> SnapshotRow | None:
-    row = database.execute(_SELECT + "WHERE s.name = ?", (name,)).fetchone()
+    row = database.execute("SELECT * FROM snapshot_rows WHERE name = ?", (name,)).fetchone()
     return None if row is None else _snapshot(row)
 
 
