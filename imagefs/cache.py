@@ -28,7 +28,7 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from imagefs import cachedirectory, cachehousekeeping, cacheindex, errors, eviction
 from imagefs.draft import Draft
@@ -187,9 +187,9 @@ class BlockCache:
         except OSError as exc:
             raise errors.UnavailableError(f"block cache: cannot drop the pins of {owner}: {exc}") from exc
 
-    def pins(self) -> dict[str, int]:
-        """Owner -> number of blocks pinned."""
-        return {owner: len(digests) for owner, digests in self._files.pins()}
+    def pins(self) -> Iterator[tuple[str, list[bytes]]]:
+        """Every owner, and the digests that it pins."""
+        return self._files.pins()
 
     def copy_room_bytes(self) -> int:
         """How much full copies may add now; see eviction.copy_room_bytes. 0 or less for nothing, as before

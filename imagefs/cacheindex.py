@@ -41,7 +41,7 @@ class CacheIndex:
         with self._lock:
             self._used_bytes -= self._bytes_by_digest.pop(digest, 0)
 
-    def __contains__(self, digest: bytes) -> bool:
+    def __contains__(self, digest: object) -> bool:
         return digest in self._bytes_by_digest
 
     def __len__(self) -> int:

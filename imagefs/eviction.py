@@ -87,4 +87,9 @@ def copy_room_bytes(kept_bytes: int, used_bytes: int, space: Space) -> int:
     of other images, more than eviction takes at once: a copy never fetches again what its own bytes pushed
     out, and copies that are complete, and pinned, leave room for blocks that somebody waits for.
     """
-    return space.most_bytes(used_bytes) * _COPIES_PERCENT // 100 - kept_bytes
+    return most_copied_bytes(space.most_bytes(used_bytes)) - kept_bytes
+
+
+def most_copied_bytes(most_bytes: int) -> int:
+    """What full copies and pins may take of a cache that can hold `most_bytes`."""
+    return most_bytes * _COPIES_PERCENT // 100

@@ -4,8 +4,8 @@ Called by the verbs and, later, the agent, on their own threads; the server uses
 message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
-STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, maps/, devices/ (the
-mount), keeper.sock, keeper.lock, control.sock, server.log.
+STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
+devices/ (the mount), keeper.sock, keeper.lock, control.sock, server.log.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import errors, privatedirectory
-from imagefs.fuse import statedirectory
+from imagefs.fuse import coverage, statedirectory
+from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import device_name, encode_spec, write_atomically
 from imagefs.origin.connect import Options
@@ -151,6 +152,39 @@ class DeviceClient:
         """The latest fetches with numbers above `after`, oldest first: FetchEvent as JSON objects."""
         events: list[dict[str, Any]] = self._checked_request({"op": "events", "after": after})
         return events
+
+    def fill(self, owner: str, bandwidth_bytes_per_second: int = 0) -> None:
+        """Have the rest of an owner's layers fetched in the background, below every read, for as long as
+        there is room in the cache; it goes on after a restart of the server, and ends with `detach`. The cap
+        (0: none) holds for all owners together, the latest counts. NotFoundError if none is attached."""
+        rate = bandwidth_bytes_per_second
+        self._checked_request({"op": "fill", "owner": owner, "bandwidth_bytes_per_second": rate})
+
+    def stop_fill(self, owner: str) -> None:
+        """No further copy for the owner; what it has may be evicted again. An unknown owner is no error."""
+        self._checked_request({"op": "stop_fill", "owner": owner})
+
+    def coverage(self, owner: str | None = None) -> dict[str, Coverage]:
+        """Map digest -> how much of the layer is in the cache: of all layers, or of an owner's.
+        NotFoundError if that has none."""
+        request = {"op": "coverage"} if owner is None else {"op": "coverage", "owner": owner}
+        found: dict[str, Any] = self._checked_request(request)
+        return {map_digest: coverage.decode(value) for map_digest, value in found.items()}
+
+    def pin(self, owner: str) -> None:
+        """Keep the blocks of an owner's layers, once they are in the cache, from eviction, also after a
+        detach and a reboot: until `unpin` with the same name."""
+        self._checked_request({"op": "pin", "owner": owner})
+
+    def unpin(self, owner: str) -> None:
+        """Drop a pin. An unknown name is no error."""
+        self._checked_request({"op": "unpin", "owner": owner})
+
+    def collect(self) -> dict[str, int]:
+        """Bring the cache under its limits now: removed_blocks, removed_bytes, short_bytes (over the limits
+        all the same, because of pins or of others' files)."""
+        collected: dict[str, int] = self._checked_request({"op": "collect"})
+        return collected
 
     def stop(self) -> None:
         """Unmount the devices and end all processes; what still uses a device gets errors."""

@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagefs import blockmap, errors, frames, plan, reference
+from imagefs import blockmap, errors, eviction, frames, plan, reference
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
-from imagefs.fuse import control, wire
+from imagefs.fuse import control, coverage, wire
 from imagefs.fuse.devices import (
     DeviceTable,
     LayerSpec,
@@ -31,12 +31,15 @@ from imagefs.fuse.devices import (
     device_name,
     write_atomically,
 )
+from imagefs.fuse.fill import Filler
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
 SAME_READ_SECONDS = 1.0
 """A read of several pages that failed is asked again by the kernel, page by page: within this time that is
 the same read, and it must not wait for another deadline."""
+_TAKE_UP_SECONDS = 10.0
+"""How long eviction waits, at the start, to be told what is in use: an origin may be asked for a map."""
 
 BlockDone = Callable[[int | Exception | None], None]
 """Called once, from any thread: with a descriptor (the callee's to close), None for zeros, or the error."""
@@ -55,7 +58,10 @@ class Layers:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="glowplug server: %(message)s")
         self._settings = settings
         self._table = table
-        self._cache = BlockCache(settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes)
+        self._taken_up = threading.Event()
+        self._cache = BlockCache(
+            settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes, self._blocks_in_use
+        )
         self._fetcher = Fetcher(
             self._cache,
             FetchSettings(
@@ -77,6 +83,8 @@ class Layers:
                 )
             except errors.ImagefsError as exc:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
+        self._taken_up.set()
+        self._filler = Filler(self._cache, self._fetcher, self._layers_of, settings.state_dir)
 
     # -- look-ups, by worker threads ---------------------------------------------------------------
 
@@ -172,6 +180,7 @@ class Layers:
                     map_path(self._settings.state_dir, record.spec.map_digest).unlink(missing_ok=True)
             if not self._table.records():
                 self._forget_all()
+        self._filler.stop(owner)
         return gone
 
     def _forget_all(self) -> None:
@@ -192,6 +201,7 @@ class Layers:
 
     def close(self) -> None:
         """Stop fetching, and let the cache write what it still holds."""
+        self._filler.close()
         self._fetcher.close()
         self._cache.close()
 
@@ -216,6 +226,7 @@ class Layers:
                 **dataclasses.asdict(self._cache.stats()),
             },
             "fetch": dataclasses.asdict(self._fetcher.stats()),
+            "fill": self._filler.status(),
         }
 
     def _last_error(self, map_digest: str) -> dict[str, Any] | None:
@@ -228,6 +239,77 @@ class Layers:
             {**dataclasses.asdict(event), "priority": event.priority.name.lower()}
             for event in self._fetcher.events(after)
         ]
+
+    # -- the cache ---------------------------------------------------------------------------------
+
+    def fill(self, owner: str, bandwidth_bytes_per_second: int) -> None:
+        """Have the rest of an owner's layers fetched in the background. NotFoundError if it has none."""
+        self._required_layers(owner)
+        self._filler.start(owner, bandwidth_bytes_per_second)
+
+    def stop_fill(self, owner: str) -> None:
+        """No further copy for the owner."""
+        self._filler.stop(owner)
+
+    def coverage(self, owner: str | None) -> dict[str, list[float]]:
+        """How much of each layer (of one owner, or of all) is in the cache; no disk is asked."""
+        layers = [served.layer for served in list(self._by_node.values())]
+        return {
+            layer.map_digest: coverage.encode(
+                coverage.count(
+                    layer.block_map, self._cache.index, self._fetcher.quiet_seconds(layer.map_digest)
+                )
+            )
+            for layer in (layers if owner is None else self._required_layers(owner))
+        }
+
+    def pin(self, owner: str) -> None:
+        """Keep all blocks of the owner's layers, once they are here, until `unpin`: the pin's name is the
+        owner's. ConfigurationError when pins would leave no room for anything else."""
+        digests: dict[bytes, int] = {}
+        for layer in self._required_layers(owner):
+            for index, block in enumerate(layer.block_map.blocks):
+                if not block.zero:
+                    digests[block.digest] = layer.block_map.block_length(index)
+        others = {digest for name, pinned in self._cache.pins() if name != owner for digest in pinned}
+        wanted_bytes = sum(length for digest, length in digests.items() if digest not in others)
+        pinned_bytes = self._cache.index.occupied_bytes(others)
+        most_bytes = eviction.most_copied_bytes(self._settings.cache_quota_bytes)
+        if pinned_bytes + wanted_bytes > most_bytes:
+            raise errors.ConfigurationError(
+                f"cannot pin {owner}: its {wanted_bytes} bytes and the {pinned_bytes} pinned already are "
+                f"more than the {most_bytes} that may be pinned; unpin others, or raise the cache's quota"
+            )
+        self._cache.pin(owner, digests)
+
+    def unpin(self, owner: str) -> None:
+        """Drop the pin of that name."""
+        self._cache.unpin(owner)
+
+    def collect(self) -> dict[str, int]:
+        """Bring the cache under its limits now. A JSON object: what went, and what could not."""
+        collected = self._cache.collect()
+        return {
+            "removed_blocks": len(collected.removed),
+            "removed_bytes": sum(entry.allocated_bytes for entry in collected.removed),
+            "short_bytes": collected.short_bytes,
+        }
+
+    def _blocks_in_use(self) -> set[bytes]:
+        self._taken_up.wait(_TAKE_UP_SECONDS)
+        return {
+            block.digest for served in list(self._by_node.values()) for block in served.layer.block_map.blocks
+        }
+
+    def _layers_of(self, owner: str) -> list[LazyLayer]:
+        served = [self._by_node.get(row.node) for row in self._table.records() if owner in row.owners]
+        return [each.layer for each in served if each is not None]
+
+    def _required_layers(self, owner: str) -> list[LazyLayer]:
+        layers = self._layers_of(owner)
+        if not layers:
+            raise errors.NotFoundError(f"no layer is attached for {owner}")
+        return layers
 
     # -- layers ------------------------------------------------------------------------------------
 

@@ -361,6 +361,19 @@ class Server:
             return {**layers.status(), "processes": self._processes()}
         if operation == "events":
             return layers.events(control.number(request, "after"))
+        if operation == "fill":
+            owner = control.string(request, "owner")
+            return layers.fill(owner, control.number(request, "bandwidth_bytes_per_second"))
+        if operation == "stop_fill":
+            return layers.stop_fill(control.string(request, "owner"))
+        if operation == "coverage":
+            return layers.coverage(control.string(request, "owner") if "owner" in request else None)
+        if operation == "pin":
+            return layers.pin(control.string(request, "owner"))
+        if operation == "unpin":
+            return layers.unpin(control.string(request, "owner"))
+        if operation == "collect":
+            return layers.collect()
         if operation == "stop_if_idle":
             self._stopping = layers.close_if_idle()
             return self._stopping

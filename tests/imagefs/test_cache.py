@@ -161,7 +161,7 @@ def test_least_recently_used_go_and_pinned_and_unused_are_told_apart(tmp_path: p
         settled(target)
         target.pin("base image", digests[0:2])
         target.pin("another", digests[1:2])
-        assert target.pins() == {"base image": 2, "another": 1}
+        assert dict(target.pins()) == {"base image": digests[:2], "another": digests[1:2]}
         target.unpin("base image")
         for number in (2, 3):
             os.close(target.get(digests[number], LENGTH) or -1)
