@@ -206,6 +206,10 @@ class Fetcher:
             queued = self._plan.queued()
         return self._log.stats(self._threads, {p.name.lower(): count for p, count in queued.items()})
 
+    def count(self, **counts: int) -> None:
+        """Add to the counters of FetchStats what only the caller sees."""
+        self._log.count(**counts)
+
     def close(self) -> None:
         """Fail what is pending, and stop. Threads that hang in an origin are left to end by themselves."""
         with self._lock:
@@ -241,6 +245,11 @@ class Fetcher:
         peers = None if for_peer else self._peers
         if peers is None or not peers.ask(layer, index, priority, done, wanted_at):
             self._want(layer.map_digest, index, priority, done, wanted_at, patient=not for_peer)
+        elif priority is Priority.DEMAND:
+            with self._lock:
+                known = self._layers.get(layer.map_digest)
+                if known is not None:
+                    known.missed_at = wanted_at
 
     def _want(
         self,

@@ -48,6 +48,7 @@ _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 20.0
 _PIECE_BYTES = 256 * 1024
+LONGEST_WAIT_SECONDS = 10.0
 _KEPT_BUFFERS = 4
 _SHARED_TRANSPORTS = ("docker://", "s3://")
 """A folder is this node's own: no peer could fetch from it."""
@@ -65,7 +66,7 @@ class Policy:
     threads: int = 16
     threads_per_peer: int = 6
     demand_threads: int = 2
-    longest_wait_seconds: float = 10.0
+    longest_wait_seconds: float = LONGEST_WAIT_SECONDS
     health: peerhealth.Policy = dataclasses.field(default_factory=peerhealth.Policy)
 
 

@@ -5,7 +5,7 @@ message is four bytes of length (big-endian) and a JSON object. Requests: {"op":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
 STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
-devices/ (the mount), keeper.sock, keeper.lock, control.sock, server.log.
+devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, server.log.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import device_name, encode_spec, write_atomically
 from imagefs.origin.connect import Options
+from imagefs.peersettings import PeerSettings
 
 MAX_REQUEST_BYTES = 4 << 20
 MAX_REPLY_BYTES = 64 << 20
@@ -185,6 +186,11 @@ class DeviceClient:
         all the same, because of pins or of others' files)."""
         collected: dict[str, int] = self._checked_request({"op": "collect"})
         return collected
+
+    def set_peers(self, settings: PeerSettings | None) -> None:
+        """Whom to ask for blocks before the origin. Kept in the server's memory: to be said again after a
+        restart of it. ConfigurationError if the secrets that are named cannot be read."""
+        self._checked_request({"op": "peers", "settings": settings.to_json() if settings else None})
 
     def stop(self) -> None:
         """Unmount the devices and end all processes; what still uses a device gets errors."""

@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagefs import blockmap, errors, eviction, frames, plan, reference
+from imagefs import blockmap, errors, eviction, frames, peers, plan, reference
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
-from imagefs.fuse import control, coverage, wire
+from imagefs.fuse import control, coverage, peering, wire
 from imagefs.fuse.devices import (
     DeviceTable,
     LayerSpec,
@@ -34,6 +34,7 @@ from imagefs.fuse.devices import (
 from imagefs.fuse.fill import Filler
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
+from imagefs.peersettings import PeerSettings
 
 SAME_READ_SECONDS = 1.0
 """A read of several pages that failed is asked again by the kernel, page by page: within this time that is
@@ -49,6 +50,7 @@ BlockDone = Callable[[int | Exception | None], None]
 class _Served:
     device: wire.Device
     layer: LazyLayer
+    spec: LayerSpec
 
 
 class Layers:
@@ -62,12 +64,17 @@ class Layers:
         self._cache = BlockCache(
             settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes, self._blocks_in_use
         )
+        patience_seconds = min(peers.LONGEST_WAIT_SECONDS, settings.read_deadline_seconds / 2)
+        self._peers = peers.Peers(
+            self._cache, self._peer_target, peers.Policy(longest_wait_seconds=patience_seconds)
+        )
         self._fetcher = Fetcher(
             self._cache,
             FetchSettings(
                 read_deadline_seconds=settings.read_deadline_seconds,
                 policy=plan.Policy(connections_per_origin=settings.connections),
             ),
+            self._peers,
         )
         self._lock = threading.Lock()
         self._closed = False
@@ -226,6 +233,7 @@ class Layers:
                 **dataclasses.asdict(self._cache.stats()),
             },
             "fetch": dataclasses.asdict(self._fetcher.stats()),
+            "peers": self._peers.status(),
             "fill": self._filler.status(),
         }
 
@@ -311,6 +319,35 @@ class Layers:
             raise errors.NotFoundError(f"no layer is attached for {owner}")
         return layers
 
+    # -- peers -------------------------------------------------------------------------------------
+
+    def set_peers(self, document: object) -> None:
+        """Who shares blocks with us (PeerSettings as JSON), or null for nobody."""
+        if document is not None and not isinstance(document, dict):
+            raise errors.InvalidInputError("control: peers: not an object")
+        self._peers.configure(PeerSettings.from_json(document) if document is not None else None)
+
+    def peer_block(self, map_digest: str, index: int, priority: Priority, done: peering.Done) -> None:
+        """One block for another node; NotFoundError where the layer is not attached."""
+        served = self._by_name.get(device_name(map_digest).encode())
+        if served is None or not 0 <= index < len(served.layer.block_map.blocks):
+            done(
+                errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"), 0
+            )
+            return
+        length = served.layer.block_map.block_length(index)
+
+        def arrived(result: int | Exception) -> None:
+            if isinstance(result, int):
+                self._fetcher.count(served_blocks=1, served_bytes=length)
+            done(result, length)
+
+        self._fetcher.request(map_digest, index, priority, arrived, for_peer=True)
+
+    def _peer_target(self, map_digest: str, index: int, priority: Priority) -> str | None:
+        served = self._by_name.get(device_name(map_digest).encode())
+        return peering.encode_target(served.spec, index, priority) if served else None
+
     # -- layers ------------------------------------------------------------------------------------
 
     def _serve(self, record: Record, block_map: blockmap.BlockMap, owner: str | None = None) -> None:
@@ -323,7 +360,7 @@ class Layers:
         device = wire.Device(record.node, block_map.image_bytes, block_map.block_bytes, name)
         for key in [key for key in self._failed if key[0] == spec.map_digest]:
             self._failed.pop(key, None)
-        self._by_node[record.node] = self._by_name[name] = _Served(device, layer)
+        self._by_node[record.node] = self._by_name[name] = _Served(device, layer, spec)
 
     def _origin(self, source: Source) -> Origin:
         key = json.dumps([source.origin_ref, source.origins], sort_keys=True)

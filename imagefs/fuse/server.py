@@ -214,10 +214,11 @@ class Server:
     def _load(self) -> None:
         try:
             # The cache, the fetcher and libzstd take longer to import than all the rest takes to start.
-            from imagefs.fuse import layers
+            from imagefs.fuse import layers, peering
 
             self._table = DeviceTable(self._settings.state_dir / "devices.json", self._link.token)
             self._layers = layers.Layers(self._settings, self._table)
+            peering.PeerSocket(self._settings.state_dir, self._layers.peer_block)
         except errors.ImagefsError as exc:
             self._load_error = exc
         except Exception as exc:
@@ -374,6 +375,8 @@ class Server:
             return layers.unpin(control.string(request, "owner"))
         if operation == "collect":
             return layers.collect()
+        if operation == "peers":
+            return layers.set_peers(request.get("settings"))
         if operation == "stop_if_idle":
             self._stopping = layers.close_if_idle()
             return self._stopping
