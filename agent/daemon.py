@@ -1,0 +1,222 @@
+"""The agent: every part built from the settings, started in order, stopped cleanly. The composition root.
+
+`run` is the whole life of `glowplug agent run`, on the process's main thread:
+
+    settings -> lock on root -> device server -> store -> layer mounts -> images -> reconcile -> API
+    -> the snapshotter's socket, last, because containerd asks as soon as it is there
+
+It leaves in the reverse order, and leaves the mounts and the device server where they are: containers go on
+reading. Two agents on one root would both write its database: the second is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from agent import api, config, logs, reconcile, service
+from agent.images import Images
+from agent.mounts import LayerMounts
+from agent.observer import Observer
+from agent.outside import Outside
+from agent.snapshotter import Snapshotter
+from imagefs import errors, privatedirectory
+from imagefs.fuse import control
+from imagefs.fuse.control import DeviceClient
+from imagefs.origin import connect
+
+MAX_WORKERS = 4
+_UPKEEP_SECONDS = 5.0
+_STOP_GRACE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def run(settings: config.Settings) -> None:
+    """Until SIGTERM or SIGINT. Raises errors of imagefs when it cannot start."""
+    logs.set_up(settings.log.level, settings.log.format)
+    _raise_descriptor_limit()
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with _sole_agent(settings.root), Agent(settings) as agent:
+        _notify("READY=1")
+        _log.info("ready: snapshotter on %s", settings.socket)
+        while not stopping.wait(_UPKEEP_SECONDS):
+            agent.upkeep()
+        _notify("STOPPING=1")
+    _log.info("stopped; mounts and device server live on")
+
+
+class Agent:
+    """The parts of a running agent, as a context: ready inside, stopped after."""
+
+    def __init__(self, settings: config.Settings) -> None:
+        self._settings = settings
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Agent:
+        try:
+            self._start()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _start(self) -> None:
+        settings = self._settings
+        outside = Outside(settings)
+        self._observer: Observer = outside.observer
+        origins = origin_options(settings)
+        self._devices = DeviceClient.ensure(server_settings(settings, origins))
+        store, rebuilt = reconcile.open_store(settings.root, self._observer)
+        self._exit.callback(store.close)
+        self._mounts = LayerMounts(settings.root / "layers", settings.state)
+        if not self._mounts.open():
+            self._observer.event("remounting", "the device server was replaced: layers are mounted anew")
+        self._images = Images(settings, store, self._devices, self._mounts, self._observer, origins)
+        snapshotter = Snapshotter(settings.root, store, self._images, self._observer)
+        self._reconciler = reconcile.Reconciler(
+            store,
+            self._images,
+            self._mounts,
+            snapshotter,
+            self._devices,
+            self._observer,
+            settings.images.lookup_deadline_seconds,
+        )
+        self._reconciler.restore(rebuilt=rebuilt)
+        routes = api.Api(settings.api_socket, settings.http.listen)
+        outside.show(store, routes)
+        routes.add("POST", "/api/v1/pull", self._pull)
+        routes.start()
+        self._exit.callback(routes.stop)
+        outside.start()
+        self._exit.callback(outside.stop)
+        server = service.serve(snapshotter, settings.socket, self._observer)
+        self._exit.callback(server.stop, _STOP_GRACE_SECONDS)
+
+    # -- upkeep ------------------------------------------------------------------------------------
+
+    def upkeep(self) -> None:
+        """One round: a device server that is gone is started, images that nothing keeps are let go, what is
+        quarantined is tried again. Failures are logged, and tried again in the next round."""
+        try:
+            self._watch_devices()
+            self._images.sweep()
+            self._reconciler.heal()
+            reconcile.keep_copy(self._settings.root)
+        except errors.ImagefsError as exc:
+            _log.warning("upkeep: %s", exc)
+        except Exception:
+            _log.exception("upkeep failed")
+
+    def _watch_devices(self) -> None:
+        DeviceClient.ensure(server_settings(self._settings, origin_options(self._settings)))
+        if not self._mounts.renew():
+            self._observer.event(
+                "remounting",
+                "keeper and device server died together: containers that run lost their images' files, and "
+                "must be started again",
+                level="error",
+            )
+            self._reconciler.remount()
+
+    # -- routes ------------------------------------------------------------------------------------
+
+    def _pull(self, request: api.Request) -> dict[str, Any]:
+        """POST /api/v1/pull {reference}: find the block image, and have its layers at hand."""
+        row, image = self._images.pull_opened(request.string("reference"))
+        return {
+            "reference": row.reference,
+            "source_digest": row.source_digest,
+            "block_digest": row.block_digest,
+            "chain_ids": [layer.chain_id for layer in row.layers],
+            "manifests": [
+                {
+                    "media_type": manifest.media_type,
+                    "digest": manifest.digest,
+                    "data": base64.b64encode(manifest.data).decode(),
+                }
+                for manifest in image.sources
+            ],
+            "config": base64.b64encode(image.config).decode(),
+        }
+
+
+def origin_options(settings: config.Settings) -> connect.Options:
+    """How registries and buckets are reached."""
+    return connect.Options(
+        plain_http=settings.registries.plain_http,
+        ca_file=settings.registries.ca_file,
+        docker_config=settings.credentials.docker_config,
+        s3_endpoint_url=settings.registries.s3_endpoint_url,
+    )
+
+
+def server_settings(settings: config.Settings, origins: connect.Options) -> control.ServerSettings:
+    """What the device server is started with, if it does not run yet."""
+    return control.ServerSettings(
+        state_dir=settings.state,
+        cache_dir=settings.cache.directory,
+        cache_quota_bytes=settings.cache.quota_bytes,
+        free_floor_bytes=control.free_floor_bytes(
+            settings.cache.directory, settings.cache.free_floor_percent
+        ),
+        workers=settings.reads.workers or max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+        read_deadline_seconds=settings.reads.deadline_seconds,
+        connections=settings.reads.connections,
+        origins=origins,
+    )
+
+
+@contextlib.contextmanager
+def _sole_agent(root: Path) -> Any:
+    """The lock on a root directory. BusyError if another agent has it, ConfigurationError."""
+    try:
+        privatedirectory.make(root)
+        fd = os.open(root / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise errors.ConfigurationError(f"cannot use {root}: {exc.strerror}") from exc
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            raise errors.BusyError(
+                f"another agent (pid {pid}) runs on {root}; stop it first, or use another --root"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it started us (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+        connection.connect(address)
+        connection.send(state.encode())
