@@ -18,9 +18,11 @@ from typing import NoReturn
 
 import click
 
+from glowplug import terminal
 from imagefs import errors
 
 VERBS = {
+    "agent": "The node agent: containerd starts containers from block images.",
     "check": "Verify a block image's whole chain of digests, and its files against the source.",
     "convert": "Turn an OCI image into a block image.",
     "copy": "Move a source image with its block image to another registry.",
@@ -28,6 +30,7 @@ VERBS = {
     "mount": "Mount an image's root filesystem, fetched lazily.",
     "run": "Run a command in an image, in namespaces of its own.",
     "status": "Show what is mounted, whether it works, what was fetched.",
+    "top": "Watch the agent of this node: starts, images, bytes by source, events.",
     "umount": "Unmount what `mount` mounted.",
 }
 
@@ -104,13 +107,9 @@ def main() -> None:
         code = exit_code(exc)
         if code is None:
             raise  # a bug: whoever reports it needs the traceback
-        click.echo(f"glowplug: {_printable(str(exc))}", err=True)
+        message = "\n".join(map(terminal.printable, str(exc).split("\n")))
+        click.echo(f"glowplug: {message}", err=True)
         _leave(code)
-
-
-def _printable(message: str) -> str:
-    """What registries and images put into a message must not drive the terminal."""
-    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in message)
 
 
 def _leave(code: int) -> NoReturn:

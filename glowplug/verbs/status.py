@@ -1,4 +1,5 @@
-"""`glowplug status`: what is mounted, whether it works, and what the device server holds and does."""
+"""`glowplug status`: what is mounted, whether it works, what the device server holds and does; and what the
+agent says of itself, where one runs."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glowplug import settings
+from glowplug import settings, terminal
 from imagefs import errors
 
 if TYPE_CHECKING:
+    from agent.client import AgentClient
     from glowplug.mountlist import Mounted
 
 
@@ -23,23 +25,62 @@ if TYPE_CHECKING:
 def command(state_dir: Path, as_json: bool) -> None:
     """Show the mounts, block devices and processes of a state directory, its cache and what was fetched.
 
-    A mount that does not work is said to be so, and what to do. Exits with 4 when there is neither a mount
-    nor a device server.
+    A mount that does not work is said to be so, and what to do. Where an agent runs, its images and snapshots
+    are shown, too. Exits with 4 when there is neither a mount nor a device server nor an agent.
     """
+    from agent.client import AgentClient
     from glowplug import mountlist
     from imagefs.fuse import control
 
     client = control.DeviceClient.connect(state_dir)
     status = client.status() if client is not None else None
     mounted = list(mountlist.listed(state_dir, status))
-    if status is None and not mounted:
+    agent = _agent(AgentClient.found(state_dir / "agent.sock"))
+    if status is None and not mounted and agent is None:
         raise errors.NotFoundError(f"nothing is mounted with state directory {state_dir}")
     if as_json:
         listing = [dataclasses.asdict(each) for each in mounted]
-        click.echo(json.dumps({"mounts": listing, "server": status}, indent=1))
+        document = {"mounts": listing, "server": status, "agent": agent}
+        click.echo(json.dumps(document, indent=1))
     else:
-        for line in [*_mount_lines(mounted), *(_server_lines(status, mounted) if status else [])]:
+        lines = [*_mount_lines(mounted), *(_server_lines(status, mounted) if status else [])]
+        for line in [*lines, *(_agent_lines(agent) if agent else [])]:
             click.echo(line)
+
+
+def _agent(client: AgentClient | None) -> dict[str, Any] | None:
+    """The agent's status, without the device server's; what is wrong with it if it does not answer."""
+    if client is None:
+        return None
+    try:
+        document = client.get("/api/v1/status")
+    except errors.ImagefsError as exc:
+        return {"error": str(exc)}
+    del document["server"]
+    return document
+
+
+def _agent_lines(agent: dict[str, Any]) -> Iterator[str]:
+    if "error" in agent:
+        yield f"agent      {terminal.printable(agent['error'])}"
+        return
+    ready = "not ready" if agent["not_ready"] else "ready"
+    replaced = ", ".join(f"{count} {name}" for name, count in agent["replaced"].items())
+    yield f"agent      pid {agent['pid']}, version {agent['version']}, {ready}; replaced: {replaced}"
+    for name, wrong in agent["not_ready"].items():
+        yield f"  {name}: {terminal.printable(wrong)}"
+    kinds = ", ".join(f"{count} {name}" for name, count in agent.get("snapshots", {}).items())
+    yield f"snapshots  {kinds}; {len(agent['mounts'])} layers mounted"
+    for broken in agent.get("quarantined", ()):
+        yield f"  quarantined {terminal.printable(broken['name'])}: {terminal.printable(broken['why'])}"
+    images = agent.get("images", ())
+    yield f"images     {len(images)}"
+    for image in images:
+        marks = "".join(f", {name}" for name in ("pinned", "prefetched") if image[name])
+        yield (
+            f"  {terminal.printable(image['reference'])}  {image['layers']} layers, "
+            f"{terminal.size(image['blob_bytes'])} compressed, {image['snapshots']} snapshots{marks}"
+        )
 
 
 def _mount_lines(mounted: list[Mounted]) -> Iterator[str]:
@@ -60,30 +101,22 @@ def _server_lines(status: dict[str, Any], mounted: list[Mounted]) -> Iterator[st
         f"{processes['workers_replaced']} replaced; reads {survival} a killed server"
     )
     yield (
-        f"cache      {cache['directory']}: {_size(cache['used_bytes'])} of {_size(cache['quota_bytes'])}, "
-        f"{cache['blocks']} blocks, {cache['evicted_blocks']} evicted, {cache['disk_errors']} disk errors"
+        f"cache      {cache['directory']}: {terminal.size(cache['used_bytes'])} of "
+        f"{terminal.size(cache['quota_bytes'])}, {cache['blocks']} blocks, "
+        f"{cache['evicted_blocks']} evicted, {cache['disk_errors']} disk errors"
     )
     yield (
-        f"fetched    {fetch['fetched_blocks']} blocks, {_size(fetch['fetched_bytes'])} in "
+        f"fetched    {fetch['fetched_blocks']} blocks, {terminal.size(fetch['fetched_bytes'])} in "
         f"{fetch['origin_requests']} requests, {fetch['expired_reads']} reads past their deadline; "
         f"{fetch['cache_hits']} from the cache"
     )
     yield f"devices    {len(status['devices'])}"
     places = {each.id: each.directory or each.id for each in mounted}
     for device in status["devices"]:
-        image = "not served" if device["image_bytes"] is None else _size(device["image_bytes"])
+        image = "not served" if device["image_bytes"] is None else terminal.size(device["image_bytes"])
         yield (
-            f"  {device['map_digest'][:19]}  {image} ({_size(device['blob_bytes'])} compressed)  "
+            f"  {device['map_digest'][:19]}  {image} ({terminal.size(device['blob_bytes'])} compressed)  "
             f"{', '.join(device['origins'])}  for {', '.join(places.get(o, o) for o in device['owners'])}"
         )
         if (last := device["last_error"]) is not None:
             yield f"    last failed read {last['seconds_ago']:.0f} s ago: {last['message']}"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
