@@ -447,6 +447,8 @@ class Store:
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version == 0:
             self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif not self._writer.execute("SELECT 1 FROM sqlite_schema WHERE name = 'snapshot_rows'").fetchone():
+            raise CorruptStoreError(f"{self._path} is damaged: it has not the tables of its version")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
