@@ -77,6 +77,14 @@ def from_text(text: str) -> Wanted:
     return Wanted(ref)
 
 
+def image_name(text: str) -> str:
+    """A user's REF as containerd names the image: with its tag. Raises InvalidInputError."""
+    ref = from_text(text).reference
+    if ref.tag is None and ref.digest is None:
+        ref = dataclasses.replace(ref, tag="latest")
+    return str(ref).removeprefix("docker://")
+
+
 def open_image(
     wanted: Wanted, settings: config.Images, options: connect.Options, trust: Trust | None
 ) -> LazyImage:
