@@ -28,6 +28,7 @@ VERBS = {
     "copy": "Move a source image with its block image to another registry.",
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
+    "pull": "Make an image runnable in containerd without fetching its layers.",
     "run": "Run a command in an image, in namespaces of its own.",
     "status": "Show what is mounted, whether it works, what was fetched.",
     "top": "Watch the agent of this node: starts, images, bytes by source, events.",
