@@ -126,8 +126,11 @@ class Peers:
     """Sharing blocks with the agents of other nodes. `listen` is "ADDRESS:PORT", None for no sharing.
     `discovery`: "static" (`members`, "host:port"), "dns" (`dns_name` and the port of `listen`) or
     "endpointslice" (`service`, "namespace/name"). `advertise` is this node's own "host:port" as the others
-    know it. Authentication: `token_file` (one secret for the cluster) or the three `tls_` files (mTLS); none
-    only with `insecure`."""
+    know it. Authentication: `token_file` (a secret of the cluster in each line: the first is sent, each is
+    accepted) or the three `tls_` files (mTLS); none only with `insecure`. `origins` are the REFs
+    ("docker://registry.example/team/", "s3://bucket/") from which we fetch what peers ask for; empty: from
+    every registry and bucket, or, with `insecure`, only what this node has mounted itself. A read that waits
+    for a peer goes to the origin as well after `hedge_seconds`."""
 
     listen: str | None = None
     advertise: str | None = None
@@ -140,8 +143,10 @@ class Peers:
     tls_key: Path | None = None
     tls_ca: Path | None = None
     insecure: bool = False
+    origins: tuple[str, ...] = ()
     connect_timeout_seconds: float = 0.5
     down_seconds: float = 10.0
+    hedge_seconds: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
