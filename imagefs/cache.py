@@ -198,8 +198,13 @@ class BlockCache:
             return 0
         kept = set(self._in_use())
         kept.update(digest for _, digests in self._files.pins() for digest in digests)
-        kept_bytes = self.index.occupied_bytes(kept)
-        return eviction.copy_room_bytes(kept_bytes, self.index.used_bytes, self._space())
+        unsynced_bytes = 0
+        for digest, path in list(self._unsynced.items()):
+            if digest in kept and digest not in self.index:
+                with contextlib.suppress(OSError):  # it has its name by now
+                    unsynced_bytes += os.stat(path).st_blocks * 512
+        kept_bytes = self.index.occupied_bytes(kept) + unsynced_bytes
+        return eviction.copy_room_bytes(kept_bytes, self.index.used_bytes + unsynced_bytes, self._space())
 
     def collect(self) -> cachehousekeeping.Collected:
         """Bring the cache under its limits now, and wait for it."""

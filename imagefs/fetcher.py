@@ -273,7 +273,9 @@ class Fetcher:
                     self._calm.notify_all()  # it may be for what a fill is bringing
                 self._plan.want(map_digest, index, priority, wanted_at, done, deadline)
                 self._start_worker()
-                if deadline is not None and deadline < self._clock_until:
+                # A layer whose origin failed, with nothing queued, had no pause that the clock could see.
+                paused = self._plan.is_paused(map_digest, wanted_at)
+                if paused or (deadline is not None and deadline < self._clock_until):
                     self._time.notify()
         if not attached and done is not None:
             self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))

@@ -315,6 +315,10 @@ class Plan(Generic[W]):
             moments += [self._layers[name].retry_at for name in layers if self._layers[name].retry_at > now]
         return min(moments, default=None)
 
+    def is_paused(self, layer: str, now: float) -> bool:
+        """Whether time alone will let a known layer's fetches start again."""
+        return self._layers[layer].retry_at > now
+
     def expire(self, now: float) -> list[Answer[W]]:
         """Answers for the waiters whose deadline has passed."""
         answers = []

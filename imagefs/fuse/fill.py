@@ -136,12 +136,14 @@ class Filler:
             known = self._fills.pop(owner, None) is not None
             if known:
                 self._save()
+            self._changed.notify_all()
+        if known:
+            self._unpin(owner)
+        with self._changed:
             for fill in self._fills.values():
                 if fill.state == "no room":
                     fill.next_at = 0.0
             self._changed.notify_all()
-        if known:
-            self._unpin(owner)
 
     def status(self) -> dict[str, Any]:
         """A JSON object: the cap, and each owner's state."""

@@ -8,7 +8,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -531,3 +531,23 @@ def test_quiet_is_counted_from_the_last_miss(tmp_path: pathlib.Path) -> None:
         hit_seconds = time.monotonic() - missed_at
         assert made.fetcher.quiet_seconds(name) >= hit_seconds
         assert made.fetcher.quiet_seconds("sha256:unknown") == 0.0
+
+
+def test_what_is_wanted_during_a_pause_is_fetched_when_it_ends(tmp_path: pathlib.Path) -> None:
+    """A fill failed and left nothing queued; what comes next must not wait for a chance to be seen."""
+    with bench(tmp_path) as made:
+        made.origin.before = raises(errors.UnavailableError("down"))
+        for attempt in range(4):
+            made.ask(1, Priority.FILL, f"attempt {attempt}")
+            (refused,) = made.answers.wait([f"attempt {attempt}"], timeout=10)
+            assert isinstance(refused, errors.UnavailableError)
+        made.origin.before = lambda call: None
+        made.ask(1, Priority.FILL)
+        assert content(made.answers.wait([1], timeout=10)[0], 1)
+
+
+def raises(error: Exception) -> Callable[[object], None]:
+    def call(_: object) -> None:
+        raise error
+
+    return call
