@@ -89,10 +89,15 @@ class Images:
         """The lazy layer of a Prepare that is to become `chain_id`; None: unpack it in the ordinary way (the
         reason was told to the observer)."""
         wanted = lookup.from_labels(labels)
-        row = self._find_quietly(wanted) if wanted is not None else None
+        known = self._table.of_source(wanted.source_digest) if wanted is not None else None
+        row = known or (self._find_quietly(wanted) if wanted is not None else None)
         place = self._table.layer_of_chain(chain_id, row)
         if place is None:
             return None
+        if known is not None and place == (known.block_digest, 0):
+            self._observer.pulled(
+                known.reference, lazy=True, seconds=0.0, layers=len(known.layers), reason=None
+            )
         self._hold(place[0], HOLD_SECONDS)
         return Found(*place)
 
@@ -189,9 +194,6 @@ class Images:
     # -- looking up --------------------------------------------------------------------------------
 
     def _find_quietly(self, wanted: Wanted) -> ImageRow | None:
-        known = self._table.of_source(wanted.source_digest)
-        if known is not None:
-            return known
         try:
             flight = self._flights.join(wanted)
         except errors.ImagefsError:
@@ -264,11 +266,12 @@ class Images:
     def _release(self, row: ImageRow) -> None:
         """Forget an image, unless something keeps it."""
         digest = row.block_digest
-        if row.pinned or row.prefetched or self._table.held_until(digest) > self._clock():
-            return
         with self._attaching_lock(digest):
             try:
                 if self._store.references(digest):
+                    self._table.let_go(digest)
+                    return
+                if row.pinned or row.prefetched or self._table.held_until(digest) > self._clock():
                     return
                 self._store.remove_image(digest)
             except errors.ImagefsError:

@@ -84,6 +84,11 @@ class ImageTable:
             if block_digest in self._rows:
                 self._held_until[block_digest] = max(self._held_until.get(block_digest, 0.0), until)
 
+    def let_go(self, block_digest: str) -> None:
+        """The image has snapshots: it needs no hold any more."""
+        with self._lock:
+            self._held_until.pop(block_digest, None)
+
     def held_until(self, block_digest: str) -> float:
         """Until when an image is held; 0 if it is not."""
         with self._lock:
