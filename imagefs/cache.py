@@ -146,6 +146,10 @@ class BlockCache:
         """Whether there is a file of that name, checked or not."""
         return digest in self._unsynced or os.path.exists(self._files.block_path(digest))
 
+    def __contains__(self, digest: object) -> bool:
+        """As `present`, without asking the disk: true but for what other processes did meanwhile."""
+        return digest in self._unsynced or digest in self.index
+
     # -- writing -----------------------------------------------------------------------------------
 
     def draft(self, length: int) -> Draft:

@@ -264,9 +264,7 @@ class Layers:
         layers = [served.layer for served in list(self._by_node.values())]
         return {
             layer.map_digest: coverage.encode(
-                coverage.count(
-                    layer.block_map, self._cache.index, self._fetcher.quiet_seconds(layer.map_digest)
-                )
+                coverage.count(layer.block_map, self._cache, self._fetcher.quiet_seconds(layer.map_digest))
             )
             for layer in (layers if owner is None else self._required_layers(owner))
         }
