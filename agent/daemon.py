@@ -23,7 +23,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from agent import api, config, logs, reconcile, service
+from agent import api, config, kubernetes, logs, membership, peers, reconcile, service
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Observer
@@ -105,8 +105,22 @@ class Agent:
         self._exit.callback(routes.stop)
         outside.start()
         self._exit.callback(outside.stop)
+        self._share(origins)
         server = service.serve(snapshotter, settings.socket, self._observer)
         self._exit.callback(server.stop, _STOP_GRACE_SECONDS)
+
+    def _share(self, origins: connect.Options) -> None:
+        """Blocks with other nodes, if the settings say so."""
+        settings = self._settings
+        if settings.peers.listen is None:
+            return
+        peers.check(settings.peers)
+        discovery = membership.discovery(settings.peers, kubernetes.connect(settings.kubernetes))
+        sharing = peers.Sharing(
+            settings.peers, settings.state, lambda: self._devices, origins, discovery, self._observer
+        )
+        sharing.start()
+        self._exit.callback(sharing.stop)
 
     # -- upkeep ------------------------------------------------------------------------------------
 

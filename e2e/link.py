@@ -66,17 +66,18 @@ def open_link(bits_per_second: int) -> Iterator[Link]:
         for namespace, address in ((server, SERVER_ADDRESS), (client, CLIENT_ADDRESS)):
             namespace.ip("address", "add", f"{address}/30", "dev", _DEVICE)
             namespace.ip("link", "set", _DEVICE, "up")
-        _shape(server, bits_per_second)
+        shape(server, bits_per_second)
         yield Link(server, client, bits_per_second)
     finally:
         _remove((server.name, client.name))
 
 
-def _shape(server: Namespace, bits_per_second: int) -> None:
+def shape(sender: Namespace, bits_per_second: int, device: str = _DEVICE) -> None:
+    """Slow down what a namespace sends by one of its devices."""
     # The burst is two milliseconds' worth, and never less than one 64 KiB segmentation offload packet.
     burst_bytes = max(128 * 1024, bits_per_second // 8 // 500)
-    shape = ["rate", f"{bits_per_second}bit", "burst", str(burst_bytes), "latency", "20ms"]
-    machine.check_call(["tc", "-n", server.name, "qdisc", "add", "dev", _DEVICE, "root", "tbf", *shape])
+    options = ["rate", f"{bits_per_second}bit", "burst", str(burst_bytes), "latency", "20ms"]
+    machine.check_call(["tc", "-n", sender.name, "qdisc", "add", "dev", device, "root", "tbf", *options])
 
 
 def _remove_stale() -> None:
