@@ -165,6 +165,12 @@ class DeviceClient:
         """No further copy for the owner; what it has may be evicted again. An unknown owner is no error."""
         self._checked_request({"op": "stop_fill", "owner": owner})
 
+    def fills(self) -> dict[str, Any]:
+        """The copies that were asked for: {"bandwidth_bytes_per_second": n, "copies": [{"owner", "state",
+        "error"}]}; see fuse/fill.py for the states."""
+        fills: dict[str, Any] = self._checked_request({"op": "fills"})
+        return fills
+
     def coverage(self, owner: str | None = None) -> dict[str, Coverage]:
         """Map digest -> how much of the layer is in the cache: of all layers, or of an owner's.
         NotFoundError if that has none."""

@@ -255,6 +255,10 @@ class Layers:
         self._required_layers(owner)
         self._filler.start(owner, bandwidth_bytes_per_second)
 
+    def fills(self) -> dict[str, Any]:
+        """A JSON object: the copies that were asked for; see Filler.status."""
+        return self._filler.status()
+
     def stop_fill(self, owner: str) -> None:
         """No further copy for the owner."""
         self._filler.stop(owner)

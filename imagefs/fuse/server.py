@@ -365,6 +365,8 @@ class Server:
         if operation == "fill":
             owner = control.string(request, "owner")
             return layers.fill(owner, control.number(request, "bandwidth_bytes_per_second"))
+        if operation == "fills":
+            return layers.fills()
         if operation == "stop_fill":
             return layers.stop_fill(control.string(request, "owner"))
         if operation == "coverage":
