@@ -1,8 +1,8 @@
 """Authorization against one registry: Basic, and Bearer tokens from the registry's token server.
 
 An Authenticator turns a 401 into an Authorization value, keeps tokens until shortly before they expire, and
-asks for new ones, with the credentials as they are on disk by then. Thread-safe; one thread renews, the
-others wait for it and share what it got.
+asks for new ones, with the credentials as their source has them by then. Where a registry refuses one, the
+source is asked for another. Thread-safe; one thread renews, the others wait for it and share what it got.
 
 Credentials go to the registry itself (Basic) and to the token server that it names (its realm), by TLS
 unless plain HTTP is allowed there. Docker registry token specification; OAuth2 refresh tokens by POST.
@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableSet, Set
 from urllib.parse import urlencode
 
 from imagefs import artifact, errors
@@ -30,15 +30,18 @@ Scopes = frozenset[str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Token:
+    """`credential` is the fingerprint of what it was made with, empty for anonymous access."""
+
     authorization: str = dataclasses.field(repr=False)
     renew_at: float
+    credential: str
 
 
 class Authenticator:
     """The authorizations for one repository of one registry, by set of scopes."""
 
-    def __init__(self, store: credentials.Store, http: transport.Transport, policy: retry.Policy) -> None:
-        self._store = store
+    def __init__(self, source: credentials.Source, http: transport.Transport, policy: retry.Policy) -> None:
+        self._source = source
         self._http = http
         self._policy = policy
         self._lock = threading.Lock()
@@ -52,13 +55,22 @@ class Authenticator:
             token = self._tokens.get(scopes)
             if token is None or time.monotonic() < token.renew_at or self._bearer is None:
                 return token.authorization if token else None
-            return self._renew_bearer(scopes, self._bearer, what, deadline)
+            return self._renew_bearer(scopes, self._bearer, what, deadline, set())
 
     def renew(
-        self, answer: transport.Answer, scopes: Scopes, stale: str | None, deadline: float | None = None
+        self,
+        answer: transport.Answer,
+        scopes: Scopes,
+        stale: str | None,
+        refused: MutableSet[str],
+        *,
+        renewed: bool,
+        deadline: float | None = None,
     ) -> str | None:
         """The Authorization to try after the 401 `answer` to one with `stale`; None if there is nothing
-        else to try. DeniedError if the token server refuses; ConfigurationError for broken settings."""
+        else to try. `renewed`: `stale` came from here during the same request. `refused` collects the
+        fingerprints of the credentials that did not help this request. DeniedError if the token server
+        refuses; ConfigurationError for broken settings."""
         challenges = headers.challenges(answer.fields.getlist("WWW-Authenticate"))
         with self._locked(answer.what, deadline):
             token = self._tokens.get(scopes)
@@ -66,24 +78,27 @@ class Authenticator:
                 return token.authorization  # another thread renewed meanwhile
             for challenge in challenges:
                 if challenge.scheme == "bearer" and "realm" in challenge.parameters:
+                    # An old token may just have expired: its credential is refused only with a new one.
+                    if token is not None and renewed:
+                        refused.add(token.credential)
                     self._bearer = challenge.parameters
-                    return self._renew_bearer(scopes, challenge.parameters, answer.what, deadline)
+                    return self._renew_bearer(scopes, challenge.parameters, answer.what, deadline, refused)
             if any(challenge.scheme == "basic" for challenge in challenges):
-                return self._renew_basic(scopes, stale)
+                if token is not None:
+                    refused.add(token.credential)
+                return self._renew_basic(scopes, refused)
         return None
 
     def describe(self) -> str:
         """Where credentials are looked for, for messages."""
-        return self._store.describe()
+        return self._source.describe()
 
-    def _renew_basic(self, scopes: Scopes, stale: str | None) -> str | None:
-        credential = self._store.look_up()
+    def _renew_basic(self, scopes: Scopes, refused: Set[str]) -> str | None:
+        credential = self._source.look_up(refused)
         if credential is None or not credential.password:
             return None
         authorization = _basic(credential)
-        if authorization == stale:
-            return None
-        self._tokens[scopes] = _Token(authorization, float("inf"))
+        self._tokens[scopes] = _Token(authorization, float("inf"), credential.fingerprint)
         return authorization
 
     @contextlib.contextmanager
@@ -98,18 +113,46 @@ class Authenticator:
             self._lock.release()
 
     def _renew_bearer(
-        self, scopes: Scopes, challenge: Mapping[str, str], what: str, deadline: float | None
-    ) -> str:
+        self,
+        scopes: Scopes,
+        challenge: Mapping[str, str],
+        what: str,
+        deadline: float | None,
+        refused: MutableSet[str],
+    ) -> str | None:
         realm = challenge["realm"]
         what = f"{what}: token server"
         self._http.check_url(realm, what)
-        credential = self._store.look_up()
-        if credential is not None and credential.registry_token:
-            authorization = f"Bearer {credential.registry_token}"
-            self._tokens[scopes] = _Token(authorization, float("inf"))
+        while True:
+            credential = self._source.look_up(refused)
+            if credential is None and refused:
+                return None
+            fingerprint = credential.fingerprint if credential else ""
+            if credential is not None and credential.registry_token:
+                authorization = f"Bearer {credential.registry_token}"
+                self._tokens[scopes] = _Token(authorization, float("inf"), fingerprint)
+                return authorization
+            try:
+                authorization, renew_at = self._token(scopes, challenge, credential, what, deadline)
+            except errors.DeniedError:
+                refused.add(fingerprint)
+                if credential is None or self._source.look_up(refused) is None:
+                    raise
+                continue
+            self._tokens[scopes] = _Token(authorization, renew_at, fingerprint)
             return authorization
+
+    def _token(
+        self,
+        scopes: Scopes,
+        challenge: Mapping[str, str],
+        credential: credentials.Credential | None,
+        what: str,
+        deadline: float | None,
+    ) -> tuple[str, float]:
+        """A new token from the token server: the Authorization, and when (time.monotonic()) to renew it."""
+        realm, service = challenge["realm"], challenge.get("service", "")
         scope = sorted(scopes | frozenset(challenge.get("scope", "").split()))
-        service = challenge.get("service", "")
         started = time.monotonic()
         document = retry.call(
             self._policy,
@@ -122,9 +165,7 @@ class Authenticator:
             raise errors.InvalidInputError(f"{what}: {transport.shown(realm)}: the answer holds no token")
         life = document.get("expires_in")
         seconds = float(life) if isinstance(life, int | float) and life > 0 else _DEFAULT_LIFE_SECONDS
-        authorization = f"Bearer {token}"
-        self._tokens[scopes] = _Token(authorization, started + seconds - min(10.0, seconds / 4))
-        return authorization
+        return f"Bearer {token}", started + seconds - min(10.0, seconds / 4)
 
     def _ask(
         self,

@@ -25,11 +25,15 @@ class Options:
     spoken anyway, unless `ca_file` says that there is TLS. `ca_file` replaces the system's certificate
     authorities. `docker_config` is a config.json or its folder, by default docker's and podman's own places.
     `s3_endpoint_url` is for S3 servers other than AWS. `connections` is the number kept open to one host.
+    `hosts_directory` is containerd's certs.d, whose mirrors are read from first. `credentials_socket` is
+    where the node agent answers for credentials; while it does, `docker_config` is its business.
     """
 
     plain_http: bool = False
     ca_file: Path | None = None
     docker_config: Path | None = None
+    hosts_directory: Path | None = None
+    credentials_socket: Path | None = None
     s3_endpoint_url: str | None = None
     connections: int = 16
     connect_timeout_seconds: float = 10.0
@@ -52,11 +56,13 @@ class Options:
         return cls(**values)
 
 
-_PATHS = ("ca_file", "docker_config")
+_PATHS = ("ca_file", "docker_config", "hosts_directory", "credentials_socket")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "plain_http": (bool,),
     "ca_file": (str, type(None)),
     "docker_config": (str, type(None)),
+    "hosts_directory": (str, type(None)),
+    "credentials_socket": (str, type(None)),
     "s3_endpoint_url": (str, type(None)),
     "connections": (int,),
     "connect_timeout_seconds": (int, float),
@@ -83,6 +89,8 @@ def connect(ref: Reference, options: Options) -> Origin:
                 read_timeout_seconds=options.read_timeout_seconds,
             ),
             options.docker_config,
+            credentials_socket=options.credentials_socket,
+            hosts_directory=options.hosts_directory,
         )
     if ref.transport == "oci":
         from imagefs.origin import folder

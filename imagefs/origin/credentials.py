@@ -1,8 +1,11 @@
-"""Registry credentials as docker and podman keep them: config files and credential helpers.
+"""Registry credentials: what one is, where the registry client asks for one, and docker's and podman's files.
 
 `parse` and `choose` are pure; `Store` reads the files again for every look-up, so that a `docker login` or a
 rotated secret counts without a restart. Look-ups happen only when a registry asks (401). A credential is
 never part of a message, a log or a repr.
+
+A look-up names the credentials that were refused meanwhile, by fingerprint: the next source, or the next of
+several secrets for one registry, gets its turn, and whoever caches answers knows that this one went stale.
 
 Formats: docker's config.json (`auths`, `credsStore`, `credHelpers`), podman's auth.json (the same, with
 keys that may name a repository), and the docker-credential-NAME helpers' `get` over stdin and stdout.
@@ -13,18 +16,22 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import Protocol
 
 from imagefs import artifact, errors
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 _HELPER_TIMEOUT_SECONDS = 30.0
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_DOCKER_HUB_HELPER_KEY = "https://index.docker.io/v1/"
 _TOKEN_USER = "<token>"  # noqa: S105  # how helpers mark an identity token
 
 
@@ -36,6 +43,38 @@ class Credential:
     password: str = dataclasses.field(default="", repr=False)
     identity_token: str = dataclasses.field(default="", repr=False)
     registry_token: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for this credential where it is only to be recognized."""
+        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
+
+
+def encode(credential: Credential) -> dict[str, str]:
+    """A credential as a JSON object; for sockets that are this user's alone."""
+    return dataclasses.asdict(credential)
+
+
+def decode(document: object, where: str) -> Credential:
+    """What `encode` made. InvalidInputError names the field, never a value."""
+    fields = {field.name for field in dataclasses.fields(Credential)}
+    if not isinstance(document, dict) or set(document) != fields:
+        raise errors.InvalidInputError(f"{where}: not a credential")
+    for name, value in document.items():
+        if not isinstance(value, str):
+            raise errors.InvalidInputError(f"{where}: {name} is not a string")
+    return Credential(**document)
+
+
+class Source(Protocol):
+    """The credentials for one repository of one host. Thread-safe; may block while a helper runs."""
+
+    def look_up(self, refused: Set[str] = frozenset()) -> Credential | None:
+        """The credential to use now, none of those with a fingerprint in `refused`; None for anonymous.
+        ConfigurationError if a file or helper is broken, UnavailableError if nobody can tell now."""
+
+    def describe(self) -> str:
+        """Where credentials are looked for, for messages."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,18 +108,24 @@ def choose(config: Config, host: str, repository: str) -> Credential | str | Non
 
     The longest key wins: HOST/a/b before HOST/a before HOST, as podman has it.
     """
-    segments = [host, *repository.split("/")]
-    for end in range(len(segments), 0, -1):
-        key = "/".join(segments[:end])
-        if key in config.helpers:
-            return config.helpers[key]
-        if key in config.auths:
-            return config.auths[key]
+    segments = repository.split("/")
+    for end in range(len(segments), -1, -1):
+        for name in names(host):
+            key = "/".join([name, *segments[:end]])
+            if key in config.helpers:
+                return config.helpers[key]
+            if key in config.auths:
+                return config.auths[key]
     return config.default_helper
 
 
+def names(host: str) -> tuple[str, ...]:
+    """The names that credentials for a host go by: Docker Hub has three."""
+    return _DOCKER_HUB if host in _DOCKER_HUB else (host,)
+
+
 class Store:
-    """The credentials for one repository, looked up in `files` in order. Thread-safe."""
+    """A Source: looks into `files`, in order."""
 
     def __init__(self, files: Sequence[Path], host: str, repository: str) -> None:
         self._files = files
@@ -91,8 +136,8 @@ class Store:
         """Where credentials are looked for, for messages."""
         return ", ".join(str(file) for file in self._files) or "no configuration file"
 
-    def look_up(self) -> Credential | None:
-        """The credential as the files have it now. ConfigurationError if a file or helper is broken."""
+    def look_up(self, refused: Set[str] = frozenset()) -> Credential | None:
+        """As Source.look_up: the credential as the files have it now."""
         for file in self._files:
             try:
                 data = _read(file)
@@ -106,7 +151,7 @@ class Store:
                 raise errors.ConfigurationError(str(exc)) from exc
             if isinstance(found, str):
                 found = _ask_helper(found, self._host)
-            if found is not None:
+            if found is not None and found.fingerprint not in refused:
                 return found
         return None
 
@@ -135,10 +180,11 @@ def _read(file: Path) -> bytes:
 
 def _ask_helper(name: str, host: str) -> Credential | None:
     program = f"docker-credential-{name}"
+    key = _DOCKER_HUB_HELPER_KEY if host in _DOCKER_HUB else host
     try:
         done = subprocess.run(
             [program, "get"],
-            input=host.encode(),
+            input=key.encode(),
             capture_output=True,
             timeout=_HELPER_TIMEOUT_SECONDS,
             check=False,
@@ -152,7 +198,7 @@ def _ask_helper(name: str, host: str) -> Credential | None:
             return None
         raise errors.ConfigurationError(
             f"credential helper {program} for {host} failed with status {done.returncode}; "
-            f"try: echo {host} | {program} get"
+            f"try: echo {key} | {program} get"
         )
     try:
         answer = json.loads(done.stdout)

@@ -1,8 +1,10 @@
 """docker://HOST/REPOSITORY: one repository of an OCI registry as an Origin.
 
-OCI distribution spec 1.1. This module knows its end points; session.py has authorization and redirects,
-transport.py HTTP, ranges.py reading, upload.py writing, fallback.py referrers without the API. Thread-safe:
-all state shared by threads is the connection pool, the tokens, and the two caches below.
+OCI distribution spec 1.1. This module knows its end points; mirrors.py has the hosts that are read from,
+session.py authorization and redirects, transport.py HTTP, ranges.py reading, upload.py writing, fallback.py
+referrers without the API. Writing, and reading what is about to be written, goes to the registry itself.
+Thread-safe: all state shared by threads is the connection pools, the tokens, which mirrors are down, and the
+cache below.
 
 Blobs are often served by a redirect to storage with a presigned URL; the URL is kept for a short time, so
 that further ranges of a blob cost no round trip to the registry, and dropped when storage refuses it.
@@ -24,14 +26,14 @@ from imagefs.origin import (
     MAX_MANIFEST_BYTES,
     BlobSource,
     Origin,
-    auth,
+    agentcredentials,
     credentials,
     fallback,
     headers,
+    mirrors,
     ranges,
     referrers,
     retry,
-    session,
     transport,
     upload,
 )
@@ -53,19 +55,27 @@ class RegistryOrigin:
         settings: transport.Settings,
         docker_config: Path | None = None,
         policy: retry.Policy = retry.DEFAULT,
+        *,
+        credentials_socket: Path | None = None,
+        hosts_directory: Path | None = None,
     ) -> None:
         self.host = host
         self.repository = repository
         self._policy = policy
-        self._http = transport.Transport(dataclasses.replace(settings, loopback=transport.is_loopback(host)))
-        store = credentials.Store(credentials.config_files(docker_config, os.environ), host, repository)
-        self._session = session.Session(host, self._http, auth.Authenticator(store, self._http, policy))
-        self._pull = frozenset({f"repository:{repository}:pull"})
-        self._push = frozenset({f"repository:{repository}:pull,push"})
+        files = credentials.config_files(docker_config, os.environ)
+
+        def source(at_host: str, at_repository: str) -> credentials.Source:
+            store = credentials.Store(files, at_host, at_repository)
+            if credentials_socket is None:
+                return store
+            return agentcredentials.AgentSource(credentials_socket, at_host, at_repository, store)
+
+        sources = mirrors.Sources(source, policy)
+        self._places = mirrors.places(hosts_directory, host, repository, settings, sources)
+        self._server = self._places.server
         self._ranges = ranges.RangeReader(self.name, self._open_blob, policy)
         self._lock = threading.Lock()
-        self._locations: dict[str, tuple[str, float]] = {}
-        self._has_referrers_api = True
+        self._locations: dict[str, tuple[mirrors.Place, str, float]] = {}
 
     @property
     def name(self) -> str:
@@ -77,24 +87,38 @@ class RegistryOrigin:
         if ":" in reference:
             _check_digest(reference)
         what = f"{self.name}: manifest {reference}"
-        manifest = retry.call(self._policy, lambda: self._get_manifest(reference, what))
-        if manifest is None:
-            raise errors.NotFoundError(f"{what}: not found in this repository")
-        return manifest
+        return retry.call(
+            self._policy,
+            lambda: self._places.first(
+                "pull" if ":" in reference else "resolve",
+                what,
+                lambda place, deadline: self._get_manifest(place, reference, what, deadline),
+            ),
+        )
 
     def referrers(self, digest: str) -> list[Descriptor]:
         _check_digest(digest)
-        if self._has_referrers_api:
-            found = self._api_referrers(digest)
-            if found is not None:
-                return found
-            self._has_referrers_api = False
         what = f"{self.name}: referrers of {digest}"
-        tag = referrers.fallback_tag(digest)
-        manifest = retry.call(self._policy, lambda: self._get_manifest(tag, what))
-        return [] if manifest is None else referrers.listed(manifest.data, what)
+
+        def listed(place: mirrors.Place, deadline: float | None) -> list[Descriptor]:
+            found = self._referrers_at(place, digest, what, deadline)
+            if not found and not place.is_server:
+                # Few pull-through caches know referrers, and none of them says so.
+                raise errors.NotFoundError(f"{what}: mirror {place.host} lists none")
+            return found
+
+        try:
+            return retry.call(self._policy, lambda: self._places.first("resolve", what, listed))
+        except errors.NotFoundError:
+            return []
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
+        try:
+            return self._ranges.read(digest, max_bytes)
+        except errors.IntegrityError as exc:
+            self._forget_location(digest)
+            if not self._places.doubt(exc):
+                raise
         return self._ranges.read(digest, max_bytes)
 
     def stream_range(
@@ -115,7 +139,12 @@ class RegistryOrigin:
             return
         what = f"{self.name}: upload of blob {digest}"
         blob = upload.Upload(
-            self._session, self.repository, self._push, what, self._policy, lambda: self.has_blob(digest)
+            self._server.session,
+            self._server.write_url("blobs/uploads/"),
+            self._server.push,
+            what,
+            self._policy,
+            lambda: self.has_blob(digest),
         )
         blob.run(digest, size, source)
 
@@ -148,17 +177,24 @@ class RegistryOrigin:
         return digest
 
     def close(self) -> None:
-        self._http.close()
+        self._places.close()
 
     # -- one attempt each --------------------------------------------------------------------------
 
-    def _get_manifest(self, reference: str, what: str) -> Manifest | None:
-        answer = self._session.follow(
-            "GET", self._url("manifests", reference), what, self._pull, fields={"Accept": _ACCEPT}
+    def _get_manifest(
+        self, place: mirrors.Place, reference: str, what: str, deadline: float | None = None
+    ) -> Manifest:
+        answer = place.session.follow(
+            "GET",
+            place.url("manifests", reference),
+            what,
+            place.pull,
+            fields={"Accept": _ACCEPT},
+            deadline=deadline,
         )
         if answer.status == 404:
             answer.discard()
-            return None
+            raise errors.NotFoundError(f"{what}: not found in this repository")
         if answer.status != 200:
             raise transport.status_error(answer)
         data = answer.read(MAX_MANIFEST_BYTES)
@@ -176,11 +212,11 @@ class RegistryOrigin:
 
     def _put_manifest_once(self, reference: str, data: bytes, media_type: str) -> bool:
         """Store a manifest; whether the registry itself lists it among its subject's referrers."""
-        answer = self._session.open(
+        answer = self._server.session.open(
             "PUT",
-            self._url("manifests", reference),
+            self._server.write_url(f"manifests/{quote(reference, safe=':')}"),
             f"{self.name}: manifest {reference}",
-            self._push,
+            self._server.push,
             fields={"Content-Type": media_type, "Content-Length": str(len(data))},
             body=lambda: data,
         )
@@ -201,7 +237,8 @@ class RegistryOrigin:
 
     def _head_blob(self, digest: str) -> bool:
         what = f"{self.name}: blob {digest}"
-        answer = self._session.follow("HEAD", self._url("blobs", _check_digest(digest)), what, self._pull)
+        url = self._server.write_url(f"blobs/{_check_digest(digest)}")
+        answer = self._server.session.follow("HEAD", url, what, self._server.pull)
         answer.discard()
         if answer.status == 404:
             return False
@@ -211,10 +248,10 @@ class RegistryOrigin:
 
     def _mount(self, digest: str, other_repository: str) -> bool:
         query = f"mount={_check_digest(digest)}&from={quote(other_repository)}"
-        url = f"/v2/{self.repository}/blobs/uploads/?{query}"
-        scopes = self._push | {f"repository:{other_repository}:pull"}
+        url = self._server.write_url(f"blobs/uploads/?{query}")
+        scopes = self._server.push | {f"repository:{other_repository}:pull"}
         what = f"{self.name}: mount of blob {digest} from {other_repository}"
-        answer = self._session.open(
+        answer = self._server.session.open(
             "POST", url, what, scopes, fields={"Content-Length": "0"}, body=lambda: b""
         )
         if answer.status not in (201, 202):
@@ -223,18 +260,34 @@ class RegistryOrigin:
         location = answer.fields.get("Location")
         if answer.status == 202 and location:
             # An upload was opened instead: it is not wanted.
-            self._session.open("DELETE", transport.join(answer.url, location, what), what, scopes).discard()
+            url = transport.join(answer.url, location, what)
+            self._server.session.open("DELETE", url, what, scopes).discard()
         return answer.status == 201
 
-    def _api_referrers(self, digest: str) -> list[Descriptor] | None:
+    def _referrers_at(
+        self, place: mirrors.Place, digest: str, what: str, deadline: float | None
+    ) -> list[Descriptor]:
+        if place.has_referrers_api:
+            found = self._api_referrers(place, digest, what, deadline)
+            if found is not None:
+                return found
+            place.has_referrers_api = False
+        try:
+            manifest = self._get_manifest(place, referrers.fallback_tag(digest), what, deadline)
+        except errors.NotFoundError:
+            return []
+        return referrers.listed(manifest.data, what)
+
+    def _api_referrers(
+        self, place: mirrors.Place, digest: str, what: str, deadline: float | None
+    ) -> list[Descriptor] | None:
         """The referrers by the API, None where there is no such API."""
-        what = f"{self.name}: referrers of {digest}"
         out: list[Descriptor] = []
-        url: str | None = self._url("referrers", digest)
+        url: str | None = place.url("referrers", digest)
         for _ in range(_MAX_REFERRER_PAGES):
             if url is None:
                 return out
-            page = retry.call(self._policy, lambda url=url: self._referrers_page(url, what))  # type: ignore[misc]
+            page = self._referrers_page(place, url, what, deadline)
             if page is None:
                 return None
             out += page[0]
@@ -243,8 +296,12 @@ class RegistryOrigin:
             url = page[1]
         raise errors.InvalidInputError(f"{what}: more than {_MAX_REFERRER_PAGES} pages")
 
-    def _referrers_page(self, url: str, what: str) -> tuple[list[Descriptor], str | None] | None:
-        answer = self._session.follow("GET", url, what, self._pull, fields={"Accept": artifact.OCI_INDEX})
+    def _referrers_page(
+        self, place: mirrors.Place, url: str, what: str, deadline: float | None
+    ) -> tuple[list[Descriptor], str | None] | None:
+        answer = place.session.follow(
+            "GET", url, what, place.pull, fields={"Accept": artifact.OCI_INDEX}, deadline=deadline
+        )
         if answer.status in (400, 404, 405, 501):
             answer.discard()
             return None
@@ -261,43 +318,54 @@ class RegistryOrigin:
     def _open_blob(
         self, digest: str, offset: int, length: int | None, deadline: float | None
     ) -> transport.Answer:
-        """As ranges.Opener."""
+        """As ranges.Opener; raises what the status stands for."""
         what = f"{self.name}: blob {_check_digest(digest)} at byte {offset}"
         fields = {}
         if length is not None:
             fields["Range"] = f"bytes={offset}-{offset + length - 1}"
         elif offset:
             fields["Range"] = f"bytes={offset}-"
-        location = self._location(digest)
-        if location is not None:
-            answer = self._http.open("GET", location, what, fields=fields, deadline=deadline)
+        kept = self._location(digest)
+        if kept is not None:
+            place, location = kept
+            try:
+                answer = place.http.open("GET", location, what, fields=fields, deadline=deadline)
+            except errors.UnavailableError as exc:
+                self._forget_location(digest)
+                place.failed(exc)
+                raise
             if answer.status not in (400, 401, 403, 404, 410):
+                answer.on_fault = place.failed
                 return answer
             answer.discard()
             self._forget_location(digest)
-        url = self._session.base_url + self._url("blobs", digest)
-        answer = self._session.follow("GET", url, what, self._pull, fields=fields, deadline=deadline)
-        if answer.url != url and answer.status in (200, 206):
-            self._keep_location(digest, answer.url)
-        return answer
 
-    def _location(self, digest: str) -> str | None:
+        def opened(place: mirrors.Place, deadline: float | None) -> transport.Answer:
+            url = place.url("blobs", digest)
+            answer = place.session.follow("GET", url, what, place.pull, fields=fields, deadline=deadline)
+            if answer.status not in (200, 206):
+                raise transport.status_error(answer)
+            if answer.url != url:
+                self._keep_location(digest, place, answer.url)
+            answer.on_fault = place.failed
+            return answer
+
+        return self._places.first("pull", what, opened, deadline)
+
+    def _location(self, digest: str) -> tuple[mirrors.Place, str] | None:
         with self._lock:
-            url, until = self._locations.get(digest, ("", 0.0))
-        return url if time.monotonic() < until else None
+            found = self._locations.get(digest)
+        return found[:2] if found is not None and time.monotonic() < found[2] else None
 
-    def _keep_location(self, digest: str, url: str) -> None:
+    def _keep_location(self, digest: str, place: mirrors.Place, url: str) -> None:
         with self._lock:
             if len(self._locations) >= _MAX_LOCATIONS:
                 self._locations.clear()
-            self._locations[digest] = (url, time.monotonic() + LOCATION_LIFE_SECONDS)
+            self._locations[digest] = (place, url, time.monotonic() + LOCATION_LIFE_SECONDS)
 
     def _forget_location(self, digest: str) -> None:
         with self._lock:
             self._locations.pop(digest, None)
-
-    def _url(self, kind: str, name: str) -> str:
-        return f"/v2/{self.repository}/{kind}/{quote(name, safe=':')}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -307,9 +375,11 @@ class _Tags:
     origin: RegistryOrigin
 
     def get(self, tag: str) -> bytes | None:
-        what = f"{self.origin.name}: manifest {tag}"
-        manifest = retry.call(self.origin._policy, lambda: self.origin._get_manifest(tag, what))
-        return None if manifest is None else manifest.data
+        origin, what = self.origin, f"{self.origin.name}: manifest {tag}"
+        try:
+            return retry.call(origin._policy, lambda: origin._get_manifest(origin._server, tag, what)).data
+        except errors.NotFoundError:
+            return None
 
     def put(self, tag: str, data: bytes) -> None:
         self.origin._put_manifest_once(tag, data, artifact.OCI_INDEX)

@@ -14,16 +14,26 @@ from imagefs import errors
 from imagefs.origin import auth, transport
 
 _MAX_REDIRECTS = 5
+_MAX_AUTHORIZATIONS = 5
+"""Requests until a 401 stays one: without authorization, with an expired one, and with a few credentials."""
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 class Session:
     """One registry host as seen by one repository."""
 
-    def __init__(self, host: str, http: transport.Transport, authenticator: auth.Authenticator) -> None:
-        self.base_url = http.base_url(host)
+    def __init__(
+        self,
+        base_url: str,
+        http: transport.Transport,
+        authenticator: auth.Authenticator,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
+        """`base_url` is scheme, host and port; `fields` go with every request to it, and nowhere else."""
+        self.base_url = base_url
         self.http = http
         self._auth = authenticator
+        self._fields = fields or {}
 
     def open(
         self,
@@ -37,23 +47,27 @@ class Session:
         deadline: float | None = None,
     ) -> transport.Answer:
         """One request to `url` (relative to the registry, or what it told us), authorized if it stays on
-        the registry; a 401 renews the authorization once. Returns whatever
-        status comes, but DeniedError for a 401 that stays."""
+        the registry; a 401 renews the authorization, with each credential there is. Returns
+        whatever status comes, but DeniedError for a 401 that stays."""
         url = transport.join(self.base_url, url, what)
         if not self._is_own(url):
             self.http.check_url(url, what)
             return self.http.open(method, url, what, fields=fields, body=body, deadline=deadline)
         authorization = self._auth.authorization(scopes, what, deadline)
-        for last in (False, True):
-            own = {**(fields or {}), **({"Authorization": authorization} if authorization else {})}
+        refused: set[str] = set()
+        for attempt in range(_MAX_AUTHORIZATIONS):
+            own = {**self._fields, **(fields or {})}
+            if authorization:
+                own["Authorization"] = authorization
             answer = self.http.open(method, url, what, fields=own, body=body, deadline=deadline)
             if answer.status != 401:
                 return answer
-            renewed = None if last else self._auth.renew(answer, scopes, authorization, deadline)
+            authorization = self._auth.renew(
+                answer, scopes, authorization, refused, renewed=attempt > 0, deadline=deadline
+            )
             answer.discard()
-            if renewed is None:
+            if authorization is None:
                 break
-            authorization = renewed
         raise errors.DeniedError(
             f"{what}: {transport.shown(url)}: HTTP 401: access denied with the credentials found in "
             f"{self._auth.describe()}; log in to the registry (docker login, podman login)"

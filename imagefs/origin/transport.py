@@ -43,12 +43,16 @@ Body = Callable[[], bytes | Iterator[bytes]]
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """`plain_http` allows HTTP without TLS to every host; without it, only to loopback addresses, and where a
-    server points to one, only with `loopback`: it is on loopback itself. `connections` is how many are kept
-    open to one host. The read timeout is for each wait for bytes."""
+    server points to one, only with `loopback`: it is on loopback itself. `ca_file` replaces the system's
+    authorities, `extra_ca_files` are added; a client certificate is (certificate, key), or one file of both.
+    `connections` is how many are kept open to one host. The read timeout is for each wait for bytes."""
 
     plain_http: bool = False
     loopback: bool = False
     ca_file: Path | None = None
+    extra_ca_files: tuple[Path, ...] = ()
+    client_certificates: tuple[tuple[Path, Path | None], ...] = ()
+    skip_verify: bool = False
     connections: int = 16
     connect_timeout_seconds: float = 10.0
     read_timeout_seconds: float = 30.0
@@ -67,8 +71,10 @@ class Transport:
 
     def base_url(self, host: str) -> str:
         """`https://HOST`, or `http://HOST` where plain HTTP was asked for, or HOST is a loopback address
-        and no CA file says that TLS is spoken there."""
-        plain = self._settings.plain_http or (is_loopback(host) and self._settings.ca_file is None)
+        and no certificate says that TLS is spoken there."""
+        settings = self._settings
+        tls = settings.ca_file or settings.extra_ca_files or settings.client_certificates
+        plain = settings.plain_http or (is_loopback(host) and not tls)
         return f"{'http' if plain else 'https'}://{host}"
 
     def check_url(self, url: str, what: str) -> None:
@@ -132,11 +138,7 @@ class Transport:
             if self._tls is None:
                 # One context for all connections, made when first needed: reading the system's
                 # authorities takes longer than a plain connection.
-                try:
-                    context = ssl.create_default_context(cafile=self._settings.ca_file)
-                except (OSError, ValueError) as exc:
-                    raise errors.ConfigurationError(f"CA file {self._settings.ca_file}: {exc}") from exc
-                self._tls = self._new_pool(ssl_context=context)
+                self._tls = self._new_pool(ssl_context=_context(self._settings))
             return self._tls
 
     def _new_pool(self, **options: Any) -> urllib3.PoolManager:
@@ -145,8 +147,25 @@ class Transport:
         return urllib3.PoolManager(num_pools=8, maxsize=size, block=False, retries=False, **options)
 
 
+def _context(settings: Settings) -> ssl.SSLContext:
+    file: Path | None = settings.ca_file
+    try:
+        context = ssl.create_default_context(cafile=file)
+        for file in settings.extra_ca_files:
+            context.load_verify_locations(file)
+        for file, key in settings.client_certificates:
+            context.load_cert_chain(file, key)
+    except (OSError, ValueError) as exc:
+        raise errors.ConfigurationError(f"certificate file {file}: {exc}") from exc
+    if settings.skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 class Answer:
-    """A status, header fields, and a body that is read once, in order."""
+    """A status, header fields, and a body that is read once, in order. `on_fault` is told when the body
+    broke off or stalled."""
 
     def __init__(
         self,
@@ -161,6 +180,7 @@ class Answer:
         self.fields = response.headers
         self.url = url
         self.what = what
+        self.on_fault: Callable[[errors.ImagefsError], None] | None = None
         self._response = response
         self._read_timeout_seconds = read_timeout_seconds
         self._deadline = deadline
@@ -178,17 +198,17 @@ class Answer:
             # accounting of the body's length would cost more. read1, so that trickling is noticed.
             piece = self._response.read1(limit_bytes, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as exc:
-            self.close()
-            raise _mapped(exc, f"{self.what}: {shown(self.url)}: body") from exc
+            raise self._fault(_mapped(exc, f"{self.what}: {shown(self.url)}: body")) from exc
         # Only the time spent waiting counts: a consumer that takes its time is no fault of the server's.
         self._window_seconds += time.monotonic() - started
         self._window_bytes += len(piece)
         if self._window_seconds >= self._read_timeout_seconds:
             if piece and self._window_bytes < self._window_seconds * _MIN_BYTES_PER_SECOND:
-                self.close()
-                raise errors.UnavailableError(
-                    f"{self.what}: {shown(self.url)}: body: {self._window_bytes} bytes in "
-                    f"{self._window_seconds:.0f} s, taken for stalled"
+                raise self._fault(
+                    errors.UnavailableError(
+                        f"{self.what}: {shown(self.url)}: body: {self._window_bytes} bytes in "
+                        f"{self._window_seconds:.0f} s, taken for stalled"
+                    )
                 )
             self._window_seconds, self._window_bytes = 0.0, 0
         return piece or b""
@@ -218,6 +238,12 @@ class Answer:
     def close(self) -> None:
         """Close the connection, unless the body was read to its end."""
         self._response.close()
+
+    def _fault(self, error: errors.ImagefsError) -> errors.ImagefsError:
+        self.close()
+        if self.on_fault is not None:
+            self.on_fault(error)
+        return error
 
     def _tighten(self, left_seconds: float) -> None:
         """Wait for the next bytes no longer than the deadline allows."""

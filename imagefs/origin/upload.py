@@ -30,14 +30,14 @@ class Upload:
     def __init__(
         self,
         registry: session.Session,
-        repository: str,
+        uploads_url: str,
         scopes: frozenset[str],
         what: str,
         policy: retry.Policy,
         is_there: Callable[[], bool],
     ) -> None:
         self._session = registry
-        self._uploads_url = f"/v2/{repository}/blobs/uploads/"
+        self._uploads_url = uploads_url
         self._scopes = scopes
         self._what = what
         self._policy = policy

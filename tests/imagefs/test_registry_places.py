@@ -42,9 +42,9 @@ def test_what_a_server_may_point_to(url: str, plain_http: bool, loopback: bool, 
 def test_only_a_registry_on_loopback_may_point_to_loopback() -> None:
     elsewhere = registry.RegistryOrigin("registry.example", "a/repo", transport.Settings())
     with pytest.raises(errors.ConfigurationError, match="points to http://127"):
-        elsewhere._http.check_url("http://127.0.0.1:2375/images", "what")
+        elsewhere._server.http.check_url("http://127.0.0.1:2375/images", "what")
     here = registry.RegistryOrigin("127.0.0.1:5000", "a/repo", transport.Settings())
-    here._http.check_url("http://127.0.0.1:5001/storage", "what")
+    here._server.http.check_url("http://127.0.0.1:5001/storage", "what")
 
 
 @pytest.mark.parametrize("place", ["http://[", "https://[::1/x", "//\u2100.example/"])
