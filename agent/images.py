@@ -33,6 +33,7 @@ from imagefs import assembly, blockmap, erofs, errors
 from imagefs.erofs import ondisk
 from imagefs.fuse import statedirectory
 from imagefs.fuse.control import DeviceClient
+from imagefs.fuse.coverage import Coverage
 from imagefs.fuse.devices import LayerSpec, device_name
 from imagefs.image import LazyImage
 from imagefs.mount import RootAttributes
@@ -42,6 +43,7 @@ HOLD_SECONDS = 5.0
 """From an image's being found to its first snapshot: containerd asks for the next layer at once."""
 PULL_HOLD_SECONDS = 300.0
 """The same after a `pull` by name, when a person or a program is to act next."""
+_COVERAGE_SECONDS = 2.0
 _OWNER = "image:"
 
 
@@ -75,6 +77,7 @@ class Images:
         self._attaching: dict[str, threading.Lock] = {}
         self._roots: dict[str, RootAttributes | None] = {}
         self._inodes: dict[str, int] = {}
+        self._coverage: dict[str, tuple[float, Mapping[str, Coverage]]] = {}
         self._flights = Flights(
             settings.images.lookup_deadline_seconds,
             settings.images.negative_seconds,
@@ -129,7 +132,7 @@ class Images:
             with open(self.attach(block_digest)[layer], "rb") as device:
                 superblock = erofs.check_superblock(device.read(ondisk.BLOCK_BYTES))
             self._inodes[found.map_digest] = superblock.inodes
-        return snapshots.Usage(self._inodes[found.map_digest], 0)
+        return snapshots.Usage(self._inodes[found.map_digest], self._cached_bytes(block_digest, found))
 
     def released(self, block_digest: str) -> None:
         """A snapshot of the image is gone: the image goes with the last one."""
@@ -283,6 +286,7 @@ class Images:
                     self._maps.remove(layer.map_digest)
                     self._roots.pop(layer.map_digest, None)
                     self._inodes.pop(layer.map_digest, None)
+            self._coverage.pop(digest, None)
             self._detach(digest)
         self._observer.event("image_released", f"{row.reference} is not used any more", image=row.reference)
 
@@ -292,6 +296,18 @@ class Images:
             self._devices.detach(owner_of(block_digest))
 
     # -- layers ------------------------------------------------------------------------------------
+
+    def _cached_bytes(self, block_digest: str, layer: LayerRow) -> int:
+        """Of an image that is not attached, nothing that could be counted. kubelet asks for every snapshot in
+        turn: one answer of the device server serves for all layers of an image."""
+        at, covered = self._coverage.get(block_digest, (0.0, {}))
+        if self._clock() - at > _COVERAGE_SECONDS:
+            covered = {}
+            with contextlib.suppress(errors.NotFoundError):
+                covered = self._devices.coverage(owner_of(block_digest))
+            self._coverage[block_digest] = (self._clock(), covered)
+        found = covered.get(layer.map_digest)
+        return found.present_bytes if found is not None else 0
 
     def _attaching_lock(self, block_digest: str) -> threading.Lock:
         """Held while an image comes or goes. One for each image that was ever seen: it is small, and a lock
