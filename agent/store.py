@@ -1,9 +1,8 @@
 """The agent's memory: snapshots, and the block images whose layers some of them are. SQLite, one file.
 
-Called by snapshotter.py (snapshots) and images.py (images), from any thread. One connection writes, under a
-lock, each change in a transaction of its own that is on the disk when the method returns (containerd has
-written its half by then, too, and would miss ours). Readers have connections of their own and see the last
-finished transaction (WAL), so that nobody waits for a disk to read.
+Called by snapshotter.py (snapshots) and images.py (images), from any thread. Each change is a transaction of
+its own that is on the disk when the method returns: containerd has written its half by then, too, and would
+miss ours. Readers see the last finished one (database.py).
 
 Invariants, also kept by the schema: a name is unique; a parent is committed and exists as long as its
 children; an id is never used twice, so that a folder named by it is never mistaken for another's. A lazy
@@ -13,17 +12,16 @@ whatever images it is part of, and is given back with the last of them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from agent import database, snapshots
 from agent import errors as agent_errors
-from agent import snapshots
+from agent.database import CorruptStoreError as CorruptStoreError
 from agent.snapshots import Kind, Usage
 from imagefs import errors
 
@@ -87,10 +85,6 @@ SELECT snapshot_rows.* FROM snapshot_rows JOIN line USING (id) ORDER BY line.dep
 """
 
 
-class CorruptStoreError(errors.IntegrityError):
-    """The file is not a database of ours, or it is damaged. Whoever opened it moves it aside and rebuilds."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer of a block image. `mount_number`: its mount point below root/layers, the same for every
@@ -151,33 +145,18 @@ class Store:
     """Open it with `Store.open`. Every method raises UnavailableError when the disk is full, read-only or
     failing, and CorruptStoreError when the file turns out to be damaged."""
 
-    def __init__(self, path: Path, now_ns: Callable[[], int]) -> None:
-        self._path = path
+    def __init__(self, opened: database.Database, now_ns: Callable[[], int]) -> None:
+        self._database = opened
         self._now_ns = now_ns
-        self._lock = threading.Lock()
-        self._readers: list[sqlite3.Connection] = []
-        self._closed = False
-        self._writer = self._connect()
 
     @classmethod
     def open(cls, path: Path, now_ns: Callable[[], int] = time.time_ns) -> Store:
         """Open or create. Raises CorruptStoreError, ConfigurationError when a newer version wrote it."""
-        with _errors(path):
-            store = cls(path, now_ns)
-            try:
-                store._prepare()
-            except BaseException:
-                store.close()
-                raise
-        return store
+        return cls(database.Database.open(path, _SCHEMA, SCHEMA_VERSION), now_ns)
 
     def close(self) -> None:
         """Idempotent; nothing else may be under way."""
-        with self._lock:
-            self._closed = True
-            for connection in (*self._readers, self._writer):
-                connection.close()
-            self._readers.clear()
+        self._database.close()
 
     # --- snapshots ---------------------------------------------------------------------------------------
 
@@ -196,13 +175,13 @@ class Store:
         is no such snapshot. NotFoundError: no such parent; InvalidInputError: it is not committed;
         AlreadyExistsError: the name is taken; NotFoundError, too, when `image` was forgotten meanwhile."""
         now = self._now_ns()
-        with self._writing() as database:
-            parent_id = self._parent_id(database, parent)
-            if _maybe(database, name) is not None:
+        with self._database.writing() as connection:
+            parent_id = self._parent_id(connection, parent)
+            if _maybe(connection, name) is not None:
                 raise agent_errors.AlreadyExistsError(f"snapshot {name} exists already")
-            if image is not None and not _images(database, image):
+            if image is not None and not _has_image(connection, image):
                 raise errors.NotFoundError(f"no block image {image} is known here")
-            cursor = database.execute(
+            cursor = connection.execute(
                 "INSERT INTO snapshots (name, kind, parent, labels, created_ns, updated_ns, image, layer)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (name, int(kind), parent_id, _encode(labels), now, now, image, layer),
@@ -210,32 +189,32 @@ class Store:
             assert cursor.lastrowid is not None
             if place is not None:
                 place(cursor.lastrowid)
-            return _by_name(database, name)
+            return _by_name(connection, name)
 
     def get(self, name: str) -> SnapshotRow:
         """By name. NotFoundError."""
-        with self._reading() as database:
-            return _by_name(database, name)
+        with self._database.reading() as connection:
+            return _by_name(connection, name)
 
     def by_id(self, number: int) -> SnapshotRow:
         """By id. NotFoundError."""
-        with self._reading() as database:
-            for row in database.execute("SELECT * FROM snapshot_rows WHERE id = ?", (number,)):
+        with self._database.reading() as connection:
+            for row in connection.execute("SELECT * FROM snapshot_rows WHERE id = ?", (number,)):
                 return _snapshot(row)
         raise errors.NotFoundError(f"no snapshot has the id {number}")
 
     def chain(self, name: str) -> list[SnapshotRow]:
         """The snapshot and its ancestors, in this order. NotFoundError."""
-        with self._reading() as database:
-            rows = database.execute(_CHAIN, (name,)).fetchall()
+        with self._database.reading() as connection:
+            rows = connection.execute(_CHAIN, (name,)).fetchall()
         if not rows:
             raise _absent(name)
         return [_snapshot(row) for row in rows]
 
     def children(self, name: str) -> list[SnapshotRow]:
         """What has the snapshot `name` as its parent; for the empty name, what has none. By id."""
-        with self._reading() as database:
-            rows = database.execute(
+        with self._database.reading() as connection:
+            rows = connection.execute(
                 "SELECT * FROM snapshot_rows WHERE parent_id IS (SELECT id FROM snapshots WHERE name = ?)"
                 " AND (parent_id IS NULL) = (? = '') ORDER BY id",
                 (name, name),
@@ -244,17 +223,17 @@ class Store:
 
     def walk(self) -> list[SnapshotRow]:
         """All, by id: parents come before their children, but for what was given a parent at its commit."""
-        with self._reading() as database:
+        with self._database.reading() as connection:
             return [
                 _snapshot(row)
-                for row in database.execute("SELECT * FROM snapshot_rows ORDER BY id").fetchall()
+                for row in connection.execute("SELECT * FROM snapshot_rows ORDER BY id").fetchall()
             ]
 
     def settled_ids(self) -> set[int]:
         """The ids in use once every change that is under way now has ended. For whoever has listed folders
         and wants to know which of them nobody owns: `insert` places a folder before its row is seen."""
-        with self._writing() as database:
-            return {number for (number,) in database.execute("SELECT id FROM snapshots")}
+        with self._database.writing() as connection:
+            return {number for (number,) in connection.execute("SELECT id FROM snapshots")}
 
     def commit(
         self, key: str, name: str, labels: Mapping[str, str], usage: Usage, parent: str = ""
@@ -263,9 +242,9 @@ class Store:
         given to one that had none. NotFoundError, AlreadyExistsError, InvalidInputError (another parent),
         FailedPreconditionError (not active)."""
         now = self._now_ns()
-        with self._writing() as database:
-            row = _by_name(database, key)
-            if _maybe(database, name) is not None:
+        with self._database.writing() as connection:
+            row = _by_name(connection, key)
+            if _maybe(connection, name) is not None:
                 raise agent_errors.AlreadyExistsError(f"snapshot {name} exists already")
             if row.kind is not Kind.ACTIVE:
                 raise agent_errors.FailedPreconditionError(
@@ -275,8 +254,8 @@ class Store:
                 raise errors.InvalidInputError(
                     f"snapshot {key} has a parent already; commit cannot change it"
                 )
-            parent_id = self._parent_id(database, parent) if parent else row.parent_id
-            database.execute(
+            parent_id = self._parent_id(connection, parent) if parent else row.parent_id
+            connection.execute(
                 "UPDATE snapshots SET name = ?, kind = ?, parent = ?, labels = ?, created_ns = ?,"
                 " updated_ns = ?, inodes = ?, size_bytes = ? WHERE id = ?",
                 (
@@ -291,51 +270,51 @@ class Store:
                     row.id,
                 ),
             )
-            return _by_name(database, name)
+            return _by_name(connection, name)
 
     def update(self, name: str, change: Callable[[Mapping[str, str]], Mapping[str, str]]) -> SnapshotRow:
         """Replace labels by what `change` makes of them, undisturbed. NotFoundError."""
         now = self._now_ns()
-        with self._writing() as database:
-            row = _by_name(database, name)
-            database.execute(
+        with self._database.writing() as connection:
+            row = _by_name(connection, name)
+            connection.execute(
                 "UPDATE snapshots SET labels = ?, updated_ns = ? WHERE id = ?",
                 (_encode(change(row.labels)), now, row.id),
             )
-            return _by_name(database, name)
+            return _by_name(connection, name)
 
     def remove(self, name: str) -> SnapshotRow:
         """Forget a snapshot; returns what it was. NotFoundError, FailedPreconditionError (has children)."""
-        with self._writing() as database:
-            row = _by_name(database, name)
-            for (child,) in database.execute(
+        with self._database.writing() as connection:
+            row = _by_name(connection, name)
+            for (child,) in connection.execute(
                 "SELECT name FROM snapshots WHERE parent = ? LIMIT 1", (row.id,)
             ):
                 raise agent_errors.FailedPreconditionError(
                     f"cannot remove snapshot {name}: it is the parent of {child}; remove that first"
                 )
-            database.execute("DELETE FROM snapshots WHERE id = ?", (row.id,))
+            connection.execute("DELETE FROM snapshots WHERE id = ?", (row.id,))
             return row
 
     def set_usage(self, number: int, usage: Usage) -> None:
         """Keep what a snapshot takes; of one that is gone, nothing."""
-        with self._writing() as database:
-            database.execute(
+        with self._database.writing() as connection:
+            connection.execute(
                 "UPDATE snapshots SET inodes = ?, size_bytes = ? WHERE id = ?",
                 (usage.inodes, usage.size_bytes, number),
             )
 
     def set_broken(self, number: int, why: str | None) -> None:
         """Put a snapshot in quarantine, saying why, or take it out (None)."""
-        with self._writing() as database:
-            database.execute("UPDATE snapshots SET broken = ? WHERE id = ?", (why, number))
+        with self._database.writing() as connection:
+            connection.execute("UPDATE snapshots SET broken = ? WHERE id = ?", (why, number))
 
     # --- block images ------------------------------------------------------------------------------------
 
     def put_image(self, image: ImageRow) -> ImageRow:
         """Add or replace; each layer gets its mount number. Returns what is stored now."""
-        with self._writing() as database:
-            database.execute(
+        with self._database.writing() as connection:
+            connection.execute(
                 "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (block_digest) DO UPDATE SET"
                 " source_digest = excluded.source_digest, reference = excluded.reference,"
                 " origin_ref = excluded.origin_ref, created_ns = excluded.created_ns,"
@@ -350,9 +329,9 @@ class Store:
                     image.prefetched,
                 ),
             )
-            database.execute("DELETE FROM layers WHERE image = ?", (image.block_digest,))
-            _number_mounts(database, image.layers)
-            database.executemany(
+            connection.execute("DELETE FROM layers WHERE image = ?", (image.block_digest,))
+            _number_mounts(connection, image.layers)
+            connection.executemany(
                 "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
@@ -368,39 +347,39 @@ class Store:
                     for number, layer in enumerate(image.layers)
                 ],
             )
-            _drop_unused_numbers(database)
-            return _images(database, image.block_digest)[0]
+            _drop_unused_numbers(connection)
+            return _images(connection, image.block_digest)[0]
 
     def image(self, block_digest: str) -> ImageRow | None:
         """One image, or None."""
-        with self._reading() as database:
-            found = _images(database, block_digest)
+        with self._database.reading() as connection:
+            found = _images(connection, block_digest)
         return found[0] if found else None
 
     def images(self) -> list[ImageRow]:
         """All, oldest first."""
-        with self._reading() as database:
-            return _images(database, None)
+        with self._database.reading() as connection:
+            return _images(connection, None)
 
     def references(self, block_digest: str) -> int:
         """How many snapshots are layers of this image."""
-        with self._reading() as database:
-            count = database.execute(
+        with self._database.reading() as connection:
+            count = connection.execute(
                 "SELECT count(*) FROM snapshots WHERE image = ?", (block_digest,)
             ).fetchone()[0]
         return int(count)
 
     def remove_image(self, block_digest: str) -> None:
         """Forget an image; of one that is not there, nothing. FailedPreconditionError: snapshots use it."""
-        with self._writing() as database:
-            for (name,) in database.execute(
+        with self._database.writing() as connection:
+            for (name,) in connection.execute(
                 "SELECT name FROM snapshots WHERE image = ? LIMIT 1", (block_digest,)
             ):
                 raise agent_errors.FailedPreconditionError(
                     f"block image {block_digest} is in use by snapshot {name}; remove that first"
                 )
-            database.execute("DELETE FROM images WHERE block_digest = ?", (block_digest,))
-            _drop_unused_numbers(database)
+            connection.execute("DELETE FROM images WHERE block_digest = ?", (block_digest,))
+            _drop_unused_numbers(connection)
 
     def set_pinned(self, block_digest: str, pinned: bool) -> None:
         """A pinned image is kept, snapshots or not. NotFoundError."""
@@ -413,93 +392,32 @@ class Store:
     # --- inside ------------------------------------------------------------------------------------------
 
     def _flag(self, statement: str, block_digest: str, value: bool) -> None:
-        with self._writing() as database:
-            if not database.execute(statement, (value, block_digest)).rowcount:
+        with self._database.writing() as connection:
+            if not connection.execute(statement, (value, block_digest)).rowcount:
                 raise errors.NotFoundError(f"no block image {block_digest} is known here")
 
-    def _parent_id(self, database: sqlite3.Connection, parent: str) -> int | None:
+    def _parent_id(self, connection: sqlite3.Connection, parent: str) -> int | None:
         if not parent:
             return None
-        row = _maybe(database, parent)
+        row = _maybe(connection, parent)
         if row is None:
             raise errors.NotFoundError(f"parent snapshot {parent} does not exist")
         if row.kind is not Kind.COMMITTED:
             raise errors.InvalidInputError(f"parent snapshot {parent} is not committed")
         return row.id
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA cache_size = -512")
-        return connection
-
-    def _prepare(self) -> None:
-        for (verdict,) in self._writer.execute("PRAGMA quick_check(1)"):
-            if verdict != "ok":
-                raise CorruptStoreError(f"{self._path} is damaged: {verdict}")
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise errors.ConfigurationError(
-                f"{self._path} was written by a newer version of glowplug (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}); install that version again"
-            )
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        if version == 0:
-            self._writer.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif not self._writer.execute("SELECT 1 FROM sqlite_schema WHERE name = 'snapshot_rows'").fetchone():
-            raise CorruptStoreError(f"{self._path} is damaged: it has not the tables of its version")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _errors(self._path):
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with _errors(self._path):
-            with self._lock:
-                if self._closed:
-                    raise errors.UnavailableError("the agent's database is closed: the agent is stopping")
-                connection = self._readers.pop() if self._readers else self._connect()
-            try:
-                yield connection
-            finally:
-                with self._lock:
-                    if self._closed:
-                        connection.close()
-                    else:
-                        self._readers.append(connection)
-
-
-@contextlib.contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.OperationalError, sqlite3.ProgrammingError) as exc:
-        raise errors.UnavailableError(f"{path}: {exc}; is its disk full, read-only or failing?") from exc
-    except sqlite3.DatabaseError as exc:
-        raise CorruptStoreError(f"{path} is damaged: {exc}") from exc
-
 
 def _absent(name: str) -> errors.NotFoundError:
     return errors.NotFoundError(f"snapshot {name} does not exist")
 
 
-def _maybe(database: sqlite3.Connection, name: str) -> SnapshotRow | None:
-    row = database.execute("SELECT * FROM snapshot_rows WHERE name = ?", (name,)).fetchone()
+def _maybe(connection: sqlite3.Connection, name: str) -> SnapshotRow | None:
+    row = connection.execute("SELECT * FROM snapshot_rows WHERE name = ?", (name,)).fetchone()
     return None if row is None else _snapshot(row)
 
 
-def _by_name(database: sqlite3.Connection, name: str) -> SnapshotRow:
-    row = _maybe(database, name)
+def _by_name(connection: sqlite3.Connection, name: str) -> SnapshotRow:
+    row = _maybe(connection, name)
     if row is None:
         raise _absent(name)
     return row
@@ -529,9 +447,14 @@ def _encode(labels: Mapping[str, str]) -> str:
     return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def _images(database: sqlite3.Connection, block_digest: str | None) -> list[ImageRow]:
+def _has_image(connection: sqlite3.Connection, block_digest: str) -> bool:
+    found = connection.execute("SELECT 1 FROM images WHERE block_digest = ?", (block_digest,)).fetchone()
+    return found is not None
+
+
+def _images(connection: sqlite3.Connection, block_digest: str | None) -> list[ImageRow]:
     layers: dict[str, list[LayerRow]] = {}
-    for image, *values in database.execute(
+    for image, *values in connection.execute(
         "SELECT image, chain_id, diff_id, map_digest, map_size, blob_digest, blob_size, mount_numbers.number"
         " FROM layers JOIN mount_numbers USING (map_digest) WHERE ?1 IS NULL OR image = ?1"
         " ORDER BY image, layers.number",
@@ -540,7 +463,7 @@ def _images(database: sqlite3.Connection, block_digest: str | None) -> list[Imag
         layers.setdefault(image, []).append(LayerRow(*values))
     return [
         ImageRow(key, source, reference, origin, tuple(layers.get(key, ())), created, bool(pin), bool(early))
-        for key, source, reference, origin, created, pin, early in database.execute(
+        for key, source, reference, origin, created, pin, early in connection.execute(
             "SELECT block_digest, source_digest, reference, origin_ref, created_ns, pinned, prefetched"
             " FROM images WHERE ?1 IS NULL OR block_digest = ?1 ORDER BY created_ns, block_digest",
             (block_digest,),
@@ -548,20 +471,20 @@ def _images(database: sqlite3.Connection, block_digest: str | None) -> list[Imag
     ]
 
 
-def _number_mounts(database: sqlite3.Connection, layers: Sequence[LayerRow]) -> None:
+def _number_mounts(connection: sqlite3.Connection, layers: Sequence[LayerRow]) -> None:
     """The smallest free numbers: 128 lower directories must fit into a mount's 4 KiB of options."""
-    taken = {number for (number,) in database.execute("SELECT number FROM mount_numbers")}
-    known = {digest for (digest,) in database.execute("SELECT map_digest FROM mount_numbers")}
+    taken = {number for (number,) in connection.execute("SELECT number FROM mount_numbers")}
+    known = {digest for (digest,) in connection.execute("SELECT map_digest FROM mount_numbers")}
     number = 1
     for layer in layers:
         if layer.map_digest in known:
             continue
         while number in taken:
             number += 1
-        database.execute("INSERT INTO mount_numbers VALUES (?, ?)", (layer.map_digest, number))
+        connection.execute("INSERT INTO mount_numbers VALUES (?, ?)", (layer.map_digest, number))
         taken.add(number)
         known.add(layer.map_digest)
 
 
-def _drop_unused_numbers(database: sqlite3.Connection) -> None:
-    database.execute("DELETE FROM mount_numbers WHERE map_digest NOT IN (SELECT map_digest FROM layers)")
+def _drop_unused_numbers(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM mount_numbers WHERE map_digest NOT IN (SELECT map_digest FROM layers)")
