@@ -23,7 +23,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from agent import api, config, kubernetes, logs, membership, peers, reconcile, service
+from agent import api, config, fill, kubernetes, logs, membership, peers, reconcile, service, warm
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Observer
@@ -100,6 +100,8 @@ class Agent:
         self._reconciler.restore(rebuilt=rebuilt)
         routes = api.Api(settings.api_socket, settings.http.listen)
         outside.show(store, routes)
+        self._fills = fill.Fills(settings.fill, self._images, store, self._devices, self._observer)
+        warm.Warm(self._images, store, self._devices, self._fills, self._observer).register(routes)
         routes.add("POST", "/api/v1/pull", self._pull)
         routes.start()
         self._exit.callback(routes.stop)
@@ -131,6 +133,7 @@ class Agent:
             self._watch_devices()
             self._images.sweep()
             self._reconciler.heal()
+            self._fills.tick()
             reconcile.keep_copy(self._settings.root)
         except errors.ImagefsError as exc:
             _log.warning("upkeep: %s", exc)

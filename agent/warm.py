@@ -1,8 +1,8 @@
 """What is warm on this node: images fetched before anybody starts them, pins, and how much of what is here.
 
-The routes of the API for whoever prepares nodes (the warm pool, an operator). Any thread. A prefetched or pinned image is kept without snapshots, also over a reboot; `unpin` lets it
-go. `prefetch` answers when the layers' metadata is here; the blocks come in the background, `is_warm` says
-how many.
+The routes of the API for whoever prepares nodes (the warm pool, an operator). Any thread. A prefetched or
+pinned image is kept without snapshots, also over a reboot; `unpin` lets it go. `prefetch` answers when the
+layers' metadata is here; the blocks come in the background, `is_warm` says how many.
 
     POST /api/v1/prefetch {"image"}    POST /api/v1/pin {"image"}    POST /api/v1/unpin {"image"}
     GET  /api/v1/warm[?image=]         GET  /api/v1/cache            POST /api/v1/cache/gc
