@@ -23,11 +23,13 @@ from imagefs import errors
 
 VERBS = {
     "agent": "The node agent: containerd starts containers from block images.",
+    "cache": "Show, pin, verify and tidy what the block cache holds.",
     "check": "Verify a block image's whole chain of digests, and its files against the source.",
     "convert": "Turn an OCI image into a block image.",
     "copy": "Move a source image with its block image to another registry.",
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
+    "prefetch": "Have an image on this node before anybody starts it.",
     "pull": "Make an image runnable in containerd without fetching its layers.",
     "run": "Run a command in an image, in namespaces of its own.",
     "status": "Show what is mounted, whether it works, what was fetched.",
