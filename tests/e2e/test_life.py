@@ -1,0 +1,221 @@
+"""A node's life: agent, device server, containerd and the machine die and come back; containers read on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from agent.proto import mount_pb2, snapshots_pb2
+from e2e import machine
+from tests.fixtures import node, pause
+
+pytestmark = pytest.mark.root
+
+_LAZY, _OTHER = 301, 302
+_HASH = (
+    "sh",
+    "-c",
+    "while [ ! -e /stop ]; do /check >/out 2>&1 || cat /out >>/bad; echo round >>/rounds; done; sleep 3600",
+)
+
+
+@pytest.fixture(scope="module", params=["1.6", "2.1"])
+def life_line(request: pytest.FixtureRequest) -> str:
+    """The oldest line and the newest."""
+    return str(request.param)
+
+
+@pytest.fixture
+def on_node(life_line: str, node_registry: node.Registry) -> Iterator[node.Node]:
+    """A node that the test may wreck."""
+    with node.run(life_line, node_registry) as running:
+        yield running
+
+
+class _Hashing:
+    """Containers that hash all their files, again and again, from an image that is cold at first."""
+
+    def __init__(self, on_node: node.Node, containers: int, file_bytes: int = 300_000) -> None:
+        self._node = on_node
+        image = on_node.registry.push(pause.heavy(24, file_bytes, _LAZY), convert=True)
+        on_node.cri.pull_image(image)
+        assert on_node.registry.layers_fetched(image) == []
+        pods = [on_node.cri.run_pod() for _ in range(containers)]
+        self._containers = [on_node.cri.start_container(pod, image, _HASH) for pod in pods]
+
+    def finish(self) -> None:
+        """Stop them, and look for errors and wrong hashes."""
+        for container in self._containers:
+            self._rounds(container, 1)
+            said = self._node.cri.exec_sync(container, ["sh", "-c", "touch /stop; cat /bad"])
+            assert said.stdout == b"", said.stdout[-2000:].decode()
+            assert b"No such file" in said.stderr
+
+    def another_round(self) -> None:
+        """Wait until each container has read everything from its beginning to its end once more."""
+        for container in self._containers:
+            self._rounds(container, self._rounds(container, 0) + 2)
+
+    def _rounds(self, container: str, at_least: int) -> int:
+        until = time.monotonic() + 60
+        while True:
+            rounds = len(self._node.cri.exec_sync(container, ["cat", "/rounds"]).stdout.split())
+            if rounds >= at_least:
+                return rounds
+            assert time.monotonic() < until, f"{rounds} rounds, not {at_least}"
+            time.sleep(0.1)
+
+
+def _kill_something(on_node: node.Node, chance: random.Random) -> str:
+    kind = chance.choice(["agent", "server", "worker", "worker", "keeper"])
+    if kind == "agent":
+        on_node.agent.stop(signal.SIGKILL)
+        on_node.agent.start()  # as systemd would
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(on_node.agent.processes()[kind]), signal.SIGKILL)
+    return kind
+
+
+def _kill_while_hashing(on_node: node.Node, containers: int, kills: int) -> None:
+    chance = random.Random(7)
+    hashing = _Hashing(on_node, containers)
+    for _ in range(kills):
+        _kill_something(on_node, chance)
+        time.sleep(chance.random() * 0.5)
+        machine.drop_page_cache()  # so that the next reads are ours to answer
+    hashing.another_round()
+    hashing.finish()
+
+
+def test_kills_at_random_moments_are_not_seen_by_containers(on_node: node.Node) -> None:
+    _kill_while_hashing(on_node, containers=3, kills=8)
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_are_not_seen_by_twenty_containers(on_node: node.Node) -> None:
+    _kill_while_hashing(on_node, containers=20, kills=100)
+
+
+def test_an_agent_that_is_gone_is_not_missed_by_containers(on_node: node.Node) -> None:
+    hashing = _Hashing(on_node, containers=2)
+    on_node.agent.stop(signal.SIGKILL)
+    machine.drop_page_cache()
+    hashing.another_round()
+    on_node.agent.start()
+    image = on_node.registry.push(pause.application(_LAZY), convert=True)
+    on_node.cri.pull_image(image)
+    assert on_node.registry.layers_fetched(image) == []
+    hashing.finish()
+
+
+def test_containerd_comes_back_to_its_containers(on_node: node.Node) -> None:
+    hashing = _Hashing(on_node, containers=1)
+    on_node.containerd.stop(signal.SIGKILL)
+    machine.drop_page_cache()
+    on_node.containerd.start()
+    hashing.another_round()
+    hashing.finish()
+    on_node.clear()
+    on_node.wait_until_clean()
+
+
+def test_two_hundred_snapshots_are_the_same_after_a_restart(on_node: node.Node) -> None:
+    image = on_node.registry.push(pause.application(_LAZY), convert=True)
+    on_node.cri.pull_image(image)
+    on_node.containerd.stop()  # which would collect snapshots that it did not make
+    with grpc.insecure_channel(f"unix:{on_node.agent.socket}") as channel:
+        infos = _list(channel)
+        parents = {info.parent for info in infos}
+        (top,) = (
+            info.name
+            for info in infos
+            if info.kind == snapshots_pb2.COMMITTED and info.parent and info.name not in parents
+        )
+        keys = [f"many-{number}" for number in range(200)]
+        before = [_ask(channel, "Prepare", key=key, parent=top) for key in keys]
+        assert len({tuple(mount.options for mount in mounts) for mounts in before}) == 200
+        on_node.agent.stop(signal.SIGKILL)
+        on_node.agent.start()
+        assert [_ask(channel, "Mounts", key=key) for key in keys] == before
+    on_node.containerd.start()
+
+
+def _ask(channel: grpc.Channel, method: str, **fields: str) -> list[mount_pb2.Mount]:
+    """The mounts of a snapshot, prepared now or before."""
+    request = {"Prepare": snapshots_pb2.PrepareSnapshotRequest, "Mounts": snapshots_pb2.MountsRequest}[method]
+    call = channel.unary_unary(
+        f"/containerd.services.snapshots.v1.Snapshots/{method}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=snapshots_pb2.MountsResponse.FromString,
+    )
+    return list(call(request(**fields), timeout=30, wait_for_ready=True).mounts)
+
+
+def _list(channel: grpc.Channel) -> list[snapshots_pb2.Info]:
+    call = channel.unary_stream(
+        "/containerd.services.snapshots.v1.Snapshots/List",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=snapshots_pb2.ListSnapshotsResponse.FromString,
+    )
+    return [info for reply in call(snapshots_pb2.ListSnapshotsRequest(), timeout=30) for info in reply.info]
+
+
+def _reboot(on_node: node.Node) -> None:
+    """What is left of us after a reboot: nothing that runs, is mounted, or lies below /run."""
+    daemon, agent = on_node.containerd, on_node.agent
+    daemon.stop(signal.SIGKILL)
+    daemon.kill_containers()
+    agent.stop(signal.SIGKILL)
+    processes = agent.processes()
+    for pid in [*processes["keeper"], *processes["server"], *processes["worker"]]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    machine.unmount_below(agent.root.parent)
+    for directory in (agent.state, daemon.folder / "state"):
+        shutil.rmtree(directory)
+    agent.state.mkdir(mode=0o700)
+    machine.drop_page_cache()
+    agent.start()
+    daemon.start()
+
+
+def test_after_a_reboot_containers_start_though_the_registry_is_down(on_node: node.Node) -> None:
+    image = on_node.registry.push(pause.application(_LAZY), convert=True)
+    on_node.cri.pull_image(image)
+    read_everything = ["sh", "-c", "cat /data/large /data/larger /data/seed | sha256sum"]
+    with on_node.cri.running(image, pause.FOREVER) as container:
+        expected = on_node.cri.exec_sync(container, read_everything)
+        assert expected.exit_code == 0
+    with on_node.registry.down():
+        _reboot(on_node)
+        with on_node.cri.running(image, pause.FOREVER) as container:
+            assert on_node.cri.exec_sync(container, read_everything) == expected
+
+
+def test_one_image_that_cannot_come_back_keeps_no_other_from_it(on_node: node.Node) -> None:
+    lost, kept = (on_node.registry.push(pause.application(seed), convert=True) for seed in (_OTHER, _LAZY))
+    on_node.cri.pull_image(lost)
+    maps_of_lost = set((on_node.agent.root / "maps").iterdir())
+    on_node.cri.pull_image(kept)
+    with on_node.cri.running(kept, pause.FOREVER):
+        pass
+    for path in maps_of_lost:
+        path.unlink()
+    with on_node.registry.down():
+        _reboot(on_node)
+        with on_node.cri.running(kept, pause.FOREVER) as container:
+            assert on_node.cri.exec_sync(container, ["cat", "/etc/passwd"]).exit_code == 0
+        pod = on_node.cri.run_pod()
+        with pytest.raises(grpc.RpcError):
+            on_node.cri.start_container(pod, lost, pause.FOREVER)
+        on_node.cri.remove_pod(pod.id)
+        on_node.cri.remove_image(lost)
