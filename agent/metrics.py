@@ -9,6 +9,7 @@ all of them with what to conclude.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.metadata
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import prometheus_client
-from prometheus_client import core, exposition
+from prometheus_client import core
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -24,7 +25,7 @@ from agent import observer
 from agent.devicefeed import Look
 from agent.starts import Settled
 
-CONTENT_TYPE = exposition.CONTENT_TYPE_PLAIN_1_0_0
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 _PULL_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PHASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -57,6 +58,8 @@ class Metrics:
     """See the module."""
 
     def __init__(self) -> None:
+        # A series more for each counter, which nobody asks for.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
         self._pulls = self._counter("glowplug_pulls", "Pulls, by how and why.", "kind", "reason")
@@ -140,11 +143,11 @@ _CACHE_GAUGES = {
     "quota_bytes": ("glowplug_cache_quota_bytes", "Bytes that the block cache may take."),
     "used_bytes": ("glowplug_cache_used_bytes", "Bytes that the block cache takes on disk."),
     "blocks": ("glowplug_cache_blocks", "Blocks in the cache."),
-    "memory_bytes": ("glowplug_cache_memory_bytes", "Blocks handed out in memory since start: disk full."),
 }
 _CACHE_COUNTERS = {
     "evicted_blocks": ("glowplug_cache_evicted_blocks", "Blocks evicted."),
     "corrupt_blocks": ("glowplug_cache_corrupt_blocks", "Cached blocks whose bytes had changed."),
+    "memory_bytes": ("glowplug_cache_memory_bytes", "Bytes of blocks kept in memory, for want of disk."),
     "disk_errors": ("glowplug_cache_disk_errors", "Failed writes of the cache."),
 }
 _FETCH_COUNTERS = {
@@ -152,6 +155,11 @@ _FETCH_COUNTERS = {
     "failed_blocks": ("glowplug_fetch_failed_tries", "Tries to fetch a block that failed."),
     "corrupt_blocks": ("glowplug_fetch_corrupt_blocks", "Blocks refused because of their bytes."),
     "failed_reads": ("glowplug_read_errors", "Blocks whose readers got an I/O error."),
+    "peer_requests": ("glowplug_peer_requests", "Blocks asked of other nodes."),
+    "peer_failures": ("glowplug_peer_failures", "Blocks that another node did not give, or gave wrong."),
+    "peer_hedges": ("glowplug_peer_hedges", "Blocks asked of the origin as well, because a peer was slow."),
+    "served_blocks": ("glowplug_peer_served_blocks", "Blocks given to other nodes."),
+    "served_bytes": ("glowplug_peer_served_bytes", "Bytes given to other nodes."),
     "expired_reads": ("glowplug_reads_expired", "Readers whose origin did not answer in time."),
 }
 _BYTES_BY_SOURCE = {"cache": "cache_bytes", "origin": "fetched_bytes", "peer": "peer_bytes"}
@@ -214,11 +222,11 @@ def _device_server(status: Mapping[str, Any]) -> Iterator[Metric]:
         yield core.CounterMetricFamily(name, text, value=cache[field])
     for field, (name, text) in _FETCH_COUNTERS.items():
         yield core.CounterMetricFamily(name, text, value=fetch[field])
-    moved = {source: fetch[field] for source, field in _BYTES_BY_SOURCE.items() if field in fetch}
+    moved = {source: fetch[field] for source, field in _BYTES_BY_SOURCE.items()}
     yield _counters(
         "glowplug_read_bytes", "Bytes by source: as moved, from the cache as read.", "source", moved
     )
-    blocks = {source: fetch[field] for source, field in _BLOCKS_BY_SOURCE.items() if field in fetch}
+    blocks = {source: fetch[field] for source, field in _BLOCKS_BY_SOURCE.items()}
     yield _counters("glowplug_read_blocks", "Blocks by source.", "source", blocks)
     yield _gauges(
         "glowplug_fetch_queue_blocks", "Blocks that wait for a connection.", "priority", fetch["queued"]
@@ -227,6 +235,10 @@ def _device_server(status: Mapping[str, Any]) -> Iterator[Metric]:
     yield core.GaugeMetricFamily(
         "glowplug_workers", "FUSE worker processes.", value=len(status["processes"]["workers"])
     )
+    peers = {"known": status["peers"]["members"], "down": len(status["peers"]["down"])}
+    yield _gauges("glowplug_peers", "Other agents, and those that are not asked for a while.", "state", peers)
+    copies = collections.Counter(copy["state"] for copy in status["fill"]["copies"])
+    yield _gauges("glowplug_fill_copies", "Full copies of images, by state.", "state", copies)
 
 
 def _counters(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -100,8 +100,9 @@ def _tiles(status: Mapping[str, Any]) -> Iterator[str]:
         )
         moved = f"from origins, {fetch['fetched_blocks']} blocks in {fetch['origin_requests']} requests"
         yield _tile(size(fetch["fetched_bytes"]), moved)
-        if "peer_bytes" in fetch:
-            yield _tile(size(fetch["peer_bytes"]), "from peers")
+        if server["peers"]["address"]:
+            given = f"from peers, {fetch['peer_blocks']} blocks; {size(fetch['served_bytes'])} given to them"
+            yield _tile(size(fetch["peer_bytes"]), given)
         yield _tile(str(sum(fetch["queued"].values())), "blocks queued")
         failed = fetch["failed_reads"]
         yield _tile(
@@ -179,18 +180,18 @@ def _images(status: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _peers(status: Mapping[str, Any]) -> Iterator[str]:
-    peers = status.get("peers")
-    if not isinstance(peers, Mapping):
+    peers = (status["server"] or {}).get("peers")
+    if not peers or not peers["address"]:
         return
+    down = peers["down"]
     yield "<h2>Peers</h2>"
-    members = peers.get("members", ())
-    rows = [
-        tuple(_text(_shown(value)) for value in member.values())
-        for member in members
-        if isinstance(member, Mapping)
-    ]
-    heads = tuple(members[0]) if rows else ()
-    yield _table(heads, rows, _shown(peers.get("error") or "No other agent is known."))
+    yield (
+        f'<div class="card">This node is <code>{_text(peers["address"])}</code>, one of '
+        f"{peers['members']}; {peers['waiting']} blocks are asked for now, {len(down)} nodes are left alone "
+        "for a while.</div>"
+    )
+    if down:
+        yield _table(("node", "why"), [(_text(node), _text(why)) for node, why in down.items()], "")
 
 
 def _events(events: Sequence[Mapping[str, Any]], now_seconds: float) -> Iterator[str]:
@@ -231,10 +232,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], empty: str, *, n
 
     body = "\n".join(row("td", cells) for cells in rows)
     return f'<div class="card flush"><table>{row("th", map(_text, heads))}\n{body}</table></div>'
-
-
-def _shown(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def _text(value: object) -> str:

@@ -157,7 +157,7 @@ def _cells(sample: Sample, previous: Sample | None) -> Iterator[tuple[str, str |
         yield "queued", f"{queued or 'nothing'}; {fetch['threads']} connections"
         yield "from origins", _rate(fetch["fetched_bytes"], "fetched_bytes", sample, previous)
         yield "from cache", _rate(fetch["cache_bytes"], "cache_bytes", sample, previous)
-        if "peer_bytes" in fetch:
+        if server["peers"]["address"]:
             yield "from peers", _rate(fetch["peer_bytes"], "peer_bytes", sample, previous)
         yield "read errors", f"{fetch['failed_reads']}, {fetch['expired_reads']} past their deadline"
         yield (
