@@ -233,6 +233,8 @@ class Snapshotter:
         placed: list[Path] = []
 
         def place(number: int) -> None:
+            with contextlib.suppress(FileNotFoundError):  # of one that was killed here; its id was not used
+                self.folder(number).rename(self._folder / f"removed-{number}-{new.name}")
             new.rename(self.folder(number))
             placed.append(self.folder(number))
 

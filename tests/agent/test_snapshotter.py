@@ -653,6 +653,44 @@ def test_cleanup_beside_prepares(node: Node) -> None:
     assert set(os.listdir(node.root / "snapshots")) == {str(row.id) for row in node.rows.walk()}
 
 
+def test_cleanup_waits_for_a_folder_to_get_its_row(node: Node) -> None:
+    folder = node.root / "snapshots" / "1"
+    cleaner = threading.Thread(target=node.snapshotter.cleanup)
+
+    def place(number: int) -> None:
+        folder.mkdir()
+        cleaner.start()
+        cleaner.join(0.3)  # it would be done by now, if it did not wait
+
+    assert node.rows.insert("a", Kind.ACTIVE, "", {}, place=place).id == 1
+    cleaner.join()
+    assert folder.exists()
+
+
+def test_a_folder_left_by_one_that_was_killed(node: Node) -> None:
+    """Placed, and killed before the transaction's end: the id is given again."""
+    (node.root / "snapshots" / "1" / "fs" / "old").mkdir(parents=True)
+    node.snapshotter.prepare("a", "", {})
+    assert os.listdir(node.root / "snapshots" / "1" / "fs") == []
+    node.snapshotter.cleanup()
+    assert os.listdir(node.root / "snapshots") == ["1"]
+
+
+@pytest.mark.root
+def test_no_row_without_its_folder(node: Node) -> None:
+    place = node.root / "snapshots" / "1"
+    place.mkdir()
+    syscalls.mount("tmpfs", place, "tmpfs", 0)
+    try:
+        with pytest.raises(errors.UnavailableError, match="busy"):
+            node.snapshotter.prepare("a", "", {})
+        assert node.rows.walk() == []
+        assert os.listdir(place.parent) == ["1"]
+    finally:
+        syscalls.umount(place)
+    node.snapshotter.prepare("a", "", {})
+
+
 _WORKER = """
 import sys
 from pathlib import Path
