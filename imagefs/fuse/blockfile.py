@@ -7,9 +7,13 @@ that it takes to fill and to drop it.
 * A large read of what the page cache does not have goes by O_DIRECT: 110 us of processor time a MiB less
   than through it. Whether it has it, cachestat(2) says (Linux 6.5): a block that has just been fetched is
   read from memory.
-* A small read goes through the page cache, because the kernel reads ahead there, and many small files lie
-  side by side. Its pages are dropped with the block, all at once: POSIX_FADV_DONTNEED after every small read
-  made `import torch` 0.1 s (6%) slower, as it may have to empty every processor's list of new pages.
+* A small read goes through the page cache, because many small files lie side by side, and because a fault on
+  a mapped library comes as a burst of reads of 64 KiB, in order. One that finds nothing there has the whole
+  window of `_WINDOW_BYTES` around it read at once, without waiting for more than its own part, so that the
+  rest of the burst comes from memory. The kernel's own read-ahead is off: on top of the windows it read 382
+  instead of 340 MB for one `import torch`, and slower (docs/benchmarks.md).
+  The pages are dropped with the block, all at once: POSIX_FADV_DONTNEED after every small read made `import
+  torch` 0.1 s (6%) slower, as it may have to empty every processor's list of new pages.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import os
 from imagefs import syscalls
 
 _LARGE_BYTES = 256 << 10
+_WINDOW_BYTES = 512 << 10
 _ALIGNMENT_BYTES = 4096
 
 
@@ -32,18 +37,23 @@ class BlockFile:
         self._leaves_pages = False
         # A memfd never had a name; a cache file has one when it is sent.
         self.in_memory = os.fstat(fd).st_nlink == 0
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, view: memoryview, offset: int) -> bool:
         """Read exactly `view` from byte `offset`. False if the file is shorter, or the disk fails."""
         try:
-            if len(view) >= _LARGE_BYTES and self._direct and self._read_direct(view, offset):
+            if len(view) < _LARGE_BYTES:
+                if self._read_cached(view, offset):
+                    return True
+                start = offset - offset % _WINDOW_BYTES
+                end = offset + len(view) + -(offset + len(view)) % _WINDOW_BYTES
+                os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            elif self._direct and self._read_direct(view, offset):
                 return True
             if os.preadv(self._fd, [view], offset) != len(view):
                 return False
             if len(view) >= _LARGE_BYTES:
                 os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
-            else:
-                self._leaves_pages = True
         except OSError:
             return False
         return True
@@ -55,6 +65,14 @@ class BlockFile:
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
         os.close(self._fd)
+
+    def _read_cached(self, view: memoryview, offset: int) -> bool:
+        """False where a part of the bytes is not in memory."""
+        self._leaves_pages = True
+        try:
+            return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT) == len(view)
+        except OSError:
+            return False  # EAGAIN, or a filesystem that has no such reads
 
     def _read_direct(self, view: memoryview, offset: int) -> bool:
         """False where the bytes are in memory already, or cannot be read in this way."""
