@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,10 +25,10 @@ def refs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def filled(glowplug: block_images.Command, refs: list[str]) -> Iterator[block_images.Command]:
+def filled(glowplug: block_images.Command, refs: list[str]) -> block_images.Command:
     """A cache with all of the first image's file in it, and no server any more."""
     _read(glowplug, refs[0])
-    yield glowplug
+    return glowplug
 
 
 def _read(glowplug: block_images.Command, ref: str, *options: str) -> None:
