@@ -23,7 +23,8 @@ _MAX_NEGATIVES = 1024
 
 @dataclasses.dataclass(slots=True)
 class Flight:
-    """One lookup under way; who runs it fills it in. `cancel` is what ends its waiting for reads."""
+    """One lookup under way; who runs it fills it in. `cancel` is what ends its waiting for reads. `settled`
+    says that its outcome is decided, `done` that it was told, too."""
 
     wanted: Wanted
     started: float
@@ -31,6 +32,7 @@ class Flight:
     image: LazyImage | None = None
     error: errors.ImagefsError | None = None
     cancel: Callable[[], None] | None = None
+    settled: bool = False
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
@@ -81,16 +83,19 @@ class Flights:
     def finish(self, flight: Flight, error: errors.ImagefsError | None) -> bool:
         """Settle a lookup, if nobody has. Whether this outcome is the one that counts."""
         with self._lock:
-            if flight.done.is_set():
+            if flight.settled:
                 return False
+            flight.settled = True
             flight.error = error
             self._flights.pop(flight.wanted, None)
             if error is None:
                 self._negatives.pop(flight.wanted, None)
             else:
                 self._remember(flight.wanted, error)
+        try:
+            self._settled(flight)
+        finally:
             flight.done.set()
-        self._settled(flight)
         return True
 
     def _run(self, flight: Flight) -> None:

@@ -240,7 +240,7 @@ class Images:
     def _commit(self, flight: Flight, block_digest: str | None) -> None:
         """With a digest: from here on the image counts. UnavailableError if nobody waits any more."""
         with self._lock:
-            if flight.done.is_set():
+            if flight.settled:
                 raise errors.UnavailableError(f"{flight.wanted.name}: past its deadline")
             flight.block_digest = block_digest
 

@@ -1,0 +1,271 @@
+"""Block images found once, attached once, mounted at first use, let go: a real registry, a real device server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import config, lookup
+from agent.images import owner_of
+from agent.snapshots import Kind
+from agent.snapshotter import Found
+from imagefs import artifact, errors
+from imagefs.origin import Origin
+from tests.agent.lazy_node import BASE, LazyNode
+from tests.agent.lazy_node import node as node
+from tests.fixtures import block_images, images, servers
+
+pytestmark = pytest.mark.root
+
+
+def layer_of(number: int) -> bytes:
+    return images.tar_of([(f"file-{number}", os.urandom(1000))])
+
+
+@pytest.fixture
+def hasty(tmp_path: Path, registry: servers.RegistryServer) -> Iterator[LazyNode]:
+    made = LazyNode(tmp_path, registry, lookup_deadline_seconds=0.7)
+    yield made
+    made.close()
+
+
+def test_many_prepares_are_one_lookup_and_one_attach(node: LazyNode) -> None:
+    source = node.push([BASE, *(layer_of(number) for number in range(5))])
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        found = list(
+            pool.map(lambda chain: node.images.find_layer(chain, source.labels), source.chain_ids * 2)
+        )
+    assert all(found)
+    assert [each.layer for each in found if each] == [*range(6), *range(6)]
+    (digest,) = {each.block_digest for each in found if each}
+    assert node.owners() == {owner_of(digest)}
+    # Neither tag, index nor source manifest is asked for: containerd has said what they say.
+    manifests = node.proxy.seen("GET", "/manifests/")
+    assert sum(digest in request.path for request in manifests) == 1
+    assert not any(source.digest in request.path for request in manifests if "referrers" not in request.path)
+    assert node.kinds().count("lazy_pull") == 1
+    assert not node.mounted(), "layers are mounted at first use"
+    path = node.images.directory(digest, 0)
+    assert (path / "etc/motd").read_text() == "base\n"
+    assert node.mounted() == [path]
+    before = len(node.proxy.requests)
+    assert node.images.find_layer(source.chain_ids[3], source.labels) == Found(digest, 3)
+    assert len(node.proxy.requests) == before, "what is known is not asked again"
+
+
+def test_no_block_image_is_remembered_for_a_while(node: LazyNode) -> None:
+    source = node.push([BASE], converted=False)
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is None
+    (event,) = [event for event in node.observer.events() if event.kind == "ordinary_pull"]
+    assert event.fields["reason"] == "no block image"
+    asked = len(node.proxy.requests)
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is None
+    assert len(node.proxy.requests) == asked
+    block_images.convert(f"docker://{source.name.replace(node.proxy.host, node.registry.host)}")
+    node.clock.now += node.settings.images.negative_seconds + 1
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is not None
+
+
+def test_labels_that_say_nothing_are_an_ordinary_pull(node: LazyNode) -> None:
+    assert node.images.find_layer("sha256:" + "0" * 64, {}) is None
+    assert node.images.find_layer("sha256:" + "0" * 64, {lookup.REFERENCE_LABEL: "???"}) is None
+    assert not node.proxy.requests
+
+
+def test_an_origin_that_hangs_costs_the_deadline_once(hasty: LazyNode) -> None:
+    source = hasty.push([BASE])
+    hasty.proxy.add(servers.Fault(path="/blobs/", hang=True, times=None))
+    assert hasty.images.find_layer(source.chain_ids[0], source.labels) is None
+    asked = len(hasty.proxy.requests)
+    assert hasty.images.find_layer(source.chain_ids[0], source.labels) is None
+    assert len(hasty.proxy.requests) == asked
+    reasons = [event.fields["reason"] for event in hasty.observer.events() if event.kind == "ordinary_pull"]
+    assert reasons == ["unavailable"]
+    assert not hasty.owners()
+    hasty.proxy.clear()
+    hasty.clock.now += 31
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hasty.images._flights, "_deadline_seconds", 20.0)
+        assert hasty.images.find_layer(source.chain_ids[0], source.labels) is not None
+
+
+def test_layers_that_hang_are_undone_at_the_deadline(hasty: LazyNode) -> None:
+    source = hasty.push([BASE])
+    # The blob's ranges hang; everything that the lookup reads in full does not.
+    hasty.proxy.hook = lambda seen: hasty.proxy.closing.wait(4) and None if "range" in seen.fields else None
+    assert hasty.images.find_layer(source.chain_ids[0], source.labels) is None
+    assert not hasty.owners()
+    assert hasty.images.rows() == []
+    assert hasty.store.images() == []
+
+
+def test_wrong_bytes_are_an_ordinary_pull_and_leave_nothing(node: LazyNode) -> None:
+    source = node.push([BASE])
+    node.proxy.hook = lambda seen: (206, {}, b"x" * 100) if "range" in seen.fields else None
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is None
+    assert not node.owners()
+    assert node.store.images() == []
+    assert "lookup_failed" in node.kinds()
+
+
+def test_of_several_block_images_the_first_that_may_be_used(node: LazyNode) -> None:
+    source = node.push([BASE])
+    second = block_images.convert(
+        f"docker://{source.name.replace(node.proxy.host, node.registry.host)}", block_bytes=2 * 65536
+    )
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is not None
+    (free_choice,) = [row.block_digest for row in node.images.rows()]
+    refused: list[str] = []
+
+    def trust(
+        settings: config.Images, origin: Origin, source_digest: str, manifest: artifact.Manifest
+    ) -> None:
+        assert source_digest == source.digest
+        if manifest.digest == free_choice:
+            refused.append(manifest.digest)
+            raise errors.DeniedError("not this one")
+
+    node.trust = trust
+    node.reboot()
+    node.clock.now += 100
+    node.images.sweep()
+    found = node.images.find_layer(source.chain_ids[0], source.labels)
+    assert found is not None
+    assert refused == [free_choice]
+    assert found.block_digest != free_choice
+    assert second in (free_choice, found.block_digest)
+
+
+def test_a_refused_image_is_an_ordinary_pull(node: LazyNode) -> None:
+    def trust(*_: object) -> None:
+        raise errors.DeniedError("no signature")
+
+    node.trust = trust
+    node.reboot()
+    source = node.push([BASE])
+    assert node.images.find_layer(source.chain_ids[0], source.labels) is None
+    (event,) = [event for event in node.observer.events() if event.kind == "ordinary_pull"]
+    assert event.fields["reason"] == "refused"
+
+
+def test_a_pin_needs_no_referrers(node: LazyNode) -> None:
+    source = node.push([BASE])
+    found = node.images.find_layer(source.chain_ids[0], source.labels)
+    assert found is not None
+    pin = config.Pin(source=source.digest, block_image=found.block_digest)
+    wanted = lookup.from_labels(source.labels)
+    assert wanted is not None
+    node.proxy.add(servers.Fault(path="referrers|manifests/sha256-", status=500, times=None))
+    opened = lookup.open_image(wanted, config.Images(pins=(pin,)), node.origins, None)
+    assert opened.manifest.digest == found.block_digest
+    other = dataclasses.replace(pin, block_image="sha256:" + "1" * 64)
+    with pytest.raises(errors.NotFoundError):
+        lookup.open_image(wanted, config.Images(pins=(other,)), node.origins, None)
+
+
+def test_a_shared_layer_has_one_mount_and_goes_with_the_last_image(node: LazyNode) -> None:
+    one, other = node.push([BASE, layer_of(1)]), node.push([BASE, layer_of(2)])
+    rows = [node.images.pull(source.name) for source in (one, other)]
+    paths = [node.images.directory(row.block_digest, 0) for row in rows]
+    assert paths[0] == paths[1]
+    assert len(node.mounted()) == 1
+    node.clock.now += 1000
+    node.images.released(rows[0].block_digest)
+    assert node.owners() == {owner_of(rows[1].block_digest)}
+    assert (paths[1] / "etc/motd").read_text() == "base\n"
+    node.images.released(rows[1].block_digest)
+    assert not node.owners()
+    assert not node.mounted()
+    assert node.store.images() == []
+    assert os.listdir(node.settings.root / "maps") == []
+    assert not paths[0].exists()
+
+
+def test_an_image_with_a_snapshot_a_pin_or_a_hold_stays(node: LazyNode) -> None:
+    source = node.push([BASE])
+    row = node.images.pull(source.name)
+    node.images.released(row.block_digest)
+    assert node.images.rows(), "its snapshots are still to be made"
+    node.store.insert("layer", Kind.COMMITTED, "", {}, image=row.block_digest, layer=0)
+    node.clock.now += 1000
+    node.images.sweep()
+    assert node.images.rows()
+    node.store.remove("layer")
+    node.store.set_pinned(row.block_digest, True)
+    node.images.refresh(row.block_digest)
+    node.images.released(row.block_digest)
+    assert node.images.rows()
+    node.store.set_pinned(row.block_digest, False)
+    node.images.refresh(row.block_digest)
+    node.images.released(row.block_digest)
+    assert not node.images.rows()
+
+
+def test_a_hold_ends_with_the_first_snapshot(node: LazyNode) -> None:
+    source = node.push([BASE, layer_of(1)])
+    row = node.images.pull(source.name)
+    for number, chain_id in enumerate(source.chain_ids):
+        parent = source.chain_ids[number - 1] if number else ""
+        node.store.insert(chain_id, Kind.COMMITTED, parent, {}, image=row.block_digest, layer=number)
+    for chain_id in reversed(source.chain_ids):
+        node.store.remove(chain_id)
+        node.images.released(row.block_digest)
+    assert not node.images.rows()
+
+
+def test_layers_of_an_image_that_is_not_converted_are_taken_from_one_that_is(node: LazyNode) -> None:
+    converted = node.push([BASE, layer_of(1)])
+    row = node.images.pull(converted.name)
+    other = node.push([BASE, layer_of(2)], converted=False)
+    assert node.images.find_layer(other.chain_ids[0], other.labels) == Found(row.block_digest, 0)
+    assert node.images.find_layer(other.chain_ids[1], other.labels) is None
+
+
+def test_after_a_reboot_nothing_is_asked_of_a_registry_that_is_down(node: LazyNode) -> None:
+    source = node.push([BASE, layer_of(1)])
+    row = node.images.pull(source.name)
+    before = (node.images.directory(row.block_digest, 0) / "data").read_bytes()
+    node.reboot()
+    assert not node.owners()
+    node.proxy.close()
+    assert node.images.find_layer(source.chain_ids[1], source.labels) == Found(row.block_digest, 1)
+    assert (node.images.directory(row.block_digest, 0) / "data").read_bytes() == before
+    assert node.owners() == {owner_of(row.block_digest)}
+    attributes = node.images.root_attributes(row.block_digest, 0)
+    assert attributes is not None
+    assert attributes.mode & 0o7777 == 0o755
+
+
+def test_usage_is_what_the_cache_holds(node: LazyNode) -> None:
+    source = node.push([images.tar_of([("zeros", bytes(500_000)), ("noise", os.urandom(500_000))])])
+    row = node.images.pull(source.name)
+    first = node.images.usage(row.block_digest, 0)
+    assert first.inodes == 3
+    (node.images.directory(row.block_digest, 0) / "noise").read_bytes()
+    node.clock.now += 10
+    later = node.images.usage(row.block_digest, 0)
+    assert first.size_bytes < later.size_bytes < 1_000_000
+    assert later.size_bytes >= 500_000
+
+
+def test_a_layer_without_an_entry_for_its_root_says_nothing_of_it(node: LazyNode) -> None:
+    source = node.push([BASE, images.tar_of([("more", b"m")], root=False)])
+    row = node.images.pull(source.name)
+    assert node.images.root_attributes(row.block_digest, 1) is None
+    node.reboot()
+    assert node.images.root_attributes(row.block_digest, 1) is None
+    assert node.images.root_attributes(row.block_digest, 0) is not None
+
+
+def test_pull_says_what_led_to_the_image(node: LazyNode) -> None:
+    source = node.push([BASE])
+    row, opened = node.images.pull_opened(f"docker://{source.name}")
+    assert [manifest.digest for manifest in opened.sources] == [source.digest]
+    assert row.source_digest == source.digest
+    with pytest.raises(errors.NotFoundError):
+        node.images.pull(node.push([BASE], converted=False).name)
