@@ -172,15 +172,13 @@ class Peers:
                 self._health.policy = health
             self._health.retain(members)
             self._refresh()
-            left = [job for job in self._jobs.values() if job.peer not in members]
-            dropped = [self._give_up(job) for job in left]
+            left = self._hand_over([job for job in self._jobs.values() if job.peer not in members])
             if settings is not None and self._clock is None:
                 self._clock = threading.Thread(target=self._run_clock, name="peer-clock", daemon=True)
                 self._clock.start()
         if old is not None:
             old.close()
-        for readers, job in dropped:
-            self._to_origin(job, readers)
+        self._to_origin(left)
 
     def status(self) -> dict[str, Any]:
         """A JSON object: this node's address, how many members, which are down and why, what is waited
@@ -239,7 +237,7 @@ class Peers:
         """The layer is gone: nobody waits for it here any more. Those who did, to be refused."""
         with self._lock:
             jobs = [job for key, job in self._jobs.items() if key[0] == map_digest]
-            readers = [reader for job in jobs for reader in self._give_up(job)[0]]
+            readers = [reader for job in jobs for reader in self._take(job)]
         return [reader.done for reader in readers if reader.first()]
 
     def close(self) -> None:
@@ -247,7 +245,7 @@ class Peers:
         with self._lock:
             self._closed = True
             connections, self._connections = self._connections, None
-            readers = [reader for job in list(self._jobs.values()) for reader in self._give_up(job)[0]]
+            readers = [reader for job in list(self._jobs.values()) for reader in self._take(job)]
             self._work.notify_all()
             self._time.notify_all()
         if connections is not None:
@@ -275,19 +273,27 @@ class Peers:
         if self._hedges[0][3] is job:
             self._time.notify()
 
-    def _give_up(self, job: _Job) -> tuple[list[_Reader], _Job]:
-        """Forget a job; its readers, to be answered by somebody else."""
-        if self._jobs.get(job.key) is job:
-            del self._jobs[job.key]
-            self._queues[job.priority].pop(job.key, None)
-        readers, job.readers = job.readers, []
-        return readers, job
+    def _take(self, job: _Job) -> list[_Reader]:
+        """Forget a job, if it is not forgotten; its readers, whom the caller answers."""
+        if self._jobs.get(job.key) is not job:
+            return []
+        del self._jobs[job.key]
+        self._queues[job.priority].pop(job.key, None)
+        return job.readers
 
-    def _go_down(self, peer: str) -> list[tuple[list[_Reader], _Job]]:
-        """A peer went down: what waits for it goes to the origin now."""
+    def _hand_over(self, jobs: list[_Job]) -> list[_Job]:
+        """Forget these jobs; those that the caller is to bring `_to_origin`: each once, whoever fails first,
+        and not those that went there before."""
+        out = [job for job in jobs if self._jobs.get(job.key) is job and not job.with_origin]
+        for job in jobs:
+            self._take(job)
+        return out
+
+    def _go_down(self, peer: str) -> list[_Job]:
+        """A peer went down: what waits for it is handed over."""
         self._refresh()
         self._time.notify()
-        return [self._give_up(job) for job in [job for job in self._jobs.values() if job.peer == peer]]
+        return self._hand_over([job for job in self._jobs.values() if job.peer == peer])
 
     def _next_job(self) -> _Job | None:
         """Wait for work; None when this thread should end."""
@@ -432,7 +438,7 @@ class Peers:
         with self._lock:
             if outcome == "peer":
                 self._health.answered(job.peer)
-            readers, _ = self._give_up(job)
+            readers = self._take(job)
         if outcome == "peer":
             fetcher.log.count(peer_blocks=1, peer_bytes=length)
         answer: plan.Answer[Done] = plan.Answer(
@@ -448,7 +454,7 @@ class Peers:
         """The peer did not give the block: note why, and have the origin asked."""
         news, now = False, time.monotonic()
         with self._lock:
-            dropped = [self._give_up(job)]
+            dropped = self._hand_over([job])
             if self._settings is None or job.peer not in self._settings.members:
                 pass  # it left meanwhile
             elif isinstance(exc, peerhttp.RefusedError):
@@ -465,8 +471,7 @@ class Peers:
         if news:
             unexpected = None if isinstance(exc, errors.ImagefsError) else exc
             _log.warning("peer not asked for now: %s", exc, exc_info=unexpected)
-        for readers, each in dropped:
-            self._to_origin(each, readers)
+        self._to_origin(dropped)
 
     # -- the other side ----------------------------------------------------------------------------
 
@@ -492,29 +497,25 @@ class Peers:
             if isinstance(result, int):
                 os.close(result)
             return
-        dropped: list[tuple[list[_Reader], _Job]] = []
+        dropped: list[_Job] = []
         with self._lock:
             beaten = isinstance(result, int) and self._jobs.get(job.key) is job
-            if beaten:
-                self._give_up(job)
+            self._take(job)
             if beaten and self._health.lost_race(job.peer, time.monotonic()):
                 dropped = self._go_down(job.peer)
         if dropped:
             _log.warning("peer not asked for now: peer %s: slower than the origin", job.peer)
         reader.done(result)
-        for readers, each in dropped:
-            self._to_origin(each, readers)
+        self._to_origin(dropped)
 
-    def _to_origin(self, job: _Job, readers: list[_Reader]) -> None:
-        """Nobody waits for the peer any more."""
-        if job.with_origin:
-            return  # its readers are there already
-        job.with_origin = True
+    def _to_origin(self, jobs: list[_Job]) -> None:
+        """What was handed over: nobody waits for its peer any more."""
         want = self._bound().want
-        for reader in readers:
-            want(job.layer.map_digest, job.index, job.priority, reader.done, reader.wanted_at)
-        if not readers:
-            want(job.layer.map_digest, job.index, job.priority, None, job.wanted_at)
+        for job in jobs:
+            for reader in job.readers:
+                want(job.layer.map_digest, job.index, job.priority, reader.done, reader.wanted_at)
+            if not job.readers:
+                want(job.layer.map_digest, job.index, job.priority, None, job.wanted_at)
 
     def _bound(self) -> _Fetcher:
         assert self._fetcher is not None
