@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from agent.client import AgentClient
 
-_BAR_CELLS = 24
+_METER_CELLS = 14
 _ONCE_COLUMNS = 110
 _SHOWN_STARTS = 6
 _SHOWN_IMAGES = 10
@@ -107,7 +107,7 @@ def frame(sample: Sample, previous: Sample | None, columns: int, rows: int | Non
     starts = sample.starts[: _fit(_SHOWN_STARTS, room, 2)]
     images = sample.status.get("images", ())[: _fit(_SHOWN_IMAGES, room, 3)]
     events = sample.events[-_fit(_SHOWN_EVENTS, room, 3) :]
-    parts += [_starts(starts, sample.wall_seconds), _images(images, sample), _events(events, sample)]
+    parts += [_starts(starts, sample.wall_seconds, columns), _images(images, sample), _events(events, sample)]
     return console.Group(*parts)
 
 
@@ -140,7 +140,7 @@ def _numbers(sample: Sample, previous: Sample | None) -> Table:
     grid = Table.grid(padding=(0, 2), expand=True)
     for _ in range(2):
         grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(ratio=1)
+        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     cells = list(_cells(sample, previous))
     for left, right in zip(cells[::2], [*cells[1::2], ("", "")], strict=False):
         grid.add_row(*left, *right)
@@ -174,10 +174,10 @@ def _cells(sample: Sample, previous: Sample | None) -> Iterator[tuple[str, str |
 def _meter(used_bytes: int, quota_bytes: int) -> Text:
     from rich.text import Text
 
-    full = round(_BAR_CELLS * min(1.0, used_bytes / max(1, quota_bytes)))
+    full = round(_METER_CELLS * min(1.0, used_bytes / max(1, quota_bytes)))
     return Text.assemble(
         ("━" * full, "red"),
-        ("━" * (_BAR_CELLS - full), "bright_black"),
+        ("━" * (_METER_CELLS - full), "bright_black"),
         f" {terminal.size(used_bytes)} of {terminal.size(quota_bytes)}",
     )
 
@@ -205,14 +205,15 @@ def _table(*heads: str) -> Table:
     return table
 
 
-def _starts(starts: Sequence[Mapping[str, Any]], now_seconds: float) -> Table:
-    table = _table("starts:3", "state", "phases:2", "took:n", "misses:n", "fetched:n", "ago:n")
+def _starts(starts: Sequence[Mapping[str, Any]], now_seconds: float, columns: int) -> Table:
+    cells = max(8, columns // 5)
+    table = _table("starts:3", "state", "phases", "took:n", "misses:n", "fetched:n", "ago:n")
     for start in starts:
         lazy = start["lazy"] is not False
         table.add_row(
             _plain(start["reference"]),
             _plain(start["state"] if lazy else f"ordinary: {start['reason'] or '?'}"),
-            _phases(start),
+            _phases(start, cells),
             f"{start['total_seconds']:.2f} s" if lazy else "",
             str(start["misses"]),
             terminal.size(start["fetched_bytes"]),
@@ -221,7 +222,7 @@ def _starts(starts: Sequence[Mapping[str, Any]], now_seconds: float) -> Table:
     return table
 
 
-def _phases(start: Mapping[str, Any]) -> Text:
+def _phases(start: Mapping[str, Any], cells: int) -> Text:
     """The phases as one bar, each as wide as it took."""
     from rich.text import Text
 
@@ -229,11 +230,11 @@ def _phases(start: Mapping[str, Any]) -> Text:
     bar = Text()
     drawn = 0
     for phase in start["phases"]:
-        begin = round(_BAR_CELLS * max(0.0, min(1.0, phase["begin"] / total)))
-        end = max(begin + 1, round(_BAR_CELLS * max(0.0, min(1.0, phase["end"] / total))))
-        begin = max(begin, drawn)
-        bar.append(" " * (begin - drawn))
-        bar.append("█" * max(0, end - begin), _PHASE_STYLES.get(phase["phase"], "white"))
+        begin = round(cells * max(0.0, min(1.0, phase["begin"] / total)))
+        begin = min(max(begin, drawn), cells - 1)
+        end = max(begin + 1, round(cells * max(0.0, min(1.0, phase["end"] / total))))
+        bar.append(" " * max(0, begin - drawn))
+        bar.append("█" * (end - max(begin, drawn)), _PHASE_STYLES.get(phase["phase"], "white"))
         drawn = max(drawn, end)
     return bar
 

@@ -32,7 +32,19 @@ def server_status(**fetch: int) -> dict[str, Any]:
     counts = {**_zeros(fetchlog.FetchStats), "threads": 4, **fetch}
     counts["queued"] = {"demand": 2, "boot": 0, "read_ahead": 5, "fill": 0}
     return {
-        "devices": [{"map_digest": digest, "owners": [f"image:{BLOCK_DIGEST}"]} for digest in MAPS[:2]],
+        "devices": [
+            {
+                "name": digest.replace(":", "-"),
+                "map_digest": digest,
+                "blob_digest": digest,
+                "blob_bytes": 50 << 20,
+                "image_bytes": 200 << 20,
+                "origins": ["docker://registry.example/team/app"],
+                "owners": [f"image:{BLOCK_DIGEST}"],
+                "last_error": None,
+            }
+            for digest in MAPS[:2]
+        ],
         "cache": {"directory": "/cache", **cache},
         "fetch": counts,
         "peers": {
