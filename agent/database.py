@@ -26,7 +26,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._lock = threading.Lock()  # of the two below; never held while a disk works
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
         self._writer = self._connect()
@@ -46,7 +47,7 @@ class Database:
 
     def close(self) -> None:
         """Idempotent; nothing else may be under way."""
-        with self._lock:
+        with self._write_lock, self._lock:
             self._closed = True
             for connection in (*self._readers, self._writer):
                 connection.close()
@@ -55,7 +56,7 @@ class Database:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction, alone. It is undone when the block raises."""
-        with self._lock, _errors(self._path):
+        with self._write_lock, _errors(self._path):
             self._refuse_closed()
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -72,7 +73,8 @@ class Database:
         with _errors(self._path):
             with self._lock:
                 self._refuse_closed()
-                connection = self._readers.pop() if self._readers else self._connect()
+                connection = self._readers.pop() if self._readers else None
+            connection = connection or self._connect()
             try:
                 yield connection
             finally:

@@ -255,6 +255,19 @@ def test_readers_beside_writers(rows: store.Store) -> None:
     assert rows.walk() == []
 
 
+def test_nobody_waits_for_a_writer_to_read(rows: store.Store) -> None:
+    committed(rows, "c")
+    seen: list[str] = []
+
+    def place(number: int) -> None:
+        reader = threading.Thread(target=lambda: seen.extend(row.name for row in rows.walk()))
+        reader.start()
+        reader.join(30)
+
+    rows.insert("a", Kind.ACTIVE, "c", {}, place=place)
+    assert seen == ["c"], "the last finished transaction, while one is under way"
+
+
 _WRITER = """
 import sys
 from pathlib import Path
