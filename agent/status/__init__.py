@@ -172,7 +172,7 @@ def _images(status: Mapping[str, Any]) -> Iterator[str]:
                 f"<span class='{'bad' if lost else 'good'}'>{served}</span>",
                 size(image["blob_bytes"]),
                 str(image["snapshots"]),
-                ", ".join(marks),
+                f"<span class='mark'>{', '.join(marks)}</span>",
             )
         )
     heads = ("image", "layers", "served", "compressed", "snapshots", "")
@@ -187,8 +187,8 @@ def _peers(status: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>Peers</h2>"
     yield (
         f'<div class="card">This node is <code>{_text(peers["address"])}</code>, one of '
-        f"{peers['members']}; {peers['waiting']} blocks are asked for now, {len(down)} nodes are left alone "
-        "for a while.</div>"
+        f"{peers['members']}. Blocks asked for now: {peers['waiting']}. Nodes left alone for a while: "
+        f"{len(down)}.</div>"
     )
     if down:
         yield _table(("node", "why"), [(_text(node), _text(why)) for node, why in down.items()], "")
@@ -211,7 +211,7 @@ def _events(events: Sequence[Mapping[str, Any]], now_seconds: float) -> Iterator
 
 def _mounts(status: Mapping[str, Any]) -> Iterator[str]:
     mounts = status["mounts"]
-    yield f"<h2>Mounts</h2><details><summary>{len(mounts)} layers are mounted</summary>"
+    yield f"<h2>Mounts</h2><details><summary>{len(mounts)} mounted layers</summary>"
     rows = [(f"<code>{_text(mount['directory'])}</code>", _text(mount["filesystem"])) for mount in mounts]
     yield _table(("directory", "filesystem"), rows, "None.", numbers=False)
     yield "</details>"
