@@ -150,7 +150,7 @@ def _capabilities(value: object, where: str) -> frozenset[Capability]:
         raise errors.InvalidInputError(f"{where}: capabilities is not a list")
     out: set[Capability] = set()
     for entry in value:
-        if entry not in ALL:
+        if not isinstance(entry, str) or entry not in ALL:
             raise errors.InvalidInputError(
                 f"{where}: capabilities: {str(entry)[:40]!r}: pull, resolve and push are known"
             )
@@ -174,11 +174,12 @@ def _clients(value: object, folder: PurePath, where: str) -> tuple[tuple[PurePat
     out: list[tuple[PurePath, PurePath | None]] = []
     entries = value if isinstance(value, list) else [] if value is None else [value]
     for entry in entries:
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] == "":
+            entry = entry[:1]  # how containerd's users write "the key is in the same file"
         names = _files(entry, where)
         if not 1 <= len(names) <= 2:
             raise errors.InvalidInputError(f"{where}: a pair is [certificate, key]")
-        key = folder / names[1] if len(names) == 2 and names[1] else None
-        out.append((folder / names[0], key))
+        out.append((folder / names[0], folder / names[1] if len(names) == 2 else None))
     return tuple(out)
 
 

@@ -158,6 +158,8 @@ def _context(settings: Settings) -> ssl.SSLContext:
     except (OSError, ValueError) as exc:
         raise errors.ConfigurationError(f"certificate file {file}: {exc}") from exc
     if settings.skip_verify:
+        # The operator said so, once; urllib3 would say it again for each request.
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
