@@ -151,6 +151,7 @@ class Warm:
         self._marks.set_prefetched(row.block_digest, False)
         self._images.refresh(row.block_digest)
         self._devices.unpin(OWNER_PREFIX + row.block_digest)
+        self._devices.stop_fill(OWNER_PREFIX + row.block_digest)  # it begins again where settings say so
         self._images.released(row.block_digest)
 
     def is_warm(self, image: str) -> Warmth:
