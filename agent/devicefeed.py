@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.observer import Observer
 from agent.starts import Starts
 from imagefs import errors
 from imagefs.fuse import control
@@ -40,7 +41,14 @@ class Look:
 class DeviceFeed:
     """See the module."""
 
-    def __init__(self, state_dir: Path, starts: Starts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        starts: Starts,
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._observer = observer
         self._state_dir = state_dir
         self._starts = starts
         self._clock = clock
@@ -115,13 +123,20 @@ class DeviceFeed:
     def _note_processes(self, processes: Mapping[str, Any]) -> None:
         server = int(processes["server"])
         if self._server is not None and server != self._server:
-            self._replaced["server"] += 1
+            self._count("server", 1)
             self._seen = {}  # its counts begin anew
         self._server = server
         for kind, field in (("worker", "workers_replaced"), ("keeper", "keepers_replaced")):
             count = int(processes.get(field, 0))
-            self._replaced[kind] += count - self._seen.get(kind, 0)
+            self._count(kind, count - self._seen.get(kind, 0))
             self._seen[kind] = count
+
+    def _count(self, kind: str, count: int) -> None:
+        if count > 0:
+            self._replaced[kind] += count
+            where = self._state_dir / "server.log"
+            text = f"the device server's {kind} was replaced ({count}): {where} says why"
+            self._observer.event("handover", text, level="warning", process=kind, count=count)
 
     def _request(self, request: Mapping[str, Any]) -> Any:
         """One try: DeviceClient waits for a server that is being started, and a scrape must not."""

@@ -183,6 +183,7 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See the module."""
+        look = self._sources.device_server()  # first: it is this look that notices a new server
         yield from self._inventory()
         yield _counters("glowplug_handovers", "Processes replaced.", "process", self._sources.replaced())
         yield _counters(
@@ -191,7 +192,6 @@ class _Scrape(Collector):
             "when",
             self._sources.misses(),
         )
-        look = self._sources.device_server()
         yield core.GaugeMetricFamily(
             "glowplug_device_server_up", "Whether the device server answers.", value=look.status is not None
         )

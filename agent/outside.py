@@ -47,7 +47,7 @@ class Outside:
         if self._announcer is not None:
             listeners.append(self._announcer)
         self.observer = observer.Recorder(listeners)
-        self.feed = DeviceFeed(settings.state, self._starts)
+        self.feed = DeviceFeed(settings.state, self._starts, self.observer)
         self._checks: dict[str, Check] = {"device server": lambda: self.feed.status().error}
         self._sections: dict[str, Section] = {}
         self._store: _StoreView | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from glowplug import settings, terminal
+from imagefs import errors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,10 +81,16 @@ def command(state_dir: Path, interval_seconds: float, once: bool) -> None:
         live.Live(console=screen, screen=True, auto_refresh=False) as view,
     ):
         previous: Sample | None = None
+        lost: str | None = None
         while True:
-            view.update(frame(sample, previous, screen.width, screen.height), refresh=True)
+            shown = frame(sample, previous, screen.width, screen.height)
+            # An agent that is being restarted will be back, and who watches wants to see when.
+            view.update(console.Group(_plain(lost, "bold red"), shown) if lost else shown, refresh=True)
             time.sleep(interval_seconds)
-            previous, sample = sample, _sample(client)
+            try:
+                previous, sample, lost = sample, _sample(client), None
+            except errors.UnavailableError as exc:
+                lost = str(exc)
 
 
 def _sample(client: AgentClient) -> Sample:

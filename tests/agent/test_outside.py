@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent import announce, client, devicefeed, observer, starts
+from agent import announce, api, client, devicefeed, observer, outside, starts
+from agent.images import Images
 from imagefs import errors
 from tests.agent import outside_world
+from tests.agent.lazy_node import BASE, LazyNode
+from tests.agent.lazy_node import node as node
 from tests.agent.outside_world import BLOCK_DIGEST, REFERENCE, event
+from tests.fixtures import images
 from tests.imagefs.fuse import stack
 
 
@@ -84,7 +89,8 @@ def test_a_start_is_followed_by_its_events_and_nothing_is_asked_when_idle(tmp_pa
 def test_replaced_processes_are_counted_whatever_a_new_server_counts(tmp_path: Path) -> None:
     server = outside_world.DeviceServer(tmp_path)
     clock = [0.0]
-    feed = devicefeed.DeviceFeed(tmp_path, starts.Starts(), lambda: clock[0])
+    recorder = observer.Recorder()
+    feed = devicefeed.DeviceFeed(tmp_path, starts.Starts(), recorder, lambda: clock[0])
 
     def look(**processes: int) -> dict[str, int]:
         clock[0] += 2
@@ -98,6 +104,8 @@ def test_replaced_processes_are_counted_whatever_a_new_server_counts(tmp_path: P
     assert look(workers_replaced=1) == {"server": 1, "worker": 3, "keeper": 1}
     feed.status()
     assert len(server.asked) == 4  # the last one was fresh
+    told = [(each.fields["process"], each.fields["count"]) for each in recorder.events()]
+    assert told == [("worker", 2), ("server", 1), ("worker", 1), ("keeper", 1)]
     server.close()
     clock[0] += 2
     look_now = feed.status()
@@ -193,3 +201,34 @@ def test_on_the_real_device_server(tmp_path: Path) -> None:
                 assert "from origins, 16 blocks" in world.tcp("/")[1]
     finally:
         blobs.close()
+
+
+@pytest.mark.root
+def test_a_real_start_from_its_lookup_to_its_reads(node: LazyNode) -> None:
+    seen = outside.Outside(node.settings)
+    routes = api.Api(node.settings.api_socket, None)
+    seen.show(node.store, routes)
+    routes.start()
+    seen.start()
+    try:
+        lazily = Images(node.settings, node.store, node.devices, node.mounts, seen.observer, node.origins)
+        source = node.push([BASE, images.tar_of([("big", os.urandom(3_000_000))])])
+        found = lazily.find_layer(source.chain_ids[-1], source.labels)
+        assert found is not None
+        assert len((lazily.directory(found.block_digest, found.layer) / "big").read_bytes()) == 3_000_000
+        inside = client.AgentClient(node.settings.api_socket)
+        (start,) = inside.get("/api/v1/starts")["starts"]
+        assert start["reference"] == source.name
+        assert start["state"] == "running"
+        phases = {phase["phase"]: phase for phase in start["phases"]}
+        assert list(phases) == ["lookup", "metadata", "mount", "first_read", "reads"]
+        assert all(phase["begin"] <= phase["end"] for phase in phases.values())
+        assert phases["metadata"]["end"] <= phases["mount"]["begin"] + 0.001
+        assert start["layers"] == 2
+        assert {bar["layer"] for bar in start["bars"]} == {0, 1}
+        assert sum(bar["compressed_bytes"] for bar in start["bars"]) >= 3_000_000
+        (image,) = inside.get("/api/v1/status")["images"]
+        assert image["reference"] == source.name
+    finally:
+        seen.stop()
+        routes.stop()
