@@ -82,12 +82,13 @@ class Init:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Read:
-    """Bytes of a file wanted."""
+    """Bytes of a file wanted, by thread `pid` (0: of another namespace, or the kernel's own)."""
 
     unique: int
     node: int
     offset: int
     size: int
+    pid: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +122,8 @@ class Simple:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Silent:
     """A message that must not be answered: FORGET, BATCH_FORGET, INTERRUPT. Node ids are durable and nothing
-    is counted by them, and a read is never cut short, so there is nothing to do either."""
+    is counted by them, so there is nothing to do either. INTERRUPT says that a reader got some signal, once,
+    and perhaps to a sibling of whoever has its request: the worker looks for the signal that matters."""
 
     opcode: int
 
@@ -160,15 +162,16 @@ def decode(message: bytes | bytearray | memoryview) -> Request:
     """One message as read from /dev/fuse."""
     if len(message) < _IN_HEADER.size:
         return Malformed(0, f"{len(message)} bytes are shorter than a request header")
-    length, opcode, unique, node, *_ = _IN_HEADER.unpack_from(message)
+    length, opcode, unique, node, _, _, pid, *_ = _IN_HEADER.unpack_from(message)
     if length != len(message):
         return Malformed(unique, f"header says {length} bytes, {len(message)} were read")
     if opcode in (READ, READDIR):
         if length < _IN_HEADER.size + _READ_IN.size:
             return Malformed(unique, f"opcode {opcode}: {length} bytes are too short")
         _, offset, size, *_ = _READ_IN.unpack_from(message, _IN_HEADER.size)
-        kind = Read if opcode == READ else ReadDirectory
-        return kind(unique, node, offset, size)
+        if opcode == READDIR:
+            return ReadDirectory(unique, node, offset, size)
+        return Read(unique, node, offset, size, pid)
     if opcode == LOOKUP:
         name, terminator, _ = bytes(message[_IN_HEADER.size :]).partition(b"\0")
         if not name or not terminator:

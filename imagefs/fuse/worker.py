@@ -10,6 +10,9 @@ Invariants:
 * Every descriptor that the server sends was verified, whole. What is here is bounded, because a held block
   occupies disk, or memory where the disk is full, after the cache has evicted its name. The bound is wide
   for blocks on disk: with 256 MiB, `import torch` asked the server for most of its blocks again and again.
+* A reader that was killed is let go (EINTR), however long its block takes: the kernel waits for our answer
+  to what EROFS reads of its own metadata, and a pod could not be deleted before an origin's deadline. No
+  other signal cuts a read short: programs do not expect that of a file.
 * It may be killed at any instruction: the server and the keeper hold the same descriptors, and the kernel
   gives what was not answered to the successor. When the server is gone, it exits at once, for the same
   reason.
@@ -29,8 +32,10 @@ import errno
 import mmap
 import os
 import select
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 from imagefs.fuse import blockfile, protocol, wire
@@ -39,6 +44,8 @@ HELD_BLOCKS = 512
 HELD_BYTES = 1 << 30
 HELD_MEMORY_BYTES = 256 << 20
 _NO_FD = -1
+_KILLED_SECONDS = 0.25
+"""Between two looks for readers that were killed, while any wait."""
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
 _ROOT = protocol.Attributes(protocol.ROOT_NODE, 0, directory=True)
 
@@ -72,11 +79,15 @@ class Worker:
         poll.register(self._server, select.EPOLLIN)
         # A request wakes one worker; with poll(2) it woke all of them, for one to find it.
         poll.register(self._fuse_fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        looked_at = 0.0
         while True:
-            for fd, _ in poll.poll():
+            for fd, _ in poll.poll(_KILLED_SECONDS if self._waiting else None):
                 alive = self._read_kernel() if fd == self._fuse_fd else self._read_server()
                 if not alive:
                     return
+            if self._waiting and (now := time.monotonic()) - looked_at >= _KILLED_SECONDS:
+                looked_at = now
+                self._let_killed_go()
 
     # -- the kernel's side -------------------------------------------------------------------------
 
@@ -255,6 +266,13 @@ class Worker:
 
         self._ask(wire.Ask.BLOCK, answered, node=device.node, index=index)
 
+    def _let_killed_go(self) -> None:
+        """Answer the reads of threads that were killed."""
+        for waiting in self._waiting.values():
+            for request in [each for each in waiting if each.pid and _was_killed(each.pid)]:
+                waiting.remove(request)
+                self._reply(protocol.error_reply(request.unique, errno.EINTR))
+
     def _hold(self, key: _Key, fd: int, block_bytes: int) -> None:
         block = None if fd == _NO_FD else blockfile.BlockFile(fd)
         self._held[key] = block
@@ -304,6 +322,16 @@ class Worker:
             return
         for key in [key for key in self._held if key[0] == node]:
             self._let_go(key, device.block_bytes)
+
+
+def _was_killed(thread: int) -> bool:
+    """Whether SIGKILL waits for a thread: the kernel makes that of most signals that end a process."""
+    try:
+        with open(f"/proc/{thread}/status", "rb") as file:
+            pending = next((line for line in file if line.startswith(b"SigPnd:")), b"SigPnd: 0")
+    except OSError:
+        return False  # it is gone: nobody waits
+    return bool(int(pending.split()[1], 16) >> (signal.SIGKILL - 1) & 1)
 
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:

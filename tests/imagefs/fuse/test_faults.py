@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,29 @@ def test_a_dead_origin_is_a_pause_then_an_error_then_forgotten(
         log = (values.state_dir / "server.log").read_text()
         # Once: the kernel asks again for what failed, page by page, and that must not be another deadline.
         assert log.count("block 16 did not come within 1 s") == 1
+
+
+def test_who_is_killed_does_not_wait_for_a_dead_origin(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """The kernel waits for EROFS's reads of its own metadata (here the superblock) until they are answered:
+    nothing but our answer lets a killed process go. A signal that does not kill changes nothing."""
+    layer = stack.make_layer(stack.random_image(2 << 20, 8), _BLOCK)
+    (tmp_path / "target").mkdir()
+    mount = (
+        "import signal, sys; from imagefs import syscalls; signal.signal(signal.SIGUSR1, lambda *_: None); "
+    )
+    mount += "syscalls.mount(sys.argv[1], sys.argv[2], 'erofs', 1)"
+    with stack.running(stack.settings(tmp_path, read_deadline_seconds=300.0)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        blobs.open.clear()
+        process = subprocess.Popen([sys.executable, "-c", mount, device, tmp_path / "target"])
+        assert blobs.arrived.acquire(timeout=30)
+        process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL
+        blobs.open.set()
+        assert Reader(device).outcome() == stack.digest(layer.image)
 
 
 def test_wrong_bytes_are_never_served(tmp_path: Path, blobs: stack.BlobServer) -> None:

@@ -49,7 +49,7 @@ def test_a_message_that_is_cut_or_grown_is_malformed(opcode: int, body: bytes, l
 @given(_u64, _u64, _u64, st.integers(0, (1 << 32) - 1))
 def test_read(unique: int, node: int, offset: int, size: int) -> None:
     body = struct.pack("=QQIIQII", 9, offset, size, 0, 0, 0, 0)
-    assert protocol.decode(message(15, body, unique, node)) == protocol.Read(unique, node, offset, size)
+    assert protocol.decode(message(15, body, unique, node)) == protocol.Read(unique, node, offset, size, 1)
     found = protocol.decode(message(28, body, unique, node))
     assert found == protocol.ReadDirectory(unique, node, offset, size)
 
