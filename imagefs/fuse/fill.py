@@ -36,7 +36,7 @@ from imagefs.lazylayer import LazyLayer
 _log = logging.getLogger(__name__)
 
 _WINDOW_BYTES = 8 << 20
-"""Compressed bytes that are asked for and have not come: two requests of the plan's size and what is next."""
+"""Compressed bytes that are asked for and have not come: a few requests: none waits for this thread."""
 _ROOM_BLOCKS = 64
 """After so many blocks the room is reckoned anew: demands use it up, too."""
 _ROOM_SECONDS = 30.0
