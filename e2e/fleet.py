@@ -13,6 +13,8 @@ import json
 import os
 import re
 import secrets
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from e2e import lazy, link, machine
+from imagefs.fuse import control
 
 _PREFIX = "glowplug-fleet"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)-\w+\Z")
@@ -79,6 +82,10 @@ class Node:
     @property
     def settings_file(self) -> Path:
         return self.folder / "agent.toml"
+
+    @property
+    def mount_point(self) -> Path:
+        return self.folder / "mounted"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -172,6 +179,47 @@ def _registry(fleet: Fleet) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def reading(nodes: Sequence[Node], image: str, fleet: Fleet) -> Iterator[list[subprocess.Popen[str]]]:
+    """On each of these nodes, all at once: mount an image of the fleet's registry and hash its files in the
+    order of their names. Unmounted on the way out."""
+    readers = []
+    try:
+        for node in nodes:
+            node.mount_point.mkdir(exist_ok=True)
+            mount = node.command(
+                "mount", "--plain-http", f"docker://{fleet.registry}/{image}:1", str(node.mount_point)
+            )
+            script = f"{shlex.join(mount)} >&2 && cd {node.mount_point} && find . -xdev -type f -print0"
+            script += " | LC_ALL=C sort -z | xargs -0 cat | sha256sum"
+            with (node.folder / "read.log").open("wb") as log:
+                readers.append(
+                    subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stderr=log, text=True)
+                )
+        yield readers
+    finally:
+        for reader in readers:
+            with reader:  # closes the pipe, waits
+                pass
+        for node in nodes:
+            umount = [str(lazy.COMMAND), "umount", "--force", "--state", str(node.folder / "state")]
+            with contextlib.suppress(machine.CommandError):
+                machine.check_call([*umount, str(node.mount_point)])
+
+
+def hashes(readers: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """What each has read, as sha256 in hex."""
+    return [reader.communicate()[0].split()[0] for reader in readers]
+
+
+def forget(node: Node) -> None:
+    """Back to a node that never saw an image."""
+    _stop_devices(node)
+    for name in ("cache", "state", "root"):
+        shutil.rmtree(node.folder / name, ignore_errors=True)
+    (node.folder / "snapshotter.sock").unlink(missing_ok=True)
+
+
 def _plug_in(switch: link.Namespace, space: link.Namespace, device: str, address: str) -> None:
     switch.ip("link", "add", device, "type", "veth", "peer", "name", device, "netns", space.name)
     switch.ip("link", "set", device, "master", "bridge0", "up")
@@ -191,8 +239,6 @@ def _wait_ready(node: Node, process: subprocess.Popen[bytes]) -> None:
 
 
 def _stop_devices(node: Node) -> None:
-    from imagefs.fuse import control
-
     client = control.DeviceClient.connect(node.folder / "state")
     if client is not None:
         client.stop()
