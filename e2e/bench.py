@@ -1,8 +1,9 @@
 """`make bench`: what the figures in README.md and docs/benchmarks.md come from.
 
-Four parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+Five parts, each measured against something in the same run, so that a noisy or slow machine falls on both
 sides: `ready` (containerd against lazy, at 1 Gbit/s), `warm` (the mount against the same EROFS files on local
-disk), `convert`, `metadata`. Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
+disk), `convert`, `metadata`, `cri` (the agent under containerd against containerd alone). Prints a table and
+writes results/bench.json. Nothing is asserted. Needs root.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import containerd, demo, lazy, link, machine, plain, registry, workloads
+from e2e import containerd, cri, demo, lazy, link, machine, plain, registry, workloads
 
-PARTS = ("ready", "warm", "convert", "metadata")
+PARTS = ("ready", "warm", "convert", "metadata", "cri")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,6 +176,32 @@ def metadata(bench: Bench) -> Result:
     ]
 
 
+def cri_starts(bench: Bench) -> Result:
+    """Over CRI: cold starts by the agent and starts from unpacked files in turns; then a node on loopback."""
+    name = bench.registry.push(bench.workload)
+    sandbox_image = cri.push_pause(bench.registry, bench.folder)
+    cri.convert(bench.link, bench.folder, name)
+    lazily, local = [], []
+    with cri.unpacked(bench.link, name, sandbox_image) as daemon:
+        for _ in range(bench.runs):
+            local.append(cri.start_unpacked(daemon, name, bench.workload.command))
+            lazily.append(cri.cold(bench.link, bench.workload, name, sandbox_image))
+    nodes = [cri.loopback() for _ in range(bench.runs)]
+    left = _row("cri", "overlayfs, unpacked, cold page cache: start to ready", "s", local)
+    right = _row("cri", "agent, cold: start to ready", "s", [start.ready for start in lazily])
+    return [
+        _row("cri", "agent, cold: PullImage", "s", [start.pull for start in lazily]),
+        left,
+        right,
+        _ratio("cri", "agent takes to ready, of overlayfs", right, left),
+        _row("cri", "agent, cold: moved", "MB", [start.moved_bytes / 1e6 for start in lazily]),
+        _row("cri", "70 layers, loopback: PullImage", "s", [each.pull_layers_seconds for each in nodes]),
+        _row("cri", "200 snapshots: agent restart", "s", [each.restart_seconds for each in nodes]),
+        _row("cri", "agent, idle: resident", "MiB", [each.agent_bytes / 2**20 for each in nodes]),
+        _row("cri", "agent, idle: of a core", "%", [each.idle_cores * 100 for each in nodes]),
+    ]
+
+
 def _row(part: str, name: str, unit: str, values: Sequence[float]) -> Row:
     return Row(part, name, unit, tuple(round(value, 4) for value in values))
 
@@ -255,6 +282,7 @@ _PART: dict[str, Callable[[Bench], Result]] = {
     "warm": warm,
     "convert": convert,
     "metadata": metadata,
+    "cri": cri_starts,
 }
 
 

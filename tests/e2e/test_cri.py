@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import cri, filetree, node, pause
-from tests.fixtures.proto import cri_pb2
 
 pytestmark = pytest.mark.root
 
@@ -30,7 +29,7 @@ def _start_and_compare(on_node: node.Node, image: str) -> None:
         assert len(expected.entries) > 20
         assert filetree.difference(filetree.of_process(on_node.cri.pid(container)), expected) == {}
         said = on_node.cri.exec_sync(container, _LOOK)
-        assert on_node.cri.container_status(container).state == cri_pb2.CONTAINER_RUNNING
+        assert on_node.cri.container_status(container).state == cri.RUNNING
     assert said.stdout.decode() == daemon.run(image, "overlayfs", _LOOK, namespace="oracle")
 
 

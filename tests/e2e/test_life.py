@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from agent.proto import mount_pb2, snapshots_pb2
 from e2e import machine
 from tests.fixtures import node, pause
 
@@ -132,41 +131,12 @@ def test_two_hundred_snapshots_are_the_same_after_a_restart(on_node: node.Node) 
     image = on_node.registry.push(pause.application(_LAZY), convert=True)
     on_node.cri.pull_image(image)
     on_node.containerd.stop()  # which would collect snapshots that it did not make
-    with grpc.insecure_channel(f"unix:{on_node.agent.socket}") as channel:
-        infos = _list(channel)
-        parents = {info.parent for info in infos}
-        (top,) = (
-            info.name
-            for info in infos
-            if info.kind == snapshots_pb2.COMMITTED and info.parent and info.name not in parents
-        )
-        keys = [f"many-{number}" for number in range(200)]
-        before = [_ask(channel, "Prepare", key=key, parent=top) for key in keys]
-        assert len({tuple(mount.options for mount in mounts) for mounts in before}) == 200
-        on_node.agent.stop(signal.SIGKILL)
-        on_node.agent.start()
-        assert [_ask(channel, "Mounts", key=key) for key in keys] == before
+    before = node.prepare_snapshots(on_node.agent, 200)
+    assert len({str(mounts) for mounts in before.values()}) == 200
+    on_node.agent.stop(signal.SIGKILL)
+    on_node.agent.start()
+    assert node.mounts(on_node.agent, list(before)) == before
     on_node.containerd.start()
-
-
-def _ask(channel: grpc.Channel, method: str, **fields: str) -> list[mount_pb2.Mount]:
-    """The mounts of a snapshot, prepared now or before."""
-    request = {"Prepare": snapshots_pb2.PrepareSnapshotRequest, "Mounts": snapshots_pb2.MountsRequest}[method]
-    call = channel.unary_unary(
-        f"/containerd.services.snapshots.v1.Snapshots/{method}",
-        request_serializer=lambda message: message.SerializeToString(),
-        response_deserializer=snapshots_pb2.MountsResponse.FromString,
-    )
-    return list(call(request(**fields), timeout=30, wait_for_ready=True).mounts)
-
-
-def _list(channel: grpc.Channel) -> list[snapshots_pb2.Info]:
-    call = channel.unary_stream(
-        "/containerd.services.snapshots.v1.Snapshots/List",
-        request_serializer=lambda message: message.SerializeToString(),
-        response_deserializer=snapshots_pb2.ListSnapshotsResponse.FromString,
-    )
-    return [info for reply in call(snapshots_pb2.ListSnapshotsRequest(), timeout=30) for info in reply.info]
 
 
 def _reboot(on_node: node.Node) -> None:
@@ -175,10 +145,7 @@ def _reboot(on_node: node.Node) -> None:
     daemon.stop(signal.SIGKILL)
     daemon.kill_containers()
     agent.stop(signal.SIGKILL)
-    processes = agent.processes()
-    for pid in [*processes["keeper"], *processes["server"], *processes["worker"]]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    agent.kill_devices()
     machine.unmount_below(agent.root.parent)
     for directory in (agent.state, daemon.folder / "state"):
         shutil.rmtree(directory)
@@ -206,14 +173,15 @@ def test_one_image_that_cannot_come_back_keeps_no_other_from_it(on_node: node.No
     on_node.cri.pull_image(lost)
     maps_of_lost = set((on_node.agent.root / "maps").iterdir())
     on_node.cri.pull_image(kept)
-    with on_node.cri.running(kept, pause.FOREVER):
-        pass
+    read = ["cat", "/etc/passwd"]
+    with on_node.cri.running(kept, pause.FOREVER) as container:
+        assert on_node.cri.exec_sync(container, read).exit_code == 0
     for path in maps_of_lost:
         path.unlink()
     with on_node.registry.down():
         _reboot(on_node)
         with on_node.cri.running(kept, pause.FOREVER) as container:
-            assert on_node.cri.exec_sync(container, ["cat", "/etc/passwd"]).exit_code == 0
+            assert on_node.cri.exec_sync(container, read).exit_code == 0
         pod = on_node.cri.run_pod()
         with pytest.raises(grpc.RpcError):
             on_node.cri.start_container(pod, lost, pause.FOREVER)
