@@ -36,7 +36,7 @@ from agent import errors as agent_errors
 from agent import snapshots, store
 from agent.observer import Observer
 from agent.snapshots import Info, Kind, Mount, Usage
-from imagefs import errors, mount
+from imagefs import errors, holders, mount
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class Snapshotter:
         self._making: set[str] = set()
         with _disk(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            taken = [int(name) for name in os.listdir(self._folder) if _is_id(name)]
+        self._rows.start_above(max(taken, default=0))
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -154,14 +156,17 @@ class Snapshotter:
             self._images.released(row.image)
 
     def cleanup(self) -> None:
-        """Delete folders that no snapshot owns: removed ones, and what a killed agent had begun."""
+        """Delete folders that no snapshot owns: removed ones, and what a killed agent had begun. Not those of
+        a running container whose row was lost with a damaged database."""
         with _disk(self._folder):
             names = os.listdir(self._folder)
         with self._lock:
             making = set(self._making)
         owned = {str(number) for number in self._rows.settled_ids()}
-        for name in names:
-            if name in owned or name in making:
+        unowned = [name for name in names if name not in owned and name not in making]
+        in_use = self._below_overlays() if any(map(_is_id, unowned)) else frozenset()
+        for name in unowned:
+            if name in in_use:
                 continue
             try:
                 shutil.rmtree(self._folder / name)
@@ -179,6 +184,20 @@ class Snapshotter:
         return self._folder / str(number)
 
     # --- inside ------------------------------------------------------------------------------------------
+
+    def _below_overlays(self) -> frozenset[str]:
+        """The folders that active snapshots which are mounted now are made of. containerd shortens long
+        options by naming lower directories relative to some folder: that is enough to tell ours."""
+        found = set()
+        with _disk(self._folder):
+            overlays = [point for point in holders.mount_points() if point.filesystem == "overlay"]
+        for point in overlays:
+            options = dict(option.partition("=")[::2] for option in point.options.split(","))
+            upper = Path(options.get("upperdir", ""))
+            if upper.parent.parent == self._folder:
+                paths = [upper, *map(Path, options.get("lowerdir", "").split(":"))]
+                found |= {path.parent.name for path in paths if path.name == "fs"}
+        return frozenset(found)
 
     def _commit_lazily(self, reference: str, parent: str, labels: Mapping[str, str]) -> bool:
         if self._has_lazy(reference, parent):
@@ -233,8 +252,6 @@ class Snapshotter:
         placed: list[Path] = []
 
         def place(number: int) -> None:
-            with contextlib.suppress(FileNotFoundError):  # of one that was killed here; its id was not used
-                self.folder(number).rename(self._folder / f"removed-{number}-{new.name}")
             new.rename(self.folder(number))
             placed.append(self.folder(number))
 
@@ -281,6 +298,10 @@ class Snapshotter:
             else:
                 return _attributes(self.folder(row.id) / "fs")
         return mount.RootAttributes()
+
+
+def _is_id(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 def disk_usage(directory: Path) -> Usage:

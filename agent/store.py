@@ -5,7 +5,8 @@ its own that is on the disk when the method returns: containerd has written its 
 miss ours. Readers see the last finished one (database.py).
 
 Invariants, also kept by the schema: a name is unique; a parent is committed and exists as long as its
-children; an id is never used twice, so that a folder named by it is never mistaken for another's. A lazy
+children; an id is never used twice, so that a folder named by it is never mistaken for another's (a database
+that was restored from an older copy is told which are taken: `Store.start_above`). A lazy
 snapshot names its block image and the layer's index in it. A layer's mount number belongs to its map digest,
 whatever images it is part of, and is given back with the last of them.
 """
@@ -228,6 +229,17 @@ class Store:
                 _snapshot(row)
                 for row in connection.execute("SELECT * FROM snapshot_rows ORDER BY id").fetchall()
             ]
+
+    def start_above(self, number: int) -> None:
+        """Give no new snapshot an id up to this one: folders named by them exist, whoever owns them."""
+        with self._database.writing() as connection:
+            given = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshots'").fetchone()
+            if given is None:
+                connection.execute(
+                    "INSERT INTO sqlite_sequence (name, seq) VALUES ('snapshots', ?)", (number,)
+                )
+            elif given[0] < number:
+                connection.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'snapshots'", (number,))
 
     def settled_ids(self) -> set[int]:
         """The ids in use once every change that is under way now has ended. For whoever has listed folders

@@ -32,7 +32,7 @@ class Holder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MountPoint:
-    """One line of mountinfo."""
+    """One line of mountinfo. `options` are the filesystem's own, of all its mounts."""
 
     id: int
     parent: int
@@ -40,6 +40,7 @@ class MountPoint:
     directory: str
     filesystem: str
     source: str
+    options: str
 
 
 def mount_points(pid: int | str = "self") -> list[MountPoint]:
@@ -48,11 +49,17 @@ def mount_points(pid: int | str = "self") -> list[MountPoint]:
     for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields = line.split(" ")
         kind = fields.index("-") + 1
-        directory = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
+        directory, options = _decoded(fields[4]), _decoded(fields[kind + 2])
         out.append(
-            MountPoint(int(fields[0]), int(fields[1]), fields[2], directory, fields[kind], fields[kind + 1])
+            MountPoint(
+                int(fields[0]), int(fields[1]), fields[2], directory, fields[kind], fields[kind + 1], options
+            )
         )
     return out
+
+
+def _decoded(text: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def top_mount(directory: str) -> MountPoint | None:

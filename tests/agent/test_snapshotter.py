@@ -667,13 +667,37 @@ def test_cleanup_waits_for_a_folder_to_get_its_row(node: Node) -> None:
     assert folder.exists()
 
 
-def test_a_folder_left_by_one_that_was_killed(node: Node) -> None:
-    """Placed, and killed before the transaction's end: the id is given again."""
-    (node.root / "snapshots" / "1" / "fs" / "old").mkdir(parents=True)
+def test_a_folder_left_by_one_that_was_killed(tmp_path: Path) -> None:
+    """Placed, and killed before the transaction's end: its id is not given to another."""
+    (tmp_path / "snapshots" / "7" / "fs" / "old").mkdir(parents=True)
+    node = Node(tmp_path)
     node.snapshotter.prepare("a", "", {})
-    assert os.listdir(node.root / "snapshots" / "1" / "fs") == []
+    assert node.rows.get("a").id == 8
     node.snapshotter.cleanup()
-    assert os.listdir(node.root / "snapshots") == ["1"]
+    assert os.listdir(tmp_path / "snapshots") == ["8"]
+    node.close()
+
+
+@pytest.mark.root
+def test_a_running_container_outlives_a_lost_database(tmp_path: Path) -> None:
+    """Its folders and those of the layers below it, nobody's by the rows, stay while it is mounted."""
+    before = Node(tmp_path)
+    before.local("lower", "", write("lower", "x"))
+    before.local("unused", "")
+    with before.mounted(before.snapshotter.prepare("running", "lower", {})) as root:
+        (root / "upper").write_text("y")
+        before.close()
+        for file in tmp_path.glob("agent.db*"):
+            file.unlink()
+        node = Node(tmp_path)
+        node.snapshotter.prepare("new", "", {})
+        node.snapshotter.cleanup()
+        assert sorted(os.listdir(tmp_path / "snapshots")) == ["1", "3", "4"]
+        (root / "later").write_text("z")
+        assert {path.name for path in root.iterdir()} == {"lower", "upper", "later"}
+    node.snapshotter.cleanup()
+    assert os.listdir(tmp_path / "snapshots") == ["4"]
+    node.close()
 
 
 @pytest.mark.root
@@ -688,6 +712,7 @@ def test_no_row_without_its_folder(node: Node) -> None:
         assert os.listdir(place.parent) == ["1"]
     finally:
         syscalls.umount(place)
+    node.snapshotter.cleanup()
     node.snapshotter.prepare("a", "", {})
 
 
