@@ -122,7 +122,10 @@ class Node:
                     "none", target, None, syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY
                 )
         else:
-            options = ",".join(made.options).replace(f"{self.root}/", "")
+            options = ",".join(
+                option.replace(f"{self.root}/", "") if option.startswith("lowerdir=") else option
+                for option in made.options
+            )
             subprocess.run(
                 ["mount", "-t", "overlay", "overlay", target, "-o", options], check=True, cwd=self.root
             )
