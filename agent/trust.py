@@ -17,7 +17,7 @@ import base64
 import binascii
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -39,7 +39,6 @@ _MAX_SIGNATURE_CHARS = 8 << 10
 _MAX_SIGNATURES = 32
 """Layers of all signature manifests of one block image together."""
 _MAX_REFERRERS = 16
-_MAX_CANDIDATES = 8
 _MIN_RSA_BITS = 2048
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
@@ -69,29 +68,6 @@ def check(images: config.Images, origin: Origin, source_digest: str, block_image
         )
     if images.trust == "signed":
         _check_signed(load_keys(images.signature_keys), origin, block_image.digest)
-
-
-def choose(
-    images: config.Images, origin: Origin, source_digest: str, candidates: Iterable[Descriptor]
-) -> Descriptor | None:
-    """The block image among a source's referrers that the policy takes, None if there is none at all. Of
-    several, a pinned one, else the lowest digest, as artifact.choose has it; but what a stranger adds does
-    not hide a signed one. DeniedError if none of those there is acceptable."""
-    own = sorted((c for c in candidates if c.artifact_type == artifact.ARTIFACT_TYPE), key=lambda c: c.digest)
-    pin = pin_for(images, source_digest)
-    if pin is not None:
-        own = [c for c in own if c.digest == pin] or own
-    refusal: errors.DeniedError | None = None
-    for candidate in own[:_MAX_CANDIDATES]:
-        try:
-            check(images, origin, source_digest, Manifest(candidate.media_type, candidate.digest, b""))
-        except errors.DeniedError as exc:
-            refusal = refusal or exc
-            continue
-        return candidate
-    if refusal is not None:
-        raise refusal
-    return None
 
 
 def load_keys(files: Sequence[Path]) -> list[PublicKey]:
