@@ -125,7 +125,9 @@ class Api:
     def __init__(self, socket_path: Path, listen: str | None, host_names: Iterable[str] = ()) -> None:
         self._socket_path = socket_path
         self._listen = listen
-        self._host_names = frozenset({"localhost", socket.gethostname().lower(), *host_names})
+        self._host_names = frozenset(
+            name.lower() for name in ("localhost", socket.gethostname(), *host_names)
+        )
         self._routes: list[tuple[str, str, Handler, bool]] = []
         self._looking = _Threads(_LOOKING_THREADS, "api-look")
         self._acting = _Threads(_ACTING_THREADS, "api-act")

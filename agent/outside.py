@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from agent import announce, api, config, kubernetes, metrics, observer, snapshots, status
@@ -33,13 +34,13 @@ Section = Callable[[], Any]
 
 
 class Outside:
-    """See the module. `cluster` is the API server to which warnings go as events of this node."""
+    """See the module. `cluster` is the API server to which warnings go as events of this node; `node` the
+    node's name there, or else the host's."""
 
     def __init__(self, settings: config.Settings, cluster: kubernetes.Client | None = None) -> None:
         self._settings = settings
-        node = settings.kubernetes.node_name or socket.gethostname()
-        self._node = node
-        self._announcer = announce.Announcer(announce.Node(cluster, node)) if cluster is not None else None
+        self.node = settings.kubernetes.node_name or socket.gethostname()
+        self._announcer = announce.Announcer(announce.Node(cluster, self.node)) if cluster else None
         self._metrics = metrics.Metrics()
         self._starts = Starts()
         self._starts.on_settled = self._metrics.on_settled
@@ -48,7 +49,10 @@ class Outside:
             listeners.append(self._announcer)
         self.observer = observer.Recorder(listeners)
         self.feed = DeviceFeed(settings.state, self._starts, self.observer)
-        self._checks: dict[str, Check] = {"device server": lambda: self.feed.status().error}
+        self._checks: dict[str, Check] = {
+            "snapshotter socket": lambda: _listens(settings.socket),
+            "device server": lambda: self.feed.status().error,
+        }
         self._sections: dict[str, Section] = {}
         self._store: _StoreView | None = None
         self._started_at = time.monotonic()
@@ -96,7 +100,7 @@ class Outside:
         look = self.feed.status()
         document: dict[str, Any] = {
             "version": importlib.metadata.version("glowplug"),
-            "node": self._node,
+            "node": self.node,
             "pid": os.getpid(),
             "up_seconds": round(time.monotonic() - self._started_at, 1),
             "not_ready": self.not_ready(),
@@ -152,6 +156,17 @@ class Outside:
             for point in holders.mount_points()
             if point.directory.startswith(f"{below}/")
         ]
+
+
+def _listens(path: Path) -> str | None:
+    """Whether containerd could connect. Nothing is asked: the loop that accepts is what may be missing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(str(path))
+        except OSError as exc:
+            return f"nobody takes connections on {path}: {exc.strerror}"
+    return None
 
 
 class _StoreView:

@@ -159,7 +159,12 @@ class World:
 def running(directory: Path) -> Iterator[World]:
     """The outside of an agent whose state directory this is, with one image in its store."""
     http_settings = config.Http(listen="127.0.0.1:0")
-    settings = config.Settings(root=directory / "root", state=directory, http=http_settings)
+    settings = config.Settings(
+        root=directory / "root",
+        state=directory,
+        socket=directory / "agent.sock",  # any that listens
+        http=http_settings,
+    )
     seen = outside.Outside(settings)
     rows = store.Store.open(directory / "agent.db")
     rows.put_image(image_row())

@@ -54,9 +54,11 @@ def test_ready_means_that_everything_answers(tmp_path: Path) -> None:
     server = outside_world.DeviceServer(tmp_path)
     with outside_world.running(tmp_path) as world:
         assert world.tcp("/readyz")[:2] == (200, '{"ready": true, "not_ready": {}}')
-        world.outside.add_check("snapshotter", lambda: "its socket is gone")
+        world.outside.add_check("engine", lambda: "it is cold")
         code, body, _ = world.tcp("/readyz")
-        assert (code, json.loads(body)["not_ready"]) == (503, {"snapshotter": "its socket is gone"})
+        assert (code, json.loads(body)["not_ready"]) == (503, {"engine": "it is cold"})
+        world.settings.socket.unlink()
+        assert "No such file" in json.loads(world.tcp("/readyz")[1])["not_ready"]["snapshotter socket"]
     server.close()
 
 
