@@ -2,7 +2,7 @@
 
 `run` is the whole life of `glowplug agent run`, on the process's main thread:
 
-    settings -> lock on root -> device server -> store -> layer mounts -> images -> reconcile -> API
+    settings -> lock on root -> device server -> store -> layer mounts -> images -> API -> reconcile
     -> the snapshotter's socket, last, because containerd asks as soon as it is there
 
 It leaves in the reverse order, and leaves the mounts and the device server where they are: containers go on
@@ -23,7 +23,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from agent import api, config, fill, kubernetes, logs, membership, peers, reconcile, service, warm
+from agent import (
+    api,
+    config,
+    credentials,
+    fill,
+    kubernetes,
+    logs,
+    membership,
+    peers,
+    reconcile,
+    service,
+    trust,
+    warm,
+)
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Observer
@@ -32,7 +45,7 @@ from agent.snapshotter import Snapshotter
 from imagefs import errors, privatedirectory
 from imagefs.fuse import control
 from imagefs.fuse.control import DeviceClient
-from imagefs.origin import connect
+from imagefs.origin import agentcredentials, connect
 
 MAX_WORKERS = 4
 _UPKEEP_SECONDS = 5.0
@@ -63,6 +76,7 @@ class Agent:
     def __init__(self, settings: config.Settings) -> None:
         self._settings = settings
         self._exit = contextlib.ExitStack()
+        self._serving = False
 
     def __enter__(self) -> Agent:
         try:
@@ -77,6 +91,7 @@ class Agent:
 
     def _start(self) -> None:
         settings = self._settings
+        client = kubernetes.connect(settings.kubernetes)
         outside = Outside(settings)
         self._observer: Observer = outside.observer
         origins = origin_options(settings)
@@ -86,8 +101,23 @@ class Agent:
         self._mounts = LayerMounts(settings.root / "layers", settings.state)
         if not self._mounts.open():
             self._observer.event("remounting", "the device server was replaced: layers are mounted anew")
-        self._images = Images(settings, store, self._devices, self._mounts, self._observer, origins)
+        self._images = Images(
+            settings, store, self._devices, self._mounts, self._observer, origins, trust.check
+        )
         snapshotter = Snapshotter(settings.root, store, self._images, self._observer)
+        self._fills = fill.Fills(settings.fill, self._images, store, self._devices, self._observer)
+        # The API first: who mounts what is missing may have to ask it for credentials.
+        routes = api.Api(settings.api_socket, settings.http.listen, [outside.node])
+        outside.show(store, routes)
+        outside.add_check("snapshotter", lambda: None if self._serving else "is not listening yet")
+        warm.Warm(self._images, store, self._devices, self._fills, self._observer).register(routes)
+        self._give_credentials(routes, client)
+        routes.add("POST", "/api/v1/pull", self._pull)
+        routes.start()
+        self._exit.callback(routes.stop)
+        outside.start()
+        self._exit.callback(outside.stop)
+        self._share(origins, client)
         self._reconciler = reconcile.Reconciler(
             store,
             self._images,
@@ -98,26 +128,25 @@ class Agent:
             settings.images.lookup_deadline_seconds,
         )
         self._reconciler.restore(rebuilt=rebuilt)
-        routes = api.Api(settings.api_socket, settings.http.listen)
-        outside.show(store, routes)
-        self._fills = fill.Fills(settings.fill, self._images, store, self._devices, self._observer)
-        warm.Warm(self._images, store, self._devices, self._fills, self._observer).register(routes)
-        routes.add("POST", "/api/v1/pull", self._pull)
-        routes.start()
-        self._exit.callback(routes.stop)
-        outside.start()
-        self._exit.callback(outside.stop)
-        self._share(origins)
         server = service.serve(snapshotter, settings.socket, self._observer)
         self._exit.callback(server.stop, _STOP_GRACE_SECONDS)
+        self._serving = True
 
-    def _share(self, origins: connect.Options) -> None:
+    def _give_credentials(self, routes: api.Routes, client: kubernetes.Client | None) -> None:
+        """To the registry clients of this node: the device server's, and our own."""
+        chain, stop = credentials.build(self._settings, client)
+        self._exit.callback(stop)
+        routes.add("POST", agentcredentials.PATH, credentials.handler(chain))
+        agentcredentials.answer_here(self._settings.api_socket, chain.look_up)
+        self._exit.callback(agentcredentials.answer_here, self._settings.api_socket, None)
+
+    def _share(self, origins: connect.Options, client: kubernetes.Client | None) -> None:
         """Blocks with other nodes, if the settings say so."""
         settings = self._settings
         if settings.peers.listen is None:
             return
         peers.check(settings.peers)
-        discovery = membership.discovery(settings.peers, kubernetes.connect(settings.kubernetes))
+        discovery = membership.discovery(settings.peers, client)
         sharing = peers.Sharing(
             settings.peers, settings.state, lambda: self._devices, origins, discovery, self._observer
         )
@@ -179,6 +208,8 @@ def origin_options(settings: config.Settings) -> connect.Options:
         plain_http=settings.registries.plain_http,
         ca_file=settings.registries.ca_file,
         docker_config=settings.credentials.docker_config,
+        hosts_directory=settings.registries.hosts_directory,
+        credentials_socket=settings.api_socket,
         s3_endpoint_url=settings.registries.s3_endpoint_url,
     )
 

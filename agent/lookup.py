@@ -29,7 +29,7 @@ class Trust(Protocol):
     """Which block images may be used; agent/trust.py."""
 
     def __call__(
-        self, settings: config.Images, origin: Origin, source_digest: str, manifest: artifact.Manifest
+        self, settings: config.Images, origin: Origin, source_digest: str, manifest: artifact.Manifest, /
     ) -> None:
         """Raises DeniedError for one that may not."""
 
