@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -94,3 +100,42 @@ def test_starts_show_their_phases(tmp_path: Path, rows: int | None) -> None:
         text = _drawn(top.frame(status._replace(starts=began), None, 110, rows))
     assert REFERENCE in text
     assert "█" in text
+
+
+def test_live_it_outlives_the_agent_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    code = "from glowplug import cli; cli.main()"
+    command = [sys.executable, "-c", code, "top", "--interval", "0.2", "--state", str(tmp_path)]
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 65536)
+        seen = seen.partition(text)[2]
+
+    with outside_world.running(tmp_path):
+        # A session of its own, with the terminal as its own: else Ctrl-C would be a character.
+        process = subprocess.Popen(
+            [sys.executable, "-c", _IN_TERMINAL, *command], stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        until(REFERENCE.encode())
+    until(b"no agent listens")
+    with outside_world.running(tmp_path):
+        until(b"glowplug")
+        os.write(ours, b"\x03")
+        with contextlib.suppress(OSError):  # the terminal is gone with its last process
+            while os.read(ours, 65536):
+                pass
+        assert process.wait(60) == 0
+    os.close(ours)
+
+
+_IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
