@@ -200,14 +200,18 @@ class Snapshotter:
         return frozenset(found)
 
     def _commit_lazily(self, reference: str, parent: str, labels: Mapping[str, str]) -> bool:
-        if self._has_lazy(reference, parent):
+        there = self._lazy_row(reference, parent)
+        if there is not None and there.broken is None:
             return True
         for _ in range(2):
             found = self._images.find_layer(reference, labels)
             if found is None:
                 break
             try:
-                self._insert_lazy(reference, parent, labels, found)
+                if there is None:
+                    self._insert_lazy(reference, parent, labels, found)
+                else:
+                    self._relink(there, found)
                 return True
             except errors.NotFoundError:  # released just now, with the image's last snapshot: find it again
                 if parent:
@@ -215,7 +219,7 @@ class Snapshotter:
         return False
 
     def _insert_lazy(self, reference: str, parent: str, labels: Mapping[str, str], found: Found) -> None:
-        """The name is the layer's, unless a quarantined one or one on another parent has it."""
+        """The name is the layer's, unless one on another parent has it."""
         for number in itertools.count(1):
             name = reference if number == 1 else f"{reference}/{number}"
             try:
@@ -224,17 +228,22 @@ class Snapshotter:
                 )
                 return
             except agent_errors.AlreadyExistsError:
-                if self._has_lazy(reference, parent):
+                if self._lazy_row(reference, parent) is not None:
                     return
 
-    def _has_lazy(self, reference: str, parent: str) -> bool:
-        return any(
-            row.kind is Kind.COMMITTED
-            and row.image is not None
-            and row.broken is None
-            and row.labels.get(snapshots.REF_LABEL) == reference
-            for row in self._rows.children(parent)
-        )
+    def _relink(self, row: store.SnapshotRow, found: Found) -> None:
+        """A quarantined layer that was found again. There must be one snapshot of it: containerd takes the
+        first that has the label and the parent."""
+        self._rows.relink(row.id, found.block_digest, found.layer)
+        self._observer.event("healed", f"layer {row.name} was found again", snapshot=row.name)
+        if row.image is not None and row.image != found.block_digest:
+            self._images.released(row.image)
+
+    def _lazy_row(self, reference: str, parent: str) -> store.SnapshotRow | None:
+        for row in self._rows.children(parent):
+            if row.image is not None and row.labels.get(snapshots.REF_LABEL) == reference:
+                return row
+        return None
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         _named(key, "key")

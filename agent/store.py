@@ -321,6 +321,16 @@ class Store:
         with self._database.writing() as connection:
             connection.execute("UPDATE snapshots SET broken = ? WHERE id = ?", (why, number))
 
+    def relink(self, number: int, image: str, layer: int) -> None:
+        """A lazy snapshot is this layer from now on, and not in quarantine. NotFoundError: no such image."""
+        with self._database.writing() as connection:
+            if not _has_image(connection, image):
+                raise errors.NotFoundError(f"no block image {image} is known here")
+            connection.execute(
+                "UPDATE snapshots SET image = ?, layer = ?, broken = NULL WHERE id = ?",
+                (image, layer, number),
+            )
+
     # --- block images ------------------------------------------------------------------------------------
 
     def put_image(self, image: ImageRow) -> ImageRow:

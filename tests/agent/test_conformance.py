@@ -60,6 +60,7 @@ def suite() -> Path:
             env={
                 **os.environ,
                 "GO111MODULE": "off",
+                "CGO_ENABLED": "0",
                 "GOPATH": str(GOPATH),
                 "GOFLAGS": "-buildvcs=false",
                 "GOCACHE": str(CACHE / "go-build"),

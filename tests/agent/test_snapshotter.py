@@ -439,24 +439,48 @@ def test_a_layer_that_cannot_be_mounted(node: Node, tmp_path: Path) -> None:
 
 
 def test_quarantine(node: Node, tmp_path: Path) -> None:
-    """What is broken says so, can be removed, and does not stand in the way of the same layer again."""
+    """What is broken says so, and can be removed; its layer's being found again mends it."""
     (tmp_path / "content").mkdir()
     node.images.offer("sha256:1", tmp_path / "content", mount.RootAttributes())
     node.lazy("sha256:1", "")
     node.rows.insert("running", Kind.ACTIVE, "sha256:1", {})
     node.rows.set_broken(node.rows.get("sha256:1").id, "its block map is gone")
-    for call in (
-        lambda: node.snapshotter.mounts("running"),
-        lambda: node.snapshotter.view("v", "sha256:1", {}),
-    ):
-        with pytest.raises(errors.UnavailableError, match="quarantined: its block map is gone"):
-            call()
+
+    def refused() -> None:
+        for call in (
+            lambda: node.snapshotter.mounts("running"),
+            lambda: node.snapshotter.view("v", "sha256:1", {}),
+        ):
+            with pytest.raises(errors.UnavailableError, match="quarantined: its block map is gone"):
+                call()
+
+    refused()
     assert node.snapshotter.stat("sha256:1").name == "sha256:1"
+    offered = node.images.files.pop("sha256:1")
+    (ordinary,) = node.snapshotter.prepare("unpack", "", {snapshots.REF_LABEL: "sha256:1"})
+    assert ordinary.type == "bind"
+    refused()
+    node.images.files["sha256:1"] = offered
     node.lazy("sha256:1", "")
-    assert {info.name for info in node.snapshotter.walk()} == {"sha256:1", "running", "sha256:1/2"}
-    node.snapshotter.remove("running")
-    node.snapshotter.remove("sha256:1")
-    node.snapshotter.remove("sha256:1/2")
+    assert {info.name for info in node.snapshotter.walk()} == {"sha256:1", "running", "unpack"}
+    assert node.rows.get("sha256:1").broken is None
+    assert node.events.kinds == ["healed"]
+    for name in ("running", "unpack", "sha256:1"):
+        node.snapshotter.remove(name)
+
+
+def test_a_quarantined_layer_found_in_another_image(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "content").mkdir()
+    node.images.offer("sha256:1", tmp_path / "content", mount.RootAttributes())
+    node.images.offer("other", tmp_path / "content", mount.RootAttributes())
+    node.lazy("sha256:1", "")
+    node.rows.set_broken(node.rows.get("sha256:1").id, "its registry is gone")
+    find = node.images.find_layer
+    node.images.find_layer = lambda chain_id, labels: find("other", labels)  # type: ignore[method-assign]
+    node.lazy("sha256:1", "")
+    row = node.rows.get("sha256:1")
+    assert (row.image, row.broken) == ("image-other", None)
+    assert [image.block_digest for image in node.rows.images()] == ["image-other"], "the first was released"
 
 
 def test_many_prepares_of_one_layer_at_once(node: Node, tmp_path: Path) -> None:
