@@ -202,14 +202,19 @@ def reading(nodes: Sequence[Node], image: str, fleet: Fleet) -> Iterator[list[su
             with reader:  # closes the pipe, waits
                 pass
         for node in nodes:
-            umount = [str(lazy.COMMAND), "umount", "--force", "--state", str(node.folder / "state")]
-            with contextlib.suppress(machine.CommandError):
-                machine.check_call([*umount, str(node.mount_point)])
+            unmount(node)
 
 
 def hashes(readers: Sequence[subprocess.Popen[str]]) -> list[str]:
     """What each has read, as sha256 in hex."""
     return [reader.communicate()[0].split()[0] for reader in readers]
+
+
+def unmount(node: Node) -> None:
+    """Take away what a node has at its mount point, if anything."""
+    umount = [str(lazy.COMMAND), "umount", "--force", "--state", str(node.folder / "state")]
+    with contextlib.suppress(machine.CommandError):
+        machine.check_call([*umount, str(node.mount_point)])
 
 
 def forget(node: Node) -> None:
