@@ -1,4 +1,4 @@
-"""Block images found once, attached once, mounted at first use, let go: a real registry, a real device server."""
+"""Block images found once, attached once, mounted at first use, let go: with a real device server."""
 
 from __future__ import annotations
 
