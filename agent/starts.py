@@ -5,10 +5,10 @@ A listener of the observer (`on_pull`, `on_phase`), fed the device server's fetc
 All times are CLOCK_MONOTONIC, which the device server and the agent share.
 
 A start opens with the first pull or phase of its image. It runs once a layer was mounted, and has settled
-when no demanded block missed the cache for `settle_seconds`: what a process needs to be up is then in the
-cache. A miss later than that is one that made a running container wait, and is counted as such. Between a
-pull and its first mount may lie hours (an image pulled ahead): that wait is left out of the timeline, and
-told.
+when no demanded block missed the cache for `settle_seconds`, or after ten minutes: what a process needs to be
+up is then in the cache. A miss later than that is one that made a running container wait, and is counted as
+such. Between a pull and its first mount may lie hours (an image pulled ahead): that wait is left out of the
+timeline, and told.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ READS = "reads"
 _KEPT = 32
 _MAX_BARS = 400
 _NS = 1_000_000_000
+_LONGEST_NS = 600 * _NS
+"""What reads on and on is at work, not starting."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -174,13 +176,18 @@ class Starts:
             for event in events:
                 self._absorb(event)
             for start in self._starts:
-                quiet = start.quiet_since_ns()
-                late = quiet is not None and self._clock_ns() - quiet > self._settle_ns
-                if late and not start.settled:
+                if not start.settled and self._is_over(start):
                     start.settled = True
                     settled.append(_summary(start))
         for summary in settled:
             self.on_settled(summary)
+
+    def _is_over(self, start: _Start) -> bool:
+        mounted, quiet = start.mounted_ns(), start.quiet_since_ns()
+        if mounted is None or quiet is None:
+            return False
+        now = self._clock_ns()
+        return now - quiet > self._settle_ns or now - mounted > _LONGEST_NS
 
     def _resolve(self) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent import announce, api, client, devicefeed, observer, outside, starts
+from agent import announce, api, client, devicefeed, observer, outside, starts, store
 from agent.images import Images
 from imagefs import errors
 from tests.agent import outside_world
@@ -234,3 +234,19 @@ def test_a_real_start_from_its_lookup_to_its_reads(node: LazyNode) -> None:
     finally:
         seen.stop()
         routes.stop()
+
+
+def test_a_database_that_fails_is_not_ready_and_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object) -> Any:
+        raise errors.UnavailableError("the disk is gone")
+
+    monkeypatch.setattr(store.Store, "walk", broken)
+    monkeypatch.setattr(store.Store, "images", broken)
+    with outside_world.running(tmp_path) as world:
+        world.outside.observer.phase(REFERENCE, "mount", 0.1)
+        assert json.loads(world.tcp("/readyz")[1])["not_ready"]["database"] == "the disk is gone"
+        assert "glowplug_store_up 0.0" in world.tcp("/metrics")[1]
+        assert world.tcp("/")[0] == 200
+        assert len(json.loads(world.tcp("/api/v1/starts")[1])["starts"]) == 1

@@ -156,3 +156,15 @@ def test_events_are_fed_once_a_start_runs() -> None:
     assert woken == []
     made.on_phase(REFERENCE, "mount", 0.0)
     assert woken == [True]
+
+
+def test_who_reads_on_and_on_is_at_work_after_ten_minutes() -> None:
+    made, clock, settled = _made()
+    _pull(made, clock)
+    made.on_phase(REFERENCE, "mount", 0.0)
+    for step in range(1, 130):
+        clock.seconds = 100.5 + 5 * step
+        made.absorb([event(step, clock.seconds - 0.2, clock.seconds - 0.1)])
+    assert len(settled) == 1
+    assert not made.running()
+    assert made.misses() == {"start": 121, "running": 8}
