@@ -251,10 +251,7 @@ class BlockCache:
         self._closed = True
         self._work.put(None)
         self._thread.join()
-        with self._lock:
-            for fd, _ in self._memory.values():
-                os.close(fd)
-            self._memory.clear()
+        self._drop_memory()
         self._files.close()
 
     # -- inside ------------------------------------------------------------------------------------
@@ -318,15 +315,16 @@ class BlockCache:
             return fd
 
     def _put_memory(self, digest: bytes, data: bytes | memoryview) -> int:
-        fd = -1
         try:
-            fd = os.memfd_create("glowplug-block")
-            cachedirectory.write_all(fd, memoryview(data))
-            reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
-        except OSError as exc:
-            if fd >= 0:
-                os.close(fd)
-            raise errors.UnavailableError(f"block cache: neither disk nor memory for a block: {exc}") from exc
+            fd, reader = _memory_file(data)
+        except OSError:
+            self._drop_memory()  # they may be what uses up the descriptors, or the memory
+            try:
+                fd, reader = _memory_file(data)
+            except OSError as exc:
+                raise errors.UnavailableError(
+                    f"block cache: neither disk nor memory for a block: {exc}"
+                ) from exc
         with self._lock:
             self._counts["memory_blocks"] += 1
             self._counts["memory_bytes"] += len(data)
@@ -340,6 +338,12 @@ class BlockCache:
                 os.close(oldest)
                 held -= size
         return reader
+
+    def _drop_memory(self) -> None:
+        with self._lock:
+            for fd, _ in self._memory.values():
+                os.close(fd)
+            self._memory.clear()
 
     def _disk_refuses(self, exc: OSError) -> None:
         with self._lock:
@@ -429,3 +433,14 @@ class BlockCache:
         elif collected.removed:
             self._disk_retry_at = 0.0  # there is room now
         return collected
+
+
+def _memory_file(data: bytes | memoryview) -> tuple[int, int]:
+    """A memfd that holds the block, and a descriptor for reading only. Raises OSError."""
+    fd = os.memfd_create("glowplug-block")
+    try:
+        cachedirectory.write_all(fd, memoryview(data))
+        return fd, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    except OSError:
+        os.close(fd)
+        raise

@@ -469,9 +469,13 @@ class Fetcher:
         self._log.note(answer, outcome, layer.block_map.blocks[index].compressed_bytes)
         if recovered:
             _log.warning("layer %s: its origin answers again", layer.map_digest)
-        for waiter in answer.waiters:
+        if not answer.waiters:
+            os.close(fd)
+            return
+        first, *others = answer.waiters
+        for waiter in others:
             self._hand_out(waiter, fd)
-        os.close(fd)
+        self._call(first, fd)  # the descriptor itself, to a reader: there may be none left to be had
 
     def _fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
         failure, error = _classify(exc)

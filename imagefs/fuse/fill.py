@@ -39,7 +39,7 @@ _WINDOW_BYTES = 8 << 20
 """Compressed bytes that are asked for and have not come: a few requests: none waits for this thread."""
 _ROOM_BLOCKS = 64
 """After so many blocks the room is reckoned anew: demands use it up, too."""
-_ROOM_SECONDS = 30.0
+_ROOM_SECONDS = 10.0
 _LOOK_AGAIN_SECONDS = 600.0
 """A complete copy is looked at again: a damaged block may have been removed."""
 _RETRY_SECONDS = 5.0

@@ -334,6 +334,26 @@ def test_memory_kept_for_a_refusing_disk_is_bounded(
         assert [take(fd) for fd in held if fd is not None] == [block(number)[1] for number in (7, 8, 9)]
 
 
+def test_a_clock_that_is_set_back_changes_nothing_but_the_order(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks used after the jump are written down as used, and the quota holds."""
+    now = 2e9
+    monkeypatch.setattr(cache.time, "time", lambda: now)
+    with opened(tmp_path, quota=4 * LENGTH) as target:
+        first = store(target, 0)
+        settled(target)
+        os.utime(path_of(tmp_path, first), (3e9, 3e9))
+        now = 1e9
+        assert take(target.get(first, LENGTH)) == block(0)[1]
+        assert path_of(tmp_path, first).stat().st_mtime < 2.5e9
+        for number in range(1, 12):
+            store(target, number)
+            settled(target)
+        target.collect()
+        assert target.stats().used_bytes <= 4 * LENGTH
+
+
 def test_verify_removes_what_is_wrong_and_nothing_else(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path) as target:
         digests = [store(target, number) for number in range(4)]
