@@ -64,6 +64,7 @@ class _Start:
     phases: dict[str, _Phase]
     lazy: bool | None = None
     reason: str | None = None
+    pulled_ns: int | None = None
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
     first_read_ns: int | None = None
     last_miss_ns: int | None = None
@@ -77,6 +78,15 @@ class _Start:
     def mounted_ns(self) -> int | None:
         mount = self.phases.get(MOUNT)
         return mount.end_ns if mount else None
+
+    def owns(self, event: Mapping[str, Any]) -> bool:
+        """Whether a fetch is part of it. What is fetched after its pull and before its first mount is for a
+        container that had the image already."""
+        if self.settled or event["map_digest"] not in self.layers or event["arrived_ns"] < self.begin_ns:
+            return False
+        mount = self.phases.get(MOUNT)
+        pulling = self.pulled_ns is None or event["arrived_ns"] <= self.pulled_ns
+        return pulling or (mount is not None and event["wanted_ns"] >= mount.begin_ns)
 
     def quiet_since_ns(self) -> int | None:
         """The end of its last activity, once it was mounted."""
@@ -129,7 +139,7 @@ class Starts:
         """The pull of a start is over."""
         with self._lock:
             start = self._open(reference, seconds)
-            start.lazy, start.reason = lazy, reason
+            start.lazy, start.reason, start.pulled_ns = lazy, reason, self._clock_ns()
             if not lazy:
                 start.settled = True  # nothing of it comes through us
 
@@ -200,13 +210,7 @@ class Starts:
     def _absorb(self, event: Mapping[str, Any]) -> None:
         demanded = event["priority"] == "demand"
         missed = event["outcome"] not in ("cache", "failed")
-        owners = [
-            start
-            for start in self._starts
-            if not start.settled
-            and event["map_digest"] in start.layers
-            and event["arrived_ns"] >= start.begin_ns
-        ]
+        owners = [start for start in self._starts if start.owns(event)]
         if demanded and missed:
             self._misses["start" if owners else "running"] += 1
         for start in owners:

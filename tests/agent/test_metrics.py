@@ -125,7 +125,19 @@ def _page() -> pathlib.Path:
     return pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's prometheus package is not installed")
+_needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not there (Debian's package prometheus)"
+)
+
+
+@_needs_promtool
+def test_the_alert_rules_fire_when_they_should() -> None:
+    rules = _page().parents[1] / "deploy" / "prometheus" / "alerts.test.yaml"
+    checked = subprocess.run(["promtool", "test", "rules", rules], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@_needs_promtool
 def test_prometheus_s_own_linter_finds_nothing() -> None:
     made, recorder = _made(Look(server_status(), None), _INVENTORY)
     recorder.pulled("r1", lazy=True, seconds=0.3, layers=3)

@@ -168,3 +168,15 @@ def test_who_reads_on_and_on_is_at_work_after_ten_minutes() -> None:
     assert len(settled) == 1
     assert not made.running()
     assert made.misses() == {"start": 121, "running": 8}
+
+
+def test_a_pull_of_an_image_that_runs_already_does_not_claim_its_reads() -> None:
+    made, clock, _ = _made()
+    _pull(made, clock)
+    made.absorb([event(1, 100.3, 100.4), event(2, 101.0, 101.1)])
+    assert made.misses() == {"start": 1, "running": 1}
+    clock.seconds = 200.0
+    made.on_phase(REFERENCE, "mount", 1.0)
+    made.absorb([event(3, 198.0, 199.5), event(4, 199.2, 199.3), event(5, 201.0, 201.1)])
+    assert made.misses() == {"start": 3, "running": 2}
+    assert [bar["block"] for bar in made.to_json()[0]["bars"]] == [1, 4, 5]
