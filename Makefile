@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup debian demo test soak check fmt bench clean
+.PHONY: help setup debian demo test soak check fmt bench proto clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -59,6 +59,14 @@ fmt: setup ## Format, and fix what the linter can fix
 
 bench: setup ## Measure start, warm reads, conversion, metadata; results/bench.json (long: see docs/benchmarks.md)
 	$(PYTHON) -m e2e.bench --image $(DEMO) $(BENCH_ARGS)
+
+# An old enough protoc: what it writes works with every protobuf that the agent extra allows.
+PROTOC := .cache/protoc
+proto: ## Write the *_pb2.py of our .proto files again
+	[ -x $(PROTOC)/bin/python ] || $(PYTHON) -m venv $(PROTOC)
+	$(PROTOC)/bin/python -m pip install -q --disable-pip-version-check grpcio-tools==1.76.0
+	$(PROTOC)/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. \
+	    $$(git ls-files '*.proto')
 
 clean: ## Remove what the other targets made, .venv and cached downloads included
 	rm -rf $(VENV) .cache results build dist htmlcov .coverage .coverage.* \
