@@ -38,6 +38,7 @@ demo: setup ## Start PyTorch from a registry at 1 Gbit/s twice: pulled, and lazi
 	$(PYTHON) -m e2e.demo --image $(DEMO)
 
 test: setup ## Run all tests but the soak ones, and report coverage
+	@deploy/setup-debian tests
 	$(PYTHON) -m coverage erase
 	$(PYTHON) -m coverage run -m pytest -m "not soak" $(TEST_ARGS)
 	$(PYTHON) -m coverage combine -q
