@@ -76,7 +76,6 @@ class Agent:
     def __init__(self, settings: config.Settings) -> None:
         self._settings = settings
         self._exit = contextlib.ExitStack()
-        self._serving = False
 
     def __enter__(self) -> Agent:
         try:
@@ -92,7 +91,7 @@ class Agent:
     def _start(self) -> None:
         settings = self._settings
         client = kubernetes.connect(settings.kubernetes)
-        outside = Outside(settings)
+        outside = Outside(settings, client)
         self._observer: Observer = outside.observer
         origins = origin_options(settings)
         self._devices = DeviceClient.ensure(server_settings(settings, origins))
@@ -109,7 +108,6 @@ class Agent:
         # The API first: who mounts what is missing may have to ask it for credentials.
         routes = api.Api(settings.api_socket, settings.http.listen, [outside.node])
         outside.show(store, routes)
-        outside.add_check("snapshotter", lambda: None if self._serving else "is not listening yet")
         warm.Warm(self._images, store, self._devices, self._fills, self._observer).register(routes)
         self._give_credentials(routes, client)
         routes.add("POST", "/api/v1/pull", self._pull)
@@ -130,7 +128,6 @@ class Agent:
         self._reconciler.restore(rebuilt=rebuilt)
         server = service.serve(snapshotter, settings.socket, self._observer)
         self._exit.callback(server.stop, _STOP_GRACE_SECONDS)
-        self._serving = True
 
     def _give_credentials(self, routes: api.Routes, client: kubernetes.Client | None) -> None:
         """To the registry clients of this node: the device server's, and our own."""
