@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import config, kubelet, kubernetes, pullsecrets
 from imagefs import errors
-from imagefs.origin import credentials
+from imagefs.origin import agentcredentials, credentials
 
 if TYPE_CHECKING:
     from agent import api
 
 _log = logging.getLogger(__name__)
 
-ROUTE = "/api/v1/credentials"
 _MAX_REFUSED = 64
 _MAX_REMEMBERED = 256
 
@@ -112,13 +111,13 @@ def build(settings: config.Settings, client: kubernetes.Client | None) -> tuple[
 
 
 def handler(chain: Chain) -> Callable[[api.Request], dict[str, Any]]:
-    """What answers POST ROUTE; for the unix socket only."""
+    """What answers POST agentcredentials.PATH; for the unix socket only."""
 
     def answer(request: api.Request) -> dict[str, Any]:
         host, repository = request.string("host"), request.string("repository")
         refused = request.json().get("refused") or []
         if not isinstance(refused, list) or not all(isinstance(entry, str) for entry in refused):
-            raise errors.InvalidInputError(f"{ROUTE}: refused must be a list of strings")
+            raise errors.InvalidInputError(f"{agentcredentials.PATH}: refused must be a list of strings")
         found, sources = chain.look_up(host, repository, frozenset(refused[:_MAX_REFUSED]))
         return {"credential": None if found is None else credentials.encode(found), "sources": sources}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DOWN_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+"""How often the files are looked at, while something is read."""
 
 
 class Place:
@@ -164,13 +167,66 @@ def load(directory: Path | None, registry: str) -> hosts.Hosts:
     return hosts.Hosts()
 
 
-def places(
-    directory: Path | None, registry: str, repository: str, settings: transport.Settings, sources: Sources
-) -> Places:
-    """The places of `registry`/`repository`. Opens no connection."""
-    found = load(directory, registry)
-    made = [Place(host, registry, repository, settings, sources) for host in found.mirrors]
-    return Places(made, Place(found.server, registry, repository, settings, sources))
+class Configured:
+    """The places as containerd's files have them: read again when they changed, as containerd does for each
+    pull. Layers stay attached for months. Thread-safe."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        registry: str,
+        repository: str,
+        settings: transport.Settings,
+        sources: Sources,
+    ) -> None:
+        """Opens no connection. ConfigurationError for files that cannot be understood."""
+        self._directory = directory
+        self._registry = registry
+        self._repository = repository
+        self._settings = settings
+        self._sources = sources
+        self._lock = threading.Lock()
+        self._stamp = _stamp(directory, registry)
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._places = self._made()
+
+    def current(self) -> Places:
+        if self._directory is None or time.monotonic() < self._look_at:
+            return self._places
+        with self._lock:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            stamp = _stamp(self._directory, self._registry)
+            if stamp != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._places = self._made()
+                except errors.ConfigurationError as exc:
+                    _log.warning("%s; going on with what it said before", exc)
+            return self._places
+
+    def _made(self) -> Places:
+        found = load(self._directory, self._registry)
+        mirrors = [self._place(host) for host in found.mirrors]
+        return Places(mirrors, self._place(found.server))
+
+    def _place(self, host: hosts.Host) -> Place:
+        return Place(host, self._registry, self._repository, self._settings, self._sources)
+
+
+def _stamp(directory: Path | None, registry: str) -> tuple[tuple[int, int, int] | None, ...]:
+    """What changes when a registry's folders or files do."""
+    if directory is None:
+        return ()
+    folders = [directory / name for name in hosts.folder_names(registry)]
+    out: list[tuple[int, int, int] | None] = []
+    for path in (*folders, *(folder / hosts.FILE_NAME for folder in folders)):
+        try:
+            status = path.stat()
+        except OSError:
+            out.append(None)
+        else:
+            out.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return tuple(out)
 
 
 def _settings(host: hosts.Host, registry: str, settings: transport.Settings) -> transport.Settings:

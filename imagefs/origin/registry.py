@@ -71,11 +71,18 @@ class RegistryOrigin:
             return agentcredentials.AgentSource(credentials_socket, at_host, at_repository, store)
 
         sources = mirrors.Sources(source, policy)
-        self._places = mirrors.places(hosts_directory, host, repository, settings, sources)
-        self._server = self._places.server
+        self._configured = mirrors.Configured(hosts_directory, host, repository, settings, sources)
         self._ranges = ranges.RangeReader(self.name, self._open_blob, policy)
         self._lock = threading.Lock()
         self._locations: dict[str, tuple[mirrors.Place, str, float]] = {}
+
+    @property
+    def _places(self) -> mirrors.Places:
+        return self._configured.current()
+
+    @property
+    def _server(self) -> mirrors.Place:
+        return self._places.server
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ import yaml
 from agent import api, config, kubernetes
 from agent import credentials as chain_of
 from imagefs import errors
+from imagefs.origin import agentcredentials
 from imagefs.origin.credentials import Credential
 from tests.fixtures.kubernetes_api import KubernetesApi
 
@@ -126,7 +127,7 @@ class TestBuild:
 
 class TestHandler:
     def ask(self, chain: chain_of.Chain, body: object) -> object:
-        request = api.Request("POST", chain_of.ROUTE, {}, {}, json.dumps(body).encode())
+        request = api.Request("POST", agentcredentials.PATH, {}, {}, json.dumps(body).encode())
         return chain_of.handler(chain)(request)
 
     def test_answers(self) -> None:

@@ -154,6 +154,29 @@ class TestOrder:
             origin.read_manifest("v1")
         assert mirror.seen()
 
+    def test_a_change_counts_while_layers_are_attached(
+        self,
+        server: FaultProxy,
+        mirror: FaultProxy,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(mirrors, "LOOK_SECONDS", 0)
+        origin = origin_at(server.host, tmp_path)
+        digest = put(origin)
+        configure(tmp_path, server.host, table(mirror.host))
+        origin.read_blob(digest, len(DATA))
+        assert len(mirror.seen("GET", digest)) == 1
+        configure(tmp_path, server.host, "broken")
+        origin.read_blob(digest, len(DATA))
+        assert len(mirror.seen("GET", digest)) == 2
+        assert "hosts.toml" in caplog.text
+        configure(tmp_path, server.host, "")
+        server.clear()
+        origin.read_blob(digest, len(DATA))
+        assert server.seen("GET", digest)
+
     def test_no_mirrors_for_this_registry(self, server: FaultProxy, tmp_path: Path) -> None:
         origin = origin_at(server.host, tmp_path)
         put(origin)
