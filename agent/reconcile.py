@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,7 +95,7 @@ class Reconciler:
         self._devices = devices
         self._observer = observer
         self._wait_seconds = wait_seconds
-        self._mounting = threading.Lock()
+        self._quarantined: set[int] = set()
 
     def restore(self, *, rebuilt: bool) -> None:
         """Everything, once, at start: `mounts` and `images` are open, the device server runs. With a
@@ -109,13 +108,16 @@ class Reconciler:
             self._images.tidy_maps()
             self._snapshotter.cleanup()
         self._images.sweep()
-        self._check_folders(self._store.walk())
-        self._mount_used(self._store.walk(), wait_seconds=self._wait_seconds)
+        rows = self._store.walk()
+        self._quarantined = {row.id for row in rows if row.broken is not None}
+        self._check_folders(rows)
+        self._mount_used(rows, wait_seconds=self._wait_seconds)
 
     def heal(self) -> None:
         """Try again what is quarantined."""
-        rows = self._store.walk()
-        if any(row.broken is not None for row in rows):
+        if self._quarantined:
+            rows = self._store.walk()
+            self._quarantined.intersection_update({row.id for row in rows})
             self._check_folders(rows)
             self._mount_used(rows, wait_seconds=0.0)
 
@@ -202,10 +204,12 @@ class Reconciler:
 
     def _quarantine(self, row: SnapshotRow, why: str) -> None:
         self._store.set_broken(row.id, why)
+        self._quarantined.add(row.id)
         self._observer.event("quarantined", f"snapshot {row.name}: {why}", level="error", snapshot=row.name)
 
     def _heal(self, row: SnapshotRow) -> None:
         self._store.set_broken(row.id, None)
+        self._quarantined.discard(row.id)
         self._observer.event("healed", f"snapshot {row.name} works again", snapshot=row.name)
 
 
