@@ -34,6 +34,7 @@ from typing import Protocol
 
 from agent import errors as agent_errors
 from agent import snapshots, store
+from agent.mapped import MappedLowers
 from agent.observer import Observer
 from agent.snapshots import Info, Kind, Mount, Usage
 from imagefs import errors, holders, mount
@@ -74,6 +75,7 @@ class Snapshotter:
         self._folder = root / "snapshots"
         self._rows = rows
         self._images = images
+        self._mapped = MappedLowers(root / "mapped")
         self._observer = observer
         self._lock = threading.Lock()
         self._making: set[str] = set()
@@ -143,6 +145,7 @@ class Snapshotter:
     def remove(self, key: str) -> None:
         """Forget a snapshot. FailedPreconditionError when it has children. Its files go with `cleanup`."""
         row = self._rows.remove(_named(key, "key"))
+        self._mapped.remove(row.id)
         folder = self.folder(row.id)
         try:
             folder.rename(self._folder / f"removed-{row.id}")
@@ -160,10 +163,13 @@ class Snapshotter:
         a running container whose row was lost with a damaged database."""
         with _disk(self._folder):
             names = os.listdir(self._folder)
+            mapped = self._mapped.numbers()
         with self._lock:
             making = set(self._making)
         owned = {str(number) for number in self._rows.settled_ids()}
         unowned = [name for name in names if name not in owned and name not in making]
+        for name in mapped - owned:
+            self._mapped.remove(int(name))
         in_use = self._below_overlays() if any(map(_is_id, unowned)) else frozenset()
         for name in unowned:
             if name in in_use:
@@ -251,8 +257,9 @@ class Snapshotter:
         chain = self._rows.chain(parent) if parent else []
         _refuse_broken(chain)
         root = self._root_attributes(chain)
-        if mapping is not None and kind is Kind.ACTIVE and chain:
-            # What is below is mapped by its mount; so is a bind mount. An upper directory is not.
+        lazy = any(row.image is not None for row in chain)
+        if mapping is not None and chain and (kind is Kind.ACTIVE or lazy):
+            # What is below is mapped by its mount; so is a bind mount. A directory of ours above it is not.
             uid, gid = mapping.host_ids(root.uid, root.gid)
             root = dataclasses.replace(root, uid=uid, gid=gid)
         new = self._folder / f"new-{secrets.token_hex(8)}"
@@ -291,6 +298,10 @@ class Snapshotter:
     ) -> Mount:
         lower = [self._directory(row) for row in parents]
         lazy = any(row.image is not None for row in parents)
+        mapping = snapshots.id_mapping(labels)
+        if lazy and mapping is not None:
+            lower = self._mapped.place(number, lower, mapping)
+            labels = {}
         return snapshots.chain_mount(kind, self.folder(number), lower, lazy, labels)
 
     def _directory(self, row: store.SnapshotRow) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable
 
 MS_RDONLY = 1
@@ -34,10 +35,15 @@ _PR_SET_PDEATHSIG = 1
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 """Linux 5.2; the same number on every architecture."""
+_SYS_MOUNT_SETATTR = 442
+"""Linux 5.12; the same number on every architecture."""
 _SYS_CACHESTAT = 451
 """Linux 6.5; the same number on every architecture."""
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
+_MOUNT_ATTR_RDONLY = 1
+_MOUNT_ATTR_IDMAP = 0x00100000
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOVE_MOUNT_T_SYMLINKS = 16
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
@@ -94,6 +100,20 @@ def open_tree(path: str) -> int:
         ctypes.c_char_p(os.fsencode(path)),
         ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
         name=path,
+    )
+
+
+def map_ids(tree: int, user_namespace: int) -> None:
+    """mount_setattr(2): what `open_tree` gave becomes read-only, its files owned as the namespace has it."""
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
+    _check(
+        _libc.syscall,
+        ctypes.c_long(_SYS_MOUNT_SETATTR),
+        ctypes.c_int(tree),
+        ctypes.c_char_p(b""),
+        ctypes.c_uint(_AT_EMPTY_PATH),
+        ctypes.c_char_p(attributes),
+        ctypes.c_size_t(len(attributes)),
     )
 
 
