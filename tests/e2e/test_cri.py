@@ -13,7 +13,7 @@ from tests.fixtures import cri, filetree, node, pause
 pytestmark = pytest.mark.root
 
 _LAZY, _ORDINARY, _ZSTD, _ROOT = 101, 102, 103, 104
-_LOOK = ("sh", "-c", "sha256sum /data/large; cat /data/seed /data/opaque/*; find /data /etc | sort; id")
+_LOOK = "sha256sum /data/large; cat /data/seed /data/opaque/*; find /data /etc | sort; id"
 
 
 def _start_and_compare(on_node: node.Node, image: str) -> None:
@@ -28,7 +28,7 @@ def _start_and_compare(on_node: node.Node, image: str) -> None:
         expected = filetree.of_process(pid)
         assert len(expected.entries) > 20
         assert filetree.difference(filetree.of_process(on_node.cri.pid(container)), expected) == {}
-        said = on_node.cri.exec_sync(container, _LOOK)
+        said = on_node.cri.exec_sync(container, ["sh", "-c", _LOOK])
         assert on_node.cri.container_status(container).state == cri.RUNNING
     assert said.stdout.decode() == daemon.run(image, "overlayfs", _LOOK, namespace="oracle")
 

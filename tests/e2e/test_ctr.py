@@ -29,7 +29,7 @@ def _compare(on_node: node.Node, image: str, namespace: str) -> None:
         daemon.running(image, "overlayfs", pause.FOREVER, namespace="oracle") as expected,
     ):
         assert filetree.difference(filetree.of_process(pid), filetree.of_process(expected)) == {}
-    look = ["sh", "-c", "sha256sum /data/large; cat /data/seed; find /data | sort"]
+    look = "sha256sum /data/large; cat /data/seed; find /data | sort"
     said = daemon.run(image, "glowplug", look, namespace=namespace)
     assert said == daemon.run(image, "overlayfs", look, namespace="oracle")
 
