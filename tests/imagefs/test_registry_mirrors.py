@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import subprocess
@@ -350,3 +351,63 @@ def test_tls_with_an_authority_and_without_verification(tmp_path: Path) -> None:
         (folder / "ca.crt").write_bytes(certificate.read_bytes())
         origin = origin_at(server.host, tmp_path)
         assert origin.read_blob(put(origin), len(DATA)) == DATA
+
+
+@pytest.mark.root
+def test_asks_where_containerd_asks(server: FaultProxy, mirror: FaultProxy, tmp_path: Path) -> None:
+    """containerd itself, with the same hosts.toml, is the oracle: same hosts, order, paths and queries."""
+    hosts_file = f"""
+server = "{server.url}"
+[host."{mirror.url}/harbor/proxy"]
+  capabilities = ["pull", "resolve"]
+[host."{mirror.url}/over"]
+  capabilities = ["pull", "resolve"]
+  override_path = true
+[host."{mirror.url}/v2"]
+  capabilities = ["pull"]
+"""
+    name, repository = "reg.example:5000", servers.unique_name("oracle")
+    directory = configure(tmp_path, name, hosts_file)
+
+    def asked() -> list[str]:
+        paths = [f"{seen.fields['host']}{seen.path}" for seen in (*mirror.seen(), *server.seen())]
+        mirror.clear()
+        server.clear()
+        return paths
+
+    with containerd(tmp_path) as socket:
+        pull = ["images", "pull", "--hosts-dir", str(directory), f"{name}/{repository}:v1"]
+        done = subprocess.run(["ctr", "--address", str(socket), *pull], capture_output=True, timeout=60)
+    assert b"not found" in done.stderr
+    expected = asked()
+    assert len(expected) == 3
+    with pytest.raises(errors.NotFoundError):
+        origin_at(name, directory, repository).read_manifest("v1")
+    assert asked() == expected
+
+
+@contextlib.contextmanager
+def containerd(directory: Path) -> Iterator[Path]:
+    """A containerd of the test's own; yields its socket."""
+    config, socket, log = directory / "config.toml", directory / "containerd.sock", directory / "log"
+    config.write_text(
+        f"""version = 2
+root = "{directory / "root"}"
+state = "{directory / "state"}"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+address = "{socket}"
+"""
+    )
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["containerd", "--config", str(config)], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        while not (process.poll() is not None or b"containerd successfully booted" in log.read_bytes()):
+            time.sleep(0.05)
+        assert process.poll() is None, log.read_text()
+        yield socket
+    finally:
+        process.terminate()
+        process.wait()
