@@ -126,8 +126,12 @@ class Images:
         return self._roots[found.map_digest]
 
     def usage(self, block_digest: str, layer: int) -> snapshots.Usage:
-        """Inodes of the layer, and how many bytes of it are on this machine's disk now."""
+        """Inodes of the layer, and how many bytes of it are on this machine's disk now. Nothing of an image
+        that was not used since the node started: containerd asks for all there are, and must not wait for
+        origins."""
         found = self._table.row(block_digest).layers[layer]
+        if block_digest not in self._attached:
+            return snapshots.Usage(0, 0)
         if found.map_digest not in self._inodes:
             with open(self.attach(block_digest)[layer], "rb") as device:
                 superblock = erofs.check_superblock(device.read(ondisk.BLOCK_BYTES))
@@ -298,8 +302,8 @@ class Images:
     # -- layers ------------------------------------------------------------------------------------
 
     def _cached_bytes(self, block_digest: str, layer: LayerRow) -> int:
-        """Of an image that is not attached, nothing that could be counted. kubelet asks for every snapshot in
-        turn: one answer of the device server serves for all layers of an image."""
+        """kubelet asks for every snapshot in turn: one answer of the device server serves for all layers of
+        an image."""
         at, covered = self._coverage.get(block_digest, (0.0, {}))
         if self._clock() - at > _COVERAGE_SECONDS:
             covered = {}

@@ -12,7 +12,7 @@ import pytest
 
 from agent import config, lookup
 from agent.images import owner_of
-from agent.snapshots import Kind
+from agent.snapshots import Kind, Usage
 from agent.snapshotter import Found
 from imagefs import artifact, errors
 from imagefs.origin import Origin
@@ -233,6 +233,7 @@ def test_after_a_reboot_nothing_is_asked_of_a_registry_that_is_down(node: LazyNo
     node.reboot()
     assert not node.owners()
     node.proxy.close()
+    assert node.images.usage(row.block_digest, 0) == Usage(0, 0), "nobody waits to be told a number"
     assert node.images.find_layer(source.chain_ids[1], source.labels) == Found(row.block_digest, 1)
     assert (node.images.directory(row.block_digest, 0) / "data").read_bytes() == before
     assert node.owners() == {owner_of(row.block_digest)}
