@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 _TOUCH_SECONDS = 60.0
 _DISK_RETRY_SECONDS = 10.0
+_LEAST_PAUSE_SECONDS = 1.0
 _HOUSEKEEPING_SECONDS = 30.0
 _RESCAN_SECONDS = 60.0
 _MEMORY_BYTES = 64 * 1024 * 1024
@@ -339,6 +341,26 @@ class BlockCache:
                 held -= size
         return reader
 
+    def _write_memory(self) -> None:
+        """The disk may take blocks again: those held in memory are what it lacks."""
+        with self._lock:
+            held = list(self._memory.items())
+        for digest, (fd, length) in held:
+            try:
+                data = os.pread(fd, length, 0)
+            except OSError:
+                continue  # dropped meanwhile
+            if len(data) != length or hashlib.sha256(data).digest() != digest:
+                continue  # the number is another file's by now
+            draft = self.draft(length)
+            draft.write(memoryview(data))
+            os.close(self.put(digest, draft, data))
+            if time.monotonic() < self._disk_retry_at:
+                return  # not yet
+            with self._lock:
+                if self._memory.get(digest) == (fd, length):
+                    os.close(self._memory.pop(digest)[0])
+
     def _drop_memory(self) -> None:
         with self._lock:
             for fd, _ in self._memory.values():
@@ -347,7 +369,10 @@ class BlockCache:
 
     def _disk_refuses(self, exc: OSError) -> None:
         with self._lock:
-            self._disk_retry_at = time.monotonic() + _DISK_RETRY_SECONDS
+            # A lack of descriptors is over sooner than that of a disk.
+            short = exc.errno in (errno.EMFILE, errno.ENFILE)
+            pause_seconds = _LEAST_PAUSE_SECONDS if short else _DISK_RETRY_SECONDS
+            self._disk_retry_at = time.monotonic() + pause_seconds
             self._counts["disk_errors"] += 1
             first, self._refused = not self._refused, True
         if first:
@@ -367,7 +392,7 @@ class BlockCache:
         self._evict()
         while True:
             try:
-                work = self._work.get(timeout=_HOUSEKEEPING_SECONDS)
+                work = self._work.get(timeout=self._pause_seconds())
             except queue.Empty:
                 work = self._look_around
             if work is None:
@@ -400,8 +425,16 @@ class BlockCache:
             self._refused = False
             _log.warning("block cache: %s takes blocks again", self._files.path)
 
+    def _pause_seconds(self) -> float:
+        """How long the thread may wait for work: what stands in memory is to go to the disk soon."""
+        if not self._memory:
+            return _HOUSEKEEPING_SECONDS
+        return max(_LEAST_PAUSE_SECONDS, self._disk_retry_at - time.monotonic())
+
     def _look_around(self) -> None:
         """Nothing was written for a while."""
+        if self._memory and time.monotonic() >= self._disk_retry_at:
+            self._write_memory()
         if time.monotonic() - self._scanned_at > _IDLE_RESCAN_SECONDS:
             self._evict()
         else:

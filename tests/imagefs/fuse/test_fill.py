@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from tests.imagefs.fuse import stack
 from tests.imagefs.fuse.stack import Reader
 
 BLOCK = scripted.BLOCK_BYTES
-_POLICY = plan.Policy(retry_seconds=0.005, read_ahead=readahead.ReadAheadPolicy(0, 0))
+_POLICY = plan.Policy(retry_seconds=0.005, retry_max_seconds=0.01, read_ahead=readahead.ReadAheadPolicy(0, 0))
 
 
 class Bench:
@@ -366,6 +367,27 @@ def test_a_disk_that_takes_nothing_holds_up_no_reader(
             assert Reader(device).outcome() == stack.digest(layer.image)
     finally:
         syscalls.umount(values.cache_dir, syscalls.MNT_DETACH)  # workers may be on their way out
+
+
+@pytest.mark.root
+def test_without_descriptors_left_readers_go_on(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """A server that may open hardly anything more while a copy runs: what fails is tried again, the reader
+    gets every byte, and the copy is completed once there are descriptors again."""
+    layer = stack.make_layer(stack.random_image(8 << 20, 8))
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("image", [blobs.add(layer)], stack.OPTIONS)
+        server = client.status()["processes"]["server"]
+        used = len(os.listdir(f"/proc/{server}/fd"))
+        _, hard = resource.prlimit(server, resource.RLIMIT_NOFILE)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, (used + 12, hard))
+        client.fill("image")
+        assert Reader(device).outcome() == stack.digest(layer.image)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, (hard, hard))
+        stack.eventually(lambda: all(each.complete for each in client.coverage().values()), "all on disk")
+        blobs.dead = True
+        stack.drop_cached_pages(device)
+        assert Reader(device).outcome() == stack.digest(layer.image)
+        assert client.status()["processes"]["server"] == server
 
 
 def _states(client: stack.Client) -> dict[str, str]:
