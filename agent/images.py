@@ -96,6 +96,9 @@ class Images:
         row = known or (self._find_quietly(wanted) if wanted is not None else None)
         place = self._table.layer_of_chain(chain_id, row)
         if place is None:
+            if row is not None:
+                text = f"{row.reference}: its block image has no layer {chain_id}: ordinary unpack of it"
+                self._observer.event("layer_missing", text, level="warning", image=row.reference)
             return None
         if known is not None and place == (known.block_digest, 0):
             self._observer.pulled(

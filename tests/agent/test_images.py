@@ -71,6 +71,12 @@ def test_no_block_image_is_remembered_for_a_while(node: LazyNode) -> None:
     assert node.images.find_layer(source.chain_ids[0], source.labels) is not None
 
 
+def test_a_layer_that_the_block_image_lacks_is_said(node: LazyNode) -> None:
+    source = node.push([BASE])
+    assert node.images.find_layer("sha256:" + "0" * 64, source.labels) is None
+    assert "layer_missing" in node.kinds()
+
+
 def test_labels_that_say_nothing_are_an_ordinary_pull(node: LazyNode) -> None:
     assert node.images.find_layer("sha256:" + "0" * 64, {}) is None
     assert node.images.find_layer("sha256:" + "0" * 64, {lookup.REFERENCE_LABEL: "???"}) is None
