@@ -14,7 +14,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Mapping, Set
+import time
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from agent import kubelet, kubernetes
 from imagefs import errors
@@ -25,6 +26,7 @@ _TYPES = {
     "kubernetes.io/dockercfg": ".dockercfg",
 }
 _FIRST_LIST_SECONDS = 5.0
+"""So long after the start, questions wait for the first list; later a dead API server holds up no pull."""
 _MAX_SECRET_CHARS = 4 << 20
 
 Entries = Mapping[str, credentials.Credential]
@@ -57,8 +59,15 @@ def parse(secret: kubernetes.Object) -> Entries | None:
 class PullSecrets:
     """The pull secrets of some namespaces (none named: all), as a credentials.Part."""
 
-    def __init__(self, client: kubernetes.Client, namespaces: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        client: kubernetes.Client,
+        namespaces: Iterable[str] = (),
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
         self._namespaces = tuple(namespaces)
+        self._listed_by = 0.0
         self._watchers = [
             kubernetes.Watcher(
                 client, kubernetes.collection("v1", "secrets", name), {"fieldSelector": f"type={kind}"}, parse
@@ -68,6 +77,7 @@ class PullSecrets:
         ]
 
     def start(self) -> None:
+        self._listed_by = self._now() + _FIRST_LIST_SECONDS
         for watcher in self._watchers:
             watcher.start()
 
@@ -82,7 +92,7 @@ class PullSecrets:
         """As credentials.Part: secrets by name, in each the more specific key first."""
         found: dict[str, Entries] = {}
         for watcher in self._watchers:
-            watcher.wait(_FIRST_LIST_SECONDS)  # right after the start; later it returns at once
+            watcher.wait(max(0.0, self._listed_by - self._now()))
             found |= watcher.current()
         for name in sorted(found):
             for host_name in credentials.names(host):

@@ -156,6 +156,22 @@ class TestWatched:
             f"type={CFG}",
         }
 
+    def test_a_dead_api_server_holds_up_no_pull(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waits: list[float] = []
+        monkeypatch.setattr(kubernetes.Watcher, "wait", lambda self, seconds: waits.append(seconds))
+        clock = [1000.0]
+        client = kubernetes.Client("http://127.0.0.1:1")
+        secrets = pullsecrets.PullSecrets(client, now=lambda: clock[0])
+        secrets.start()
+        try:
+            passwords(secrets)
+            assert waits == [5, 5]
+            clock[0] += 60
+            passwords(secrets)
+            assert waits == [5, 5, 0, 0]
+        finally:
+            secrets.stop()
+
     def test_wildcards_and_docker_hub(
         self, kubernetes_api: KubernetesApi, started: Callable[..., pullsecrets.PullSecrets]
     ) -> None:
