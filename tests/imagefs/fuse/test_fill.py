@@ -124,6 +124,17 @@ def test_a_complete_copy_needs_no_origin(bench: Callable[..., Bench]) -> None:
     assert len(made.origin.calls) < 40
 
 
+def test_the_cap_holds_back_a_copy_and_no_reader(bench: Callable[..., Bench]) -> None:
+    made = bench()
+    data = made.attach("image", 20, seed=20)
+    half = made.layers["image"][0].block_map.blocks[0].compressed_bytes // 2
+    made.filler.start("image", half)  # a block every two seconds
+    scripted.eventually(lambda: made.present("image") == 1)
+    assert made.read("image") == data
+    made.detach("image")
+    assert len(made.origin.calls) >= 19, "the reader fetched them"
+
+
 def test_a_copy_skips_what_is_there(bench: Callable[..., Bench]) -> None:
     made = bench()
     data = made.attach("image", 10, seed=2)
