@@ -149,21 +149,27 @@ def _settings(
         proxy["exports"] = {"root": str(wanted.root), "enable_remote_snapshot_annotations": "true"}
     settings: dict[str, Any] = {"proxy_plugins": {SNAPSHOTTER: proxy}}
     if not _cri_disabled(document):
-        settings["plugins"] = _cri_2(effective, wanted) if dialect < 3 else _cri_3(effective, wanted)
+        settings["plugins"] = (
+            _cri_2(document, effective, wanted) if dialect < 3 else _cri_3(effective, wanted)
+        )
     if line >= (2, 0):
         transfer = {"unpack_config": _unpack(effective, wanted.platform)}
         settings.setdefault("plugins", {})[_TRANSFER] = transfer
     return settings
 
 
-def _cri_2(effective: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _cri_2(document: Mapping[str, Any], effective: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     containerd: dict[str, Any] = {"disable_snapshot_annotations": False}
     if wanted.mode == "default":
         containerd["snapshotter"] = SNAPSHOTTER
     else:
         containerd["discard_unpacked_layers"] = False
         found = _table(effective, "plugins", _CRI, "containerd")
-        containerd["runtimes"] = {HANDLER: _runtime(found)}
+        # The first runtime that a file names takes the place of all that are there by default.
+        named = _table(document, "plugins", _CRI, "containerd", "runtimes")
+        runtimes = _table(found, "runtimes")
+        unnamed = {} if named else {name: _without_defaults(_table(runtimes, name)) for name in runtimes}
+        containerd["runtimes"] = {**unnamed, HANDLER: _runtime(found)}
     return {_CRI: {"containerd": containerd}}
 
 
