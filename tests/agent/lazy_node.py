@@ -14,6 +14,7 @@ from agent import config, daemon, lookup
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Recorder
+from agent.reconcile import Reconciler
 from agent.store import Store
 from imagefs import reference
 from imagefs.fuse.control import DeviceClient
@@ -47,7 +48,9 @@ class Source:
 
 
 class LazyNode:
-    """One node. `images` is made anew by `restart`, as an agent that starts."""
+    """One node. `start` makes the parts anew, as an agent that starts; `reconciler` is a test's own."""
+
+    reconciler: Reconciler
 
     def __init__(self, folder: Path, registry: servers.RegistryServer, **more: object) -> None:
         self.proxy = servers.FaultProxy(registry.host)
