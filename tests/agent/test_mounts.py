@@ -1,0 +1,105 @@
+"""Mount points of layers: what is alive, whose it is, and what a container's overlay makes of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent import daemon
+from agent.mounts import LayerMounts
+from imagefs import syscalls
+from imagefs.fuse.control import DeviceClient
+from tests.agent.lazy_node import BASE, LazyNode
+from tests.agent.lazy_node import node as node
+from tests.fixtures import images, tars
+
+pytestmark = pytest.mark.root
+
+
+def test_a_successor_finds_what_is_mounted_and_mounts_nothing_anew(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    path = node.images.directory(row.block_digest, 0)
+    before = path.stat().st_dev
+    successor = LayerMounts(node.settings.root / "layers", node.settings.state)
+    assert successor.open()
+    assert successor.mounted() == node.mounts.mounted()
+    number = row.layers[0].mount_number
+    (device,) = node.images.attach(row.block_digest)
+    assert successor.ensure(number, "layer", device) == path
+    assert path.stat().st_dev == before
+    assert len(node.mounted()) == 1
+
+
+def test_mounts_on_a_device_server_that_is_gone_are_replaced(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    path = node.images.directory(row.block_digest, 0)
+    assert node.mounts.renew()
+    node.devices.stop()
+    DeviceClient.ensure(daemon.server_settings(node.settings, node.origins))
+    assert (path / "etc").is_dir(), "a dead mount looks like one that lives"
+    assert not node.mounts.renew()
+    assert not node.mounted()
+    assert node.mounts.renew()
+    node.images.reconcile(node.owners())
+    assert (node.images.directory(row.block_digest, 0) / "etc/motd").read_text() == "base\n"
+
+
+def test_another_layers_mount_at_the_number_gives_way(node: LazyNode) -> None:
+    rows = [node.images.pull(node.push([tar]).name) for tar in (BASE, images.tar_of([("other", b"o")]))]
+    devices = [node.images.attach(row.block_digest)[0] for row in rows]
+    assert (node.mounts.ensure(7, "one", devices[0]) / "etc").exists()
+    assert (node.mounts.ensure(7, "other", devices[1]) / "other").exists()
+    assert len(node.mounted()) == 1
+    node.mounts.unmount(7, devices[0].name)
+    assert len(node.mounted()) == 1, "it is not that layer's any more"
+    node.mounts.unmount(7, devices[1].name)
+    assert not node.mounted()
+
+
+def test_a_kernel_that_wants_block_devices_gets_loop(node: LazyNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = syscalls.mount
+
+    def fake(source: object, target: object, filesystem: str | None, flags: int, options: str = "") -> None:
+        if filesystem == "erofs" and not str(source).startswith("/dev/loop"):
+            raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), str(target))
+        real(str(source), str(target), filesystem, flags, options)
+
+    monkeypatch.setattr(syscalls, "mount", fake)
+    row = node.images.pull(node.push([BASE]).name)
+    path = node.images.directory(row.block_digest, 0)
+    assert (path / "etc/motd").read_text() == "base\n"
+    successor = LayerMounts(node.settings.root / "layers", node.settings.state)
+    assert successor.open()
+    assert successor.mounted() == node.mounts.mounted()
+
+
+def test_setuid_counts_in_the_overlay_and_not_in_the_layer(node: LazyNode, tmp_path: Path) -> None:
+    """A container may need setuid programs and capabilities: its own mount's flags decide, as everywhere."""
+    layer = tars.Builder().directory(b"./")
+    layer.file(b"id", Path("/usr/bin/id").read_bytes(), tars.Attributes(mode=0o4755))
+    row = node.images.pull(node.push([bytes(layer)]).name)
+    lower = node.images.directory(row.block_digest, 0)
+    for name in ("empty", "merged"):
+        (tmp_path / name).mkdir()
+    merged = tmp_path / "merged"
+    syscalls.mount("test", merged, "overlay", 0, f"lowerdir={lower}:{tmp_path / 'empty'}")
+    try:
+        through = [_effective_uid_of_nobody(where) for where in (merged, lower)]
+    finally:
+        subprocess.run(["umount", merged], check=True)
+    assert through == ["0", "65534"], "nobody on the host runs a stranger's setuid program"
+
+
+def _effective_uid_of_nobody(directory: Path) -> str:
+    # By descriptor: nobody may not enter the folders above.
+    fd = os.open(directory, os.O_PATH)
+    try:
+        command = ["setpriv", "--reuid", "65534", "--clear-groups", f"/proc/self/fd/{fd}/id", "-u"]
+        result = subprocess.run(command, capture_output=True, text=True, pass_fds=[fd], check=True)
+        return result.stdout.strip()
+    finally:
+        os.close(fd)
