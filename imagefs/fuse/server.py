@@ -82,7 +82,7 @@ class KeeperLink:
         while True:
             try:
                 data = self._socket.recv(4096)
-            except ConnectionError:
+            except OSError:  # broken; or closed, when the last attempt to replace a keeper failed
                 data = b""
             if self._stopping or (data and json.loads(data).get("op") == "bye"):
                 return

@@ -121,6 +121,33 @@ def test_a_keeper_that_is_killed_is_replaced(tmp_path: Path, blobs: stack.BlobSe
         assert reader.outcome() == stack.digest(layer.image)
 
 
+def test_a_keeper_that_is_killed_while_it_starts_is_replaced_too(
+    tmp_path: Path, blobs: stack.BlobServer
+) -> None:
+    layer = stack.make_layer(stack.random_image(4 << 20, 3), _BLOCK)
+    values = stack.settings(tmp_path)
+    with stack.running(values) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        server = client.status()["processes"]["server"]
+        _kill([_keeper(values.state_dir)])
+        eventually(lambda: _starting_keepers(values.state_dir), "the next keeper")
+        _kill(_starting_keepers(values.state_dir))
+        eventually(lambda: _keeper(values.state_dir) != 0, "another keeper")
+        assert Reader(device).outcome() == stack.digest(layer.image)
+        assert client.status()["processes"]["server"] == server
+
+
+def _starting_keepers(state_dir: Path) -> list[int]:
+    """Keepers by their command lines, from their first moment on."""
+    words = {b"imagefs.fuse.keeper", os.fsencode(state_dir), b"--adopt"}
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if words <= set((entry / "cmdline").read_bytes().split(b"\0")):
+                found.append(int(entry.name))
+    return found
+
+
 def _keeper(state_dir: Path) -> int:
     """Who holds the keeper's lock; 0 if nobody does."""
     inode = (state_dir / "keeper.lock").stat().st_ino
