@@ -24,7 +24,7 @@ from tests.fixtures import containerd, cri, node, pause
 _POLL_SECONDS = 0.005
 _LAYERS = 70
 _SNAPSHOTS = 200
-_IDLE_SECONDS = 10.0
+_IDLE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

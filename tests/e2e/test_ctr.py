@@ -63,9 +63,8 @@ def test_two_containerd_namespaces_share_the_layers(on_node: node.Node) -> None:
     _compare(on_node, image, "two")
 
 
+@pytest.mark.parametrize("any_node", ["2.1"], indirect=True)  # since containerd 2
 def test_the_transfer_service_says_what_it_pulls(on_node: node.Node) -> None:
-    if on_node.containerd.line != "2.1":
-        pytest.skip("the transfer service pulls since containerd 2")
     image = on_node.registry.push(pause.application(_LAZY), convert=True)
     on_node.containerd.pull(image, "glowplug")
     assert on_node.registry.layers_fetched(image) == []

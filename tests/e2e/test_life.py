@@ -26,16 +26,13 @@ _HASH = (
 )
 
 
-@pytest.fixture(scope="module", params=["1.6", "2.1"])
-def life_line(request: pytest.FixtureRequest) -> str:
-    """The oldest line and the newest."""
-    return str(request.param)
+_OLDEST_AND_NEWEST = pytest.mark.parametrize("on_node", ["1.6", "2.1"], indirect=True)
 
 
 @pytest.fixture
-def on_node(life_line: str, node_registry: node.Registry) -> Iterator[node.Node]:
-    """A node that the test may wreck."""
-    with node.run(life_line, node_registry) as running:
+def on_node(request: pytest.FixtureRequest, node_registry: node.Registry) -> Iterator[node.Node]:
+    """A node that the test may wreck; of the newest line, unless the test says which."""
+    with node.run(getattr(request, "param", "2.1"), node_registry) as running:
         yield running
 
 
@@ -95,6 +92,7 @@ def _kill_while_hashing(on_node: node.Node, containers: int, kills: int) -> None
     hashing.finish()
 
 
+@_OLDEST_AND_NEWEST
 def test_kills_at_random_moments_are_not_seen_by_containers(on_node: node.Node) -> None:
     _kill_while_hashing(on_node, containers=3, kills=8)
 
@@ -116,6 +114,7 @@ def test_an_agent_that_is_gone_is_not_missed_by_containers(on_node: node.Node) -
     hashing.finish()
 
 
+@_OLDEST_AND_NEWEST
 def test_containerd_comes_back_to_its_containers(on_node: node.Node) -> None:
     hashing = _Hashing(on_node, containers=1)
     on_node.containerd.stop(signal.SIGKILL)
