@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 import zstandard
 
-from imagefs import blockmap, errors, zstdframe
+from imagefs import blockmap, bootpack, errors, zstdframe
 
 _local = threading.local()
 
@@ -28,7 +28,9 @@ def compressed_bound(block_map: blockmap.BlockMap, index: int) -> int:
     """The most bytes that the frames of block `index` can take: zstd's own bound for each frame."""
     length = block_map.block_length(index)
     whole, rest = divmod(length, block_map.frame_bytes)
-    return whole * _frame_bound(block_map.frame_bytes) + (_frame_bound(rest) if rest else 0)
+    return whole * zstdframe.compressed_bound(block_map.frame_bytes) + (
+        zstdframe.compressed_bound(rest) if rest else 0
+    )
 
 
 def check_sizes(block_map: blockmap.BlockMap, layer: str) -> None:
@@ -109,6 +111,27 @@ def decode_block(
     return out
 
 
+def decode_pack_frame(
+    frame: bootpack.Frame, number: int, pieces: Pieces, pack: str, buffer: memoryview
+) -> memoryview:
+    """The content of frame `number` of a boot pack, in the front of `buffer`, from `pieces`, which stand at
+    its first byte. Takes no byte beyond its last one.
+
+    Raises IntegrityError, naming `pack`, frame and offset, unless it is one frame of the size and digest
+    that the pack's table says; and what `pieces` raises.
+    """
+    out = buffer[: frame.uncompressed_bytes]
+    hasher = hashlib.sha256()
+    place = f"boot pack {pack}: frame {number} (bytes {frame.offset}+{frame.compressed_bytes})"
+    try:
+        _decode_frame(pieces, frame.compressed_bytes, out, hasher.update)
+    except (ValueError, zstandard.ZstdError) as exc:
+        raise errors.IntegrityError(f"{place}: {exc}") from exc
+    if hasher.digest() != frame.digest:
+        raise errors.IntegrityError(f"{place}: the bytes differ from the frame's digest")
+    return out
+
+
 def _decode_frame(
     pieces: Pieces, compressed_bytes: int, out: memoryview, see: Callable[[memoryview], None]
 ) -> None:
@@ -163,12 +186,6 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     if found is None:
         found = _local.decompressor = zstandard.ZstdDecompressor(max_window_size=blockmap.MAX_BLOCK_BYTES)
     return found
-
-
-def _frame_bound(length: int) -> int:
-    """ZSTD_COMPRESSBOUND of zstd.h, and the 4 bytes of an optional checksum."""
-    small = (128 * 1024 - length) >> 11 if length < 128 * 1024 else 0
-    return length + (length >> 8) + small + 4
 
 
 def _damaged(block_map: blockmap.BlockMap, index: int, layer: str, what: str) -> errors.IntegrityError:

@@ -1,4 +1,4 @@
-"""The outline of one zstd frame: what it declares, and where it ends. Pure; used by `frames.py`.
+"""The outline of one zstd frame: what it declares, where it ends, how long it can be. Pure.
 
 libzstd decodes, but its streaming form says neither that a frame was cut short in its last bytes nor that
 something lies behind it, and leaves the declared size unchecked until the end. This follows the frame from
@@ -14,6 +14,13 @@ _CONTENT_SIZE_BYTES = (0, 2, 4, 8)
 _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
 _RUN_LENGTH_BLOCK = 1
+
+
+def compressed_bound(length: int) -> int:
+    """The most bytes that a frame of `length` bytes takes: ZSTD_COMPRESSBOUND of zstd.h, and the 4 bytes of
+    an optional checksum."""
+    small = (128 * 1024 - length) >> 11 if length < 128 * 1024 else 0
+    return length + (length >> 8) + small + 4
 
 
 class Outline:

@@ -1,0 +1,275 @@
+"""The boot pack's table: which pages of which layer images a start reads, and where the pack has them.
+
+Pure: bytes in, values out. Written by converter/pack.py, read by whatever serves a start. The byte table is
+docs/format.md; `decode(encode(t)) == t` and `encode(decode(b)) == b` hold for every accepted input.
+
+A pack is two blobs: this table, and the data, which is frames alone, one after another from byte 0 without
+gaps. The *page sequence* is the pages of all records, in order; the frames hold it in order, too, so that a
+record may straddle frames. A page is 4096 bytes of a layer image.
+
+Invariants of a decoded table: no page occurs twice; no record, frame or layer image is empty or named twice;
+records, frames and `pages` count the same pages; the frames' compressed bytes add up to `data_bytes`, and
+none claims more than zstd can make of its content. What only the block maps know, `check_layers` checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from imagefs import blockmap, errors, zstdframe
+
+MAGIC = b"GLOWPACK"
+VERSION = 1
+PAGE_BYTES = 4096
+DEFAULT_FRAME_BYTES = 1024 * 1024
+MIN_FRAME_BYTES = 64 * 1024
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+"""A node holds a frame in memory, compressed and uncompressed, for each connection that brings one."""
+MAX_LAYERS = 512
+MAX_PAGES = 1 << 20
+"""4 GiB: what is larger is no start, and a pack of it no gain over blocks."""
+MAX_TABLE_BYTES = 16 * 1024 * 1024
+
+_HEADER = struct.Struct("<8sHHHHIIQQ32s")
+_RECORD = struct.Struct("<HHII")
+_FRAME = struct.Struct("<II32s")
+_DIGEST_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """`pages` pages of a layer image from `first_page`; `layer` counts in the table's `map_digests`."""
+
+    layer: int
+    first_page: int
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frame:
+    """One zstd frame of the data blob. `offset` is its place there, `first_page` that of its content in the
+    page sequence, `digest` the sha256 of the content."""
+
+    offset: int
+    compressed_bytes: int
+    uncompressed_bytes: int
+    digest: bytes
+    first_page: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """A decoded table. `map_digests` are the layer images of the block image, bottom first, each once;
+    `data_digest` and `data_bytes` are those of the data blob; `pages` is the length of the page sequence."""
+
+    map_digests: tuple[str, ...]
+    records: tuple[Record, ...]
+    frames: tuple[Frame, ...]
+    data_digest: str
+    data_bytes: int
+    pages: int
+
+    def pieces(self) -> Iterator[tuple[Record, ...]]:
+        """For each frame, the pages that it holds: its content cut along them gives each its bytes."""
+        return _cut(self.records, (frame.uncompressed_bytes // PAGE_BYTES for frame in self.frames))
+
+
+def distinct(map_digests: Iterable[str]) -> tuple[str, ...]:
+    """The layer images of an image, in order, each once: an image may have the same layer several times."""
+    return tuple(dict.fromkeys(map_digests))
+
+
+def check_frame_bytes(frame_bytes: int) -> None:
+    """Raise InvalidInputError unless `frame_bytes` is whole pages, from 64 KiB to 4 MiB."""
+    if frame_bytes % PAGE_BYTES or not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES:
+        raise errors.InvalidInputError(
+            f"frame size {frame_bytes} is not a multiple of {PAGE_BYTES} "
+            f"from {MIN_FRAME_BYTES} to {MAX_FRAME_BYTES}"
+        )
+
+
+def plan_frames(records: Sequence[Record], frame_bytes: int) -> list[tuple[Record, ...]]:
+    """Cut records into frames of `frame_bytes`, the last one shorter: for each frame its pages, in order."""
+    check_frame_bytes(frame_bytes)
+    return list(_cut(records, itertools.repeat(frame_bytes // PAGE_BYTES)))
+
+
+def _cut(records: Iterable[Record], frame_pages: Iterable[int]) -> Iterator[tuple[Record, ...]]:
+    left = iter(records)
+    record = next(left, None)
+    for room in frame_pages:
+        if record is None:
+            return
+        pieces = []
+        while room and record is not None:
+            taken = min(room, record.pages)
+            pieces.append(dataclasses.replace(record, pages=taken))
+            room -= taken
+            record = (
+                Record(record.layer, record.first_page + taken, record.pages - taken)
+                if taken < record.pages
+                else next(left, None)
+            )
+        yield tuple(pieces)
+
+
+def without_zero_blocks(
+    records: Iterable[Record], block_maps: Sequence[blockmap.BlockMap]
+) -> tuple[Record, ...]:
+    """The records without the pages of zero blocks, which nobody fetches. `block_maps` are those of the
+    layer images. InvalidInputError for a record outside its layer image."""
+    out = []
+    for record in records:
+        block_map = block_maps[record.layer]
+        _check_record(record, block_map)
+        block_pages = block_map.block_bytes // PAGE_BYTES
+        at, end = record.first_page, record.first_page + record.pages
+        while at < end:
+            zero = block_map.blocks[at // block_pages].zero
+            stop = at
+            while stop < end and block_map.blocks[stop // block_pages].zero == zero:
+                stop = min(end, (stop // block_pages + 1) * block_pages)
+            if not zero:
+                out.append(Record(record.layer, at, stop - at))
+            at = stop
+    return tuple(out)
+
+
+def check_layers(table: Table, block_maps: Mapping[str, blockmap.BlockMap]) -> None:
+    """Raise IntegrityError unless the table is for the layer images of exactly these block maps (by map
+    digest), InvalidInputError for a record outside its layer image."""
+    if set(table.map_digests) != block_maps.keys():
+        raise errors.IntegrityError(
+            "boot pack: it was made for other layers than those of its block image; pack the image again"
+        )
+    maps = [block_maps[digest] for digest in table.map_digests]
+    for record in table.records:
+        _check_record(record, maps[record.layer])
+
+
+def _check_record(record: Record, block_map: blockmap.BlockMap) -> None:
+    if (record.first_page + record.pages) * PAGE_BYTES > block_map.image_bytes:
+        raise errors.InvalidInputError(
+            f"pages {record.first_page}+{record.pages} of layer image {record.layer} lie outside its "
+            f"{block_map.image_bytes} bytes"
+        )
+
+
+def encode(table: Table) -> bytes:
+    """The byte form of a table (docs/format.md)."""
+    out = bytearray(
+        _HEADER.pack(
+            MAGIC,
+            VERSION,
+            0,
+            len(table.map_digests),
+            0,
+            len(table.records),
+            len(table.frames),
+            table.pages,
+            table.data_bytes,
+            bytes.fromhex(table.data_digest.removeprefix("sha256:")),
+        )
+    )
+    for digest in table.map_digests:
+        out += bytes.fromhex(digest.removeprefix("sha256:"))
+    for record in table.records:
+        out += _RECORD.pack(record.layer, 0, record.pages, record.first_page)
+    for frame in table.frames:
+        out += _FRAME.pack(frame.compressed_bytes, frame.uncompressed_bytes, frame.digest)
+    return bytes(out)
+
+
+def decode(data: bytes) -> Table:
+    """Parse and validate a table. Raises InvalidInputError naming the field; nothing is allocated before
+    the counts were checked against the length of `data`."""
+    if not _HEADER.size <= len(data) <= MAX_TABLE_BYTES:
+        raise errors.InvalidInputError(
+            f"boot pack table: {len(data)} bytes, not {_HEADER.size} to {MAX_TABLE_BYTES}"
+        )
+    magic, version, flags, layers, reserved, records, frames, pages, data_bytes, data_digest = (
+        _HEADER.unpack_from(data)
+    )
+    if magic != MAGIC:
+        raise errors.InvalidInputError("boot pack table: wrong magic, this is not a boot pack table")
+    if version != VERSION:
+        raise errors.InvalidInputError(
+            f"boot pack table: version {version}, this build reads version {VERSION}"
+        )
+    if flags or reserved:
+        raise errors.InvalidInputError(f"boot pack table: unknown flags {flags:#x}, reserved {reserved:#x}")
+    if not 0 < layers <= MAX_LAYERS:
+        raise errors.InvalidInputError(f"boot pack table: {layers} layers, expected 1 to {MAX_LAYERS}")
+    if not 0 < pages <= MAX_PAGES:
+        raise errors.InvalidInputError(f"boot pack table: {pages} pages, expected 1 to {MAX_PAGES}")
+    records_at = _HEADER.size + layers * _DIGEST_BYTES
+    frames_at = records_at + records * _RECORD.size
+    if len(data) != frames_at + frames * _FRAME.size:
+        raise errors.InvalidInputError(f"boot pack table: {len(data)} bytes do not fit its counts")
+    view = memoryview(data)
+    digests = tuple(
+        "sha256:" + view[at : at + _DIGEST_BYTES].hex()
+        for at in range(_HEADER.size, records_at, _DIGEST_BYTES)
+    )
+    if len(set(digests)) != len(digests):
+        raise errors.InvalidInputError("boot pack table: a layer image is listed twice")
+    return Table(
+        map_digests=digests,
+        records=_decode_records(view[records_at:frames_at], layers, pages),
+        frames=_decode_frames(view[frames_at:], pages, data_bytes),
+        data_digest="sha256:" + data_digest.hex(),
+        data_bytes=data_bytes,
+        pages=pages,
+    )
+
+
+def _decode_records(view: memoryview, layers: int, pages: int) -> tuple[Record, ...]:
+    out = []
+    counted = 0
+    for number, (layer, reserved, count, first_page) in enumerate(_RECORD.iter_unpack(view)):
+        if layer >= layers or reserved or count == 0:
+            raise errors.InvalidInputError(
+                f"boot pack table: record {number}: layer {layer} of {layers}, {count} pages, "
+                f"reserved {reserved:#x}"
+            )
+        counted += count
+        out.append(Record(layer, first_page, count))
+    if counted != pages:
+        raise errors.InvalidInputError(
+            f"boot pack table: records of {counted} pages, the header says {pages}"
+        )
+    in_place = sorted(out, key=lambda record: (record.layer, record.first_page))
+    for before, after in itertools.pairwise(in_place):
+        if before.layer == after.layer and before.first_page + before.pages > after.first_page:
+            raise errors.InvalidInputError(
+                f"boot pack table: page {after.first_page} of layer {after.layer} occurs twice"
+            )
+    return tuple(out)
+
+
+def _decode_frames(view: memoryview, pages: int, data_bytes: int) -> tuple[Frame, ...]:
+    out = []
+    offset = counted = 0
+    for number, (compressed, uncompressed, digest) in enumerate(_FRAME.iter_unpack(view)):
+        if uncompressed == 0 or uncompressed % PAGE_BYTES or uncompressed > MAX_FRAME_BYTES:
+            raise errors.InvalidInputError(
+                f"boot pack table: frame {number}: {uncompressed} uncompressed bytes, expected whole pages "
+                f"up to {MAX_FRAME_BYTES}"
+            )
+        if not 0 < compressed <= zstdframe.compressed_bound(uncompressed):
+            raise errors.InvalidInputError(
+                f"boot pack table: frame {number}: {compressed} compressed bytes for {uncompressed}"
+            )
+        out.append(Frame(offset, compressed, uncompressed, digest, counted))
+        offset += compressed
+        counted += uncompressed // PAGE_BYTES
+    if counted != pages:
+        raise errors.InvalidInputError(f"boot pack table: frames of {counted} pages, the header says {pages}")
+    if offset != data_bytes:
+        raise errors.InvalidInputError(
+            f"boot pack table: frames of {offset} bytes, the header says {data_bytes}"
+        )
+    return tuple(out)
