@@ -3,9 +3,10 @@
 Pure: bytes in, values out. The first links of the chain of trust are checked by whoever calls: the manifest
 against its digest (the origins do that), each block map against its descriptor. docs/format.md has the form.
 
-A block image manifest holds, in source layer order (bottom first), one pair per layer: block map, layer blob.
-Its config is the source image's own config blob, so that a container can be started from the block image
-alone; its `subject` is the source manifest.
+A block image manifest holds, in source layer order (bottom first), one pair per layer: block map, layer blob;
+then, if it has a boot pack, one more pair: the pack's table, its data. Its config is the source image's own
+config blob, so that a container can be started from the block image alone; its `subject` is the source
+manifest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from imagefs import errors, reference
 ARTIFACT_TYPE = "application/vnd.glowplug.block-image.v1"
 MAP_MEDIA_TYPE = "application/vnd.glowplug.block-map.v1"
 BLOB_MEDIA_TYPE = "application/vnd.glowplug.layer-blob.v1+zstd"
+PACK_TABLE_MEDIA_TYPE = "application/vnd.glowplug.boot-pack-table.v1"
+PACK_DATA_MEDIA_TYPE = "application/vnd.glowplug.boot-pack.v1+zstd"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -34,8 +37,14 @@ REUSE_KEY = "dev.glowplug.reuse-key"
 """Annotation on each block map descriptor: the key under which this layer may be reused (`reuse_key`)."""
 DIFF_ID = "dev.glowplug.diff-id"
 """Annotation on each block map descriptor: the `diff_id` of the layer, for readers of the manifest."""
+BOOT_PACK = "dev.glowplug.boot-pack"
+"""Annotation on the manifest of a block image with a boot pack: the digest of the pack's table. Lists of
+referrers repeat it, so that `choose` sees it."""
+BOOT_PACK_GENERATION = "dev.glowplug.boot-pack-generation"
+"""Annotation beside BOOT_PACK: a decimal number; a pack made later has a higher one."""
 
 MAX_LAYERS = 512
+MAX_GENERATION = 999_999_999
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,12 +79,22 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BootPack:
+    """The boot pack of a block image (`bootpack.py`)."""
+
+    table: Descriptor
+    data: Descriptor
+    generation: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class BlockImage:
     """A decoded block image manifest. `layers` is bottom first."""
 
     subject: Descriptor
     config: Descriptor
     layers: tuple[Layer, ...]
+    boot_pack: BootPack | None = None
 
 
 def digest_of(data: bytes) -> str:
@@ -118,16 +137,23 @@ def encode(image: BlockImage) -> bytes:
         annotations = {REUSE_KEY: layer.reuse_key, DIFF_ID: layer.diff_id}
         layers.append(encode_descriptor(dataclasses.replace(layer.block_map, annotations=annotations)))
         layers.append(encode_descriptor(layer.blob))
-    return canonical_json(
-        {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "artifactType": ARTIFACT_TYPE,
-            "config": encode_descriptor(image.config),
-            "layers": layers,
-            "subject": encode_descriptor(image.subject),
-        }
-    )
+    document: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": ARTIFACT_TYPE,
+        "config": encode_descriptor(image.config),
+        "layers": layers,
+        "subject": encode_descriptor(image.subject),
+    }
+    if image.boot_pack is not None:
+        layers += (encode_descriptor(image.boot_pack.table), encode_descriptor(image.boot_pack.data))
+        document["annotations"] = annotations_of(image.boot_pack)
+    return canonical_json(document)
+
+
+def annotations_of(pack: BootPack) -> dict[str, str]:
+    """What the manifest of a block image with this pack, and its entry in a list of referrers, say of it."""
+    return {BOOT_PACK: pack.table.digest, BOOT_PACK_GENERATION: str(pack.generation)}
 
 
 def is_block_image(document: Mapping[str, Any]) -> bool:
@@ -143,10 +169,13 @@ def decode(data: bytes) -> BlockImage:
             f"manifest: artifactType {document.get('artifactType')!r} is not a block image ({ARTIFACT_TYPE})"
         )
     entries = document.get("layers")
-    if not isinstance(entries, list) or len(entries) % 2 or len(entries) > 2 * MAX_LAYERS:
+    if not isinstance(entries, list) or len(entries) % 2 or len(entries) > 2 * MAX_LAYERS + 2:
         raise errors.InvalidInputError(
             "block image manifest: layers is not a list of (block map, blob) pairs"
         )
+    boot_pack = _decode_boot_pack(document, entries)
+    if boot_pack is not None:
+        entries = entries[:-2]
     layers = []
     for number in range(0, len(entries), 2):
         block_map = decode_descriptor(entries[number], f"layers[{number}]")
@@ -165,17 +194,53 @@ def decode(data: bytes) -> BlockImage:
         subject=decode_descriptor(document.get("subject"), "subject"),
         config=decode_descriptor(document.get("config"), "config"),
         layers=tuple(layers),
+        boot_pack=boot_pack,
     )
+
+
+def _decode_boot_pack(document: Mapping[str, Any], entries: list[Any]) -> BootPack | None:
+    annotations = _strings(document.get("annotations"), "block image manifest: annotations")
+    if BOOT_PACK not in annotations:
+        return None
+    if len(entries) < 2:
+        raise errors.InvalidInputError("block image manifest: layers lacks the boot pack that it announces")
+    number = len(entries) - 2
+    table = decode_descriptor(entries[number], f"layers[{number}]")
+    data = decode_descriptor(entries[number + 1], f"layers[{number + 1}]")
+    if table.media_type != PACK_TABLE_MEDIA_TYPE or data.media_type != PACK_DATA_MEDIA_TYPE:
+        raise errors.InvalidInputError(f"block image manifest: layers[{number}] is not a boot pack's table")
+    generation = _generation(annotations)
+    if generation == 0 or annotations[BOOT_PACK] != table.digest:
+        raise errors.InvalidInputError(
+            f"block image manifest: annotations say boot pack {annotations[BOOT_PACK]!r} of generation "
+            f"{annotations.get(BOOT_PACK_GENERATION)!r}, layers[{number}] is {table.digest}"
+        )
+    return BootPack(table, data, generation)
+
+
+def _generation(annotations: Mapping[str, str]) -> int:
+    """Of a boot pack, 1 or more; 0 without one, or if the annotation is malformed."""
+    text = annotations.get(BOOT_PACK_GENERATION, "")
+    if BOOT_PACK not in annotations or not (text.isascii() and text.isdigit() and len(text) <= 9):
+        return 0
+    return int(text)
+
+
+def next_generation(candidates: Iterable[Descriptor]) -> int:
+    """The generation that a new boot pack needs, to count before the packs of these block images."""
+    found = [_generation(c.annotations) for c in candidates if c.artifact_type == ARTIFACT_TYPE]
+    return min(max(found, default=0) + 1, MAX_GENERATION)
 
 
 def choose(candidates: Iterable[Descriptor]) -> Descriptor | None:
     """The block image among the referrers of one source manifest, or None.
 
-    The rule: of those whose artifactType this build reads, the one with the lowest digest. Every node
-    makes the same choice from the same set, whatever order a registry lists it in.
+    The rule: of those whose artifactType this build reads, the one whose boot pack has the highest
+    generation (any before none); of several, the one with the lowest digest. Every node makes the same
+    choice from the same set, whatever order a registry lists it in.
     """
     own = [c for c in candidates if c.artifact_type == ARTIFACT_TYPE]
-    return min(own, key=lambda c: c.digest, default=None)
+    return min(own, key=lambda c: (-_generation(c.annotations), c.digest), default=None)
 
 
 def encode_descriptor(value: Descriptor) -> dict[str, Any]:

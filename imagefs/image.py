@@ -1,7 +1,7 @@
 """From a REF to layers that can be read lazily: the shell that walks the chain of trust.
 
     REF -> (OCI index -> platform) -> source manifest -> referrers -> artifact.choose -> block image manifest
-        -> config, block maps (in parallel), each verified against its descriptor -> LazyImage
+        -> config, block maps, boot pack's table (in parallel), each verified by its descriptor -> LazyImage
 
 A REF of the block image itself, or of an index of block images, enters the chain further down. Called by
 every verb that reads an image; runs on the caller's thread, blob reads on a short-lived pool.
@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagefs import artifact, blockmap, errors, platforms
+from imagefs import artifact, blockmap, bootpack, errors, platforms
 from imagefs.artifact import BlockImage, Descriptor, Layer, Manifest
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 from imagefs.reference import Reference
+
+_log = logging.getLogger(__name__)
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 MAX_INDEX_DEPTH = 3
@@ -42,8 +45,9 @@ class LazyImage:
     """A block image whose manifest, config and block maps are at hand and verified.
 
     `layers` is bottom first and runs parallel to `block_image.layers` and `map_bytes` (the maps as stored).
-    `sources` are the manifests on the way from the REF to the source manifest, an index first; empty where
-    the REF led to the block image without them.
+    `boot_pack` is None as well where the block image has one that cannot be used: it makes a start fast, not
+    possible. `sources` are the manifests on the way from the REF to the source manifest, an index first;
+    empty where the REF led to the block image without them.
     """
 
     reference: Reference
@@ -53,6 +57,7 @@ class LazyImage:
     layers: tuple[LazyLayer, ...]
     map_bytes: tuple[bytes, ...]
     origin: Origin
+    boot_pack: bootpack.Table | None = None
     sources: tuple[Manifest, ...] = ()
 
     @property
@@ -182,25 +187,64 @@ def _load(ref: Reference, manifest: Manifest, origin: Origin) -> LazyImage:
             f"{ref}: block maps of {total} bytes in all, limit {blockmap.MAX_MAP_BYTES}"
         )
     wanted = [image.config, *(layer.block_map for layer in image.layers)]
-    pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, len(wanted)))
+    pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, len(wanted) + 1))
     try:
+        reading = pool.submit(read_boot_pack, image, origin)
         config, *maps = pool.map(lambda descriptor: _read_blob(origin, descriptor), wanted)
+        _check_diff_ids(ref, image, config)
+        layers = tuple(
+            _lazy_layer(ref, number, layer, data, origin)
+            for number, (layer, data) in enumerate(zip(image.layers, maps, strict=True))
+        )
+        boot_pack = _usable_boot_pack(ref, layers, reading)
     finally:
         # Not waited for: after an error, or Ctrl-C, a read may hang in an origin for minutes.
         pool.shutdown(wait=False, cancel_futures=True)
-    _check_diff_ids(ref, image, config)
     return LazyImage(
         reference=ref,
         manifest=manifest,
         block_image=image,
         config=config,
-        layers=tuple(
-            _lazy_layer(ref, number, layer, data, origin)
-            for number, (layer, data) in enumerate(zip(image.layers, maps, strict=True))
-        ),
+        layers=layers,
         map_bytes=tuple(maps),
         origin=origin,
+        boot_pack=boot_pack,
     )
+
+
+def read_boot_pack(image: BlockImage, origin: Origin) -> bootpack.Table | None:
+    """The table of a block image's boot pack, verified; None if it has none. Whether its records lie inside
+    the layer images, `bootpack.check_layers` knows."""
+    if image.boot_pack is None:
+        return None
+    descriptor = image.boot_pack.table
+    if descriptor.size > bootpack.MAX_TABLE_BYTES:
+        raise errors.InvalidInputError(
+            f"boot pack table {descriptor.digest}: {descriptor.size} bytes, limit {bootpack.MAX_TABLE_BYTES}"
+        )
+    table = bootpack.decode(_read_blob(origin, descriptor))
+    data = image.boot_pack.data
+    if (table.data_digest, table.data_bytes) != (data.digest, data.size):
+        raise errors.IntegrityError(
+            f"boot pack: its data is {table.data_digest} of {table.data_bytes} bytes in the table, "
+            f"{data.digest} of {data.size} in the manifest"
+        )
+    return table
+
+
+def _usable_boot_pack(
+    ref: Reference,
+    layers: Sequence[LazyLayer],
+    reading: concurrent.futures.Future[bootpack.Table | None],
+) -> bootpack.Table | None:
+    try:
+        table = reading.result()
+        if table is not None:
+            bootpack.check_layers(table, {layer.map_digest: layer.block_map for layer in layers})
+    except errors.ImagefsError as exc:
+        _log.warning("%s: started without its boot pack: %s", ref, exc)
+        return None
+    return table
 
 
 def _read_blob(origin: Origin, descriptor: Descriptor) -> bytes:
