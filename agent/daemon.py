@@ -2,11 +2,12 @@
 
 `run` is the whole life of `glowplug agent run`, on the process's main thread:
 
-    settings -> lock on root -> device server -> store -> layer mounts -> images -> API -> reconcile
+    settings -> locks -> device server -> store -> layer mounts -> images -> API -> reconcile
     -> the snapshotter's socket, last, because containerd asks as soon as it is there
 
 It leaves in the reverse order, and leaves the mounts and the device server where they are: containers go on
-reading. Two agents on one root would both write its database: the second is refused.
+reading. Two agents on one root would both write its database; with one state directory, each would take the
+other's images for orphans, and detach them under running containers: the second is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import resource
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ from imagefs.fuse import control
 from imagefs.fuse.control import DeviceClient
 from imagefs.origin import agentcredentials, connect
 
+DEVICE_OWNER = "agent"
+"""The agent's hold on the device server: a `glowplug umount` in its state directory must not end that."""
 MAX_WORKERS = 4
+_LOCK = "agent.lock"
 _UPKEEP_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 10.0
 
@@ -61,7 +66,7 @@ def run(settings: config.Settings) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with _sole_agent(settings.root), Agent(settings) as agent:
+    with _sole_agent(settings), Agent(settings) as agent:
         _notify("READY=1")
         _log.info("ready: snapshotter on %s", settings.socket)
         while not stopping.wait(_UPKEEP_SECONDS):
@@ -95,6 +100,7 @@ class Agent:
         self._observer: Observer = outside.observer
         origins = origin_options(settings)
         self._devices = DeviceClient.ensure(server_settings(settings, origins))
+        self._devices.hold(DEVICE_OWNER)
         store, rebuilt = reconcile.open_store(settings.root, self._observer)
         self._exit.callback(store.close)
         self._mounts = LayerMounts(settings.root / "layers", settings.state)
@@ -168,6 +174,7 @@ class Agent:
 
     def _watch_devices(self) -> None:
         DeviceClient.ensure(server_settings(self._settings, origin_options(self._settings)))
+        self._devices.hold(DEVICE_OWNER)  # one that was started anew knows nothing of it
         if not self._mounts.renew():
             self._observer.event(
                 "remounting",
@@ -228,20 +235,38 @@ def server_settings(settings: config.Settings, origins: connect.Options) -> cont
 
 
 @contextlib.contextmanager
-def _sole_agent(root: Path) -> Any:
-    """The lock on a root directory. BusyError if another agent has it, ConfigurationError."""
+def _sole_agent(settings: config.Settings) -> Iterator[None]:
+    """The locks on what an agent has for itself. BusyError if another agent has one, ConfigurationError."""
+    with contextlib.ExitStack() as held:
+        for directory in (settings.root, settings.state):
+            try:
+                privatedirectory.make(directory)
+            except OSError as exc:
+                raise errors.ConfigurationError(f"cannot use {directory}: {exc.strerror}") from exc
+        own = {
+            settings.root / _LOCK: (settings.root, "--root"),
+            settings.state / _LOCK: (settings.state, "--state"),
+            settings.socket.with_name(f"{settings.socket.name}.lock"): (settings.socket, "--socket"),
+        }
+        for file, (what, option) in own.items():
+            held.enter_context(_locked(file, what, option))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(file: Path, what: Path, option: str) -> Iterator[None]:
     try:
-        privatedirectory.make(root)
-        fd = os.open(root / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise errors.ConfigurationError(f"cannot use {root}: {exc.strerror}") from exc
+        raise errors.ConfigurationError(f"cannot use {what}: {file}: {exc.strerror}") from exc
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
             raise errors.BusyError(
-                f"another agent (pid {pid}) runs on {root}; stop it first, or use another --root"
+                f"another agent (pid {pid}) runs on {what}; stop it first, or use another {option}"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

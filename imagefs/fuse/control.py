@@ -139,9 +139,13 @@ class DeviceClient:
             )
         return [directory / device_name(layer.map_digest) for layer in layers]
 
+    def hold(self, owner: str) -> None:
+        """Keep the server from ending as idle, though `owner` has nothing attached, until its `detach`."""
+        self._checked_request({"op": "hold", "owner": owner})
+
     def detach(self, owner: str) -> None:
-        """Let go of all of an owner's layers. Reads that still wait for a layer without owners fail at once.
-        An unknown owner is no error."""
+        """Let go of all of an owner's layers, and of its hold. Reads that still wait for a layer without
+        owners fail at once. An unknown owner is no error."""
         self._checked_request({"op": "detach", "owner": owner})
 
     def status(self) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class DeviceClient:
         self._wait_stopped()
 
     def stop_if_idle(self) -> bool:
-        """Stop if no layer is attached. Whether it did."""
+        """Stop if no layer is attached and nobody holds the server. Whether it did."""
         stopped = bool(self._checked_request({"op": "stop_if_idle"}))
         if stopped:
             self._wait_stopped()
@@ -239,7 +243,7 @@ class DeviceClient:
         raise AssertionError("unreachable")
 
     def _recover(self, request: Mapping[str, Any]) -> None:
-        if request["op"] == "attach":
+        if request["op"] in ("attach", "hold"):
             self._ensure_running()
         elif not self._answers_within(_RESTART_SECONDS):
             raise errors.NotFoundError(f"no device server runs in {self._settings.state_dir}")

@@ -8,7 +8,8 @@ detach counts all the same, because it is what gives the space back; the next ch
 Invariants: a node id stands for one map digest as long as the mount lives (`token` names the mount; a table
 of another mount is discarded: its devices died with it), also after a detach, so that what the page cache
 holds stays right. A device is there while it has owners; an owner is a name that the client chose, so that
-attaching twice counts once, and an owner that crashed can be detached by whoever finds its name.
+attaching twice counts once, and an owner that crashed can be detached by whoever finds its name. A hold is an
+owner without layers: the server does not end as idle while there is one.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class DeviceTable:
         self._lock = threading.Lock()
         self._records: dict[str, Record] = {}
         self._nodes: dict[str, int] = {}
+        self._holds: frozenset[str] = frozenset()
         self._load()
 
     def records(self) -> list[Record]:
@@ -113,11 +115,22 @@ class DeviceTable:
         with self._lock:
             return sorted(self._records.values(), key=lambda record: record.node)
 
+    def holds(self) -> frozenset[str]:
+        """Who wants the server to be there, whatever is attached."""
+        with self._lock:
+            return self._holds
+
+    def hold(self, owner: str) -> None:
+        """Add a hold; `detach` ends it. ConfigurationError if it cannot be written."""
+        _check_owner(owner)
+        with self._lock:
+            if owner not in self._holds:
+                self._save(self._records, self._nodes, self._holds | {owner})
+
     def attach(self, specs: Iterable[LayerSpec], origins: Mapping[str, Any], owner: str) -> list[Record]:
         """Add `owner` to each layer, making the devices that are missing. Returns the rows that changed: an
         owner that has a layer already keeps its source. ConfigurationError if it cannot be written."""
-        if not owner or len(owner.encode()) > MAX_OWNER_BYTES:
-            raise errors.InvalidInputError(f"owner {owner!r} is not a name of 1 to {MAX_OWNER_BYTES} bytes")
+        _check_owner(owner)
         changed = []
         with self._lock:
             records, nodes = dict(self._records), dict(self._nodes)
@@ -133,14 +146,14 @@ class DeviceTable:
                     continue
                 records[spec.map_digest] = record
                 changed.append(record)
-            self._save(records, nodes)
+            self._save(records, nodes, self._holds)
         return changed
 
     def detach(self, owner: str) -> list[Record]:
         """Remove `owner` everywhere. Returns the rows that changed; those without owners are gone."""
         changed = []
         with self._lock:
-            records = dict(self._records)
+            records, holds = dict(self._records), self._holds - {owner}
             for digest, record in self._records.items():
                 if owner in record.owners:
                     left = {name: source for name, source in record.owners.items() if name != owner}
@@ -151,10 +164,10 @@ class DeviceTable:
                         del records[digest]
                     changed.append(record)
             try:
-                self._save(records, self._nodes)
+                self._save(records, self._nodes, holds)
             except errors.ConfigurationError as exc:
                 _log.warning("%s; the devices of %s are gone all the same", exc, owner)
-                self._records = records
+                self._records, self._holds = records, holds
         return changed
 
     def _load(self) -> None:
@@ -171,6 +184,7 @@ class DeviceTable:
                     for owner, source in row["owners"].items()
                 }
                 self._records[spec.map_digest] = Record(node, spec, owners)
+            self._holds = frozenset(str(owner) for owner in document.get("holds", ()))
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError, errors.InvalidInputError) as exc:
@@ -180,7 +194,7 @@ class DeviceTable:
                 "stop the device server to start anew"
             ) from exc
 
-    def _save(self, records: dict[str, Record], nodes: dict[str, int]) -> None:
+    def _save(self, records: dict[str, Record], nodes: dict[str, int], holds: frozenset[str]) -> None:
         document = {
             "version": _VERSION,
             "token": self._token,
@@ -195,6 +209,7 @@ class DeviceTable:
                 }
                 for record in records.values()
             ],
+            "holds": sorted(holds),
         }
         try:
             write_atomically(self._path, json.dumps(document).encode())
@@ -202,7 +217,12 @@ class DeviceTable:
             raise errors.ConfigurationError(
                 f"cannot write {self._path}: {exc.strerror}; the state directory needs space"
             ) from exc
-        self._records, self._nodes = records, nodes
+        self._records, self._nodes, self._holds = records, nodes, holds
+
+
+def _check_owner(owner: str) -> None:
+    if not owner or len(owner.encode()) > MAX_OWNER_BYTES:
+        raise errors.InvalidInputError(f"owner {owner!r} is not a name of 1 to {MAX_OWNER_BYTES} bytes")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

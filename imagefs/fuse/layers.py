@@ -200,10 +200,17 @@ class Layers:
         for origin in origins.values():
             origin.close()
 
-    def close_if_idle(self) -> bool:
-        """Refuse further attaches, if there is no device."""
+    def hold(self, owner: str) -> None:
+        """Stay, also without a device, until `owner` is detached."""
         with self._lock:
-            self._closed = self._closed or not self._table.records()
+            if self._closed:
+                raise control.StoppingError("the device server is stopping")
+            self._table.hold(owner)
+
+    def close_if_idle(self) -> bool:
+        """Refuse further attaches, if there is no device and no hold."""
+        with self._lock:
+            self._closed = self._closed or not (self._table.records() or self._table.holds())
             return self._closed
 
     def close(self) -> None:
@@ -228,6 +235,7 @@ class Layers:
                 }
                 for record in self._table.records()
             ],
+            "holds": sorted(self._table.holds()),
             "cache": {
                 "directory": str(self._settings.cache_dir),
                 **dataclasses.asdict(self._cache.stats()),

@@ -379,6 +379,8 @@ class Server:
             return layers.collect()
         if operation == "peers":
             return layers.set_peers(request.get("settings"))
+        if operation == "hold":
+            return layers.hold(control.string(request, "owner"))
         if operation == "stop_if_idle":
             self._stopping = layers.close_if_idle()
             return self._stopping

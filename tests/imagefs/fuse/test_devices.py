@@ -66,6 +66,18 @@ def test_owners(tmp_path: Path) -> None:
             table.attach([spec(1)], {}, bad)
 
 
+def test_holds(tmp_path: Path) -> None:
+    table = DeviceTable(tmp_path / "t", "mount")
+    table.hold("a")
+    table.hold("a")
+    table.attach([spec(1)], {}, "a")
+    assert DeviceTable(tmp_path / "t", "mount").holds() == {"a"}
+    assert [bool(record.owners) for record in table.detach("a")] == [False]
+    assert DeviceTable(tmp_path / "t", "mount").holds() == set()
+    with pytest.raises(errors.InvalidInputError):
+        table.hold("")
+
+
 @pytest.mark.parametrize(
     "damage", ["", "[]", "{}", '{"version": 1, "token": "mount", "nodes": {}, "devices": [{}]}']
 )

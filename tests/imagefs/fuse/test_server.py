@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import random
+import signal
 import socket
 import stat
 import subprocess
@@ -113,6 +114,20 @@ def test_names_come_and_go_with_their_owners(tmp_path: Path, blobs: stack.BlobSe
         client.detach("c")
         assert client.stop_if_idle()
         assert control.DeviceClient.connect(values.state_dir) is None
+
+
+def test_a_held_server_does_not_end_as_idle(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = stack.make_layer(stack.random_image(65536, 3))
+    with stack.running(stack.settings(tmp_path)) as client:
+        client.hold("agent")
+        client.attach("mount", [blobs.add(layer)], stack.OPTIONS)
+        client.detach("mount")
+        assert not client.stop_if_idle()
+        os.kill(client.status()["processes"]["server"], signal.SIGKILL)
+        assert not client.stop_if_idle(), "its successor knows"
+        client.detach("agent")
+        assert client.stop_if_idle()
+        client.hold("agent")  # starts another
 
 
 def test_more_devices_than_one_listing_holds(tmp_path: Path, blobs: stack.BlobServer) -> None:
