@@ -1,7 +1,8 @@
 """What a worker and the server say to each other, over one SOCK_SEQPACKET pair per worker.
 
 Pure. A worker asks Questions, each with a tag of its own; the server gives one Answer with the same tag, in
-any order, and sends Drop by itself. The descriptor of a block travels beside its Answer (SCM_RIGHTS).
+any order, and sends Drop and Forget by itself. The descriptor of a block travels beside its Answer
+(SCM_RIGHTS).
 
 Both ends are ours and of the same build (a worker is started by its server): a message that does not parse
 is a bug, hence InvalidInputError.
@@ -18,12 +19,14 @@ from imagefs import errors
 MAX_MESSAGE_BYTES = 64 * 1024
 LISTING_DEVICES = 256
 """Devices per answer to LIST; with names of 71 bytes well under MAX_MESSAGE_BYTES."""
+FIRST_PACK_NODE = 1 << 48
+"""Boot packs have node ids from here on, which the kernel never sees: they last as long as the server."""
 
 _QUESTION = struct.Struct("=BIQQ")
 _ANSWER = struct.Struct("=BIi")
 _DROP = struct.Struct("=BQ")
 _DEVICE = struct.Struct("=QQIB")
-_ANSWER_KIND, _DROP_KIND = 1, 2
+_ANSWER_KIND, _DROP_KIND, _FORGET_KIND = 1, 2, 3
 
 
 class Ask(enum.IntEnum):
@@ -36,7 +39,7 @@ class Ask(enum.IntEnum):
     LIST = 3
     """The attached devices with ids above `node`, ascending, LISTING_DEVICES at most."""
     BLOCK = 4
-    """Block `index` of device `node`, verified."""
+    """Block `index` of device `node`, or frame `index` of pack `node`, verified."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class Device:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
     """Server -> worker. `error` is an errno or 0. To BLOCK no device but a descriptor beside the message, or
-    none, which means all zeros."""
+    none, which means all zeros; an error for a frame means that its pages come by their blocks. To NAME and
+    NODE the device, then its boot packs, as devices whose blocks are their frames; if there are any, beside
+    the message a descriptor of their extents (packlayout.py)."""
 
     tag: int
     error: int = 0
@@ -73,6 +78,13 @@ class Answer:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drop:
     """Server -> worker: device `node` was detached; let go of its blocks."""
+
+    node: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Forget:
+    """Server -> worker: device `node` got or lost a boot pack; ask for it again at the next read."""
 
     node: int
 
@@ -91,10 +103,10 @@ def decode_question(data: bytes) -> Question:
         raise errors.InvalidInputError(f"worker's question of {len(data)} bytes: {exc}") from exc
 
 
-def encode_answer(value: Answer | Drop) -> bytes:
+def encode_answer(value: Answer | Drop | Forget) -> bytes:
     """One message."""
-    if isinstance(value, Drop):
-        return _DROP.pack(_DROP_KIND, value.node)
+    if isinstance(value, Drop | Forget):
+        return _DROP.pack(_DROP_KIND if isinstance(value, Drop) else _FORGET_KIND, value.node)
     head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error)
     return head + b"".join(
         _DEVICE.pack(device.node, device.size, device.block_bytes, len(device.name)) + device.name
@@ -102,11 +114,12 @@ def encode_answer(value: Answer | Drop) -> bytes:
     )
 
 
-def decode_answer(data: bytes) -> Answer | Drop:
+def decode_answer(data: bytes) -> Answer | Drop | Forget:
     """The inverse of encode_answer."""
     try:
-        if data[:1] == bytes([_DROP_KIND]):
-            return Drop(_DROP.unpack(data)[1])
+        if data[:1] in (bytes([_DROP_KIND]), bytes([_FORGET_KIND])):
+            kind, node = _DROP.unpack(data)
+            return Drop(node) if kind == _DROP_KIND else Forget(node)
         _, tag, error = _ANSWER.unpack_from(data)
         devices = []
         position = _ANSWER.size

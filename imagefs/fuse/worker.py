@@ -3,7 +3,8 @@
 A process of its own, single-threaded, started by the server as `python -m imagefs.fuse.worker FUSE_FD
 SERVER_FD` with nothing else open. It holds no cache logic and no network: a block that it lacks it asks of
 the server, once however many requests wait for it, and goes on reading; each request is answered when all
-its blocks are there.
+its blocks are there. Frames of boot packs are blocks to it, too, of devices that nobody sees: what a pack has
+of a READ comes from there, the rest, and what the server refuses, from the device's own blocks.
 
 Invariants:
 * The loop never waits for the server. Whatever needs an answer from it is a continuation in `_answers`.
@@ -36,11 +37,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from imagefs.fuse import blockfile, protocol, wire
+from imagefs.fuse import blockfile, packlayout, protocol, wire
 
-HELD_BLOCKS = 512
+HELD_BLOCKS = 1024
 HELD_BYTES = 1 << 30
 HELD_MEMORY_BYTES = 256 << 20
 _NO_FD = -1
@@ -49,8 +50,7 @@ _KILLED_SECONDS = 0.25
 _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
 _ROOT = protocol.Attributes(protocol.ROOT_NODE, 0, directory=True)
 
-_Key = tuple[int, int]
-"""(node, block index)"""
+_Key = packlayout.Key
 _Continuation = Callable[[wire.Answer, int], None]
 """Called with the server's answer and the descriptor beside it (or -1), which it owns."""
 
@@ -65,6 +65,11 @@ class Worker:
         self._buffer = memoryview(mmap.mmap(-1, protocol.MAX_READ_BYTES))
         self._zeros = bytes(protocol.MAX_READ_BYTES)
         self._devices: dict[int, wire.Device] = {}
+        """Those of packs as well, whose node ids are above all others."""
+        self._layouts: dict[int, tuple[packlayout.Layout, ...]] = {}
+        """Of the devices whose packs are known; mostly empty."""
+        self._refused: set[_Key] = set()
+        """Frames whose pages come by blocks."""
         self._held: collections.OrderedDict[_Key, blockfile.BlockFile | None] = collections.OrderedDict()
         """Least recently used first; None for a block of zeros."""
         self._held_bytes = 0
@@ -130,12 +135,11 @@ class Worker:
                 log(f"the kernel refused a reply of {sum(map(len, pieces))} bytes: {exc}")
 
     def _lookup(self, request: protocol.Lookup) -> None:
-        def answered(answer: wire.Answer, _: int) -> None:
+        def answered(answer: wire.Answer, fd: int) -> None:
             if answer.error:
                 self._reply(protocol.error_reply(request.unique, answer.error))
                 return
-            (device,) = answer.devices
-            self._devices[device.node] = device
+            device = self._take_up(answer, fd)
             self._reply(protocol.entry_reply(request.unique, protocol.Attributes(device.node, device.size)))
 
         if request.node != protocol.ROOT_NODE:
@@ -188,19 +192,32 @@ class Worker:
         """Go on with the device, asking for it where a predecessor or sibling had the LOOKUP. `missing` is
         the errno for one that was detached."""
 
-        def answered(answer: wire.Answer, _: int) -> None:
+        def answered(answer: wire.Answer, fd: int) -> None:
             if answer.error:
                 self._reply(protocol.error_reply(unique, missing))
-                return
-            (found,) = answer.devices
-            self._devices[node] = found
-            then(found)
+            else:
+                then(self._take_up(answer, fd))
 
-        device = self._devices.get(node)
-        if device is not None:
-            then(device)
+        if node in self._layouts:
+            then(self._devices[node])
         else:
             self._ask(wire.Ask.NODE, answered, node=node)
+
+    def _take_up(self, answer: wire.Answer, extents_fd: int) -> wire.Device:
+        """Note a device, and where its packs have its pages."""
+        device, *packs = answer.devices
+        layouts: list[packlayout.Layout] = []
+        if extents_fd != _NO_FD:
+            try:
+                data = os.pread(extents_fd, os.fstat(extents_fd).st_size, 0)
+            finally:
+                os.close(extents_fd)
+            for pack, extents in zip(packs, packlayout.decode(data, len(packs)), strict=True):
+                self._devices[pack.node] = pack
+                layouts.append(packlayout.Layout(pack.node, pack.block_bytes, extents))
+        self._devices[device.node] = device
+        self._layouts[device.node] = tuple(layouts)
+        return device
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -217,54 +234,66 @@ class Worker:
         if length == 0:
             self._reply(protocol.read_header(request.unique, 0))
             return
-        first = request.offset // device.block_bytes
-        last = (request.offset + length - 1) // device.block_bytes
-        missing = [index for index in range(first, last + 1) if (device.node, index) not in self._held]
-        for index in missing:
-            if (device.node, index) not in self._waiting:
-                self._waiting[device.node, index] = []
-                self._ask_block(device, index)
+        layouts = self._layouts[device.node]
+        parts = list(
+            packlayout.segments(
+                device.node, device.block_bytes, request.offset, length, layouts, self._refused
+            )
+        )
+        missing = [part.key for part in parts if part.key not in self._held]
+        for key in missing:
+            if key not in self._waiting:
+                self._waiting[key] = []
+                self._ask_block(key)
         if missing:
             # Parked at one block only; when that has come, the others are looked at again.
-            self._waiting[device.node, missing[0]].append(request)
+            self._waiting[missing[0]].append(request)
         else:
-            self._send(request, device, length)
+            self._send(request, parts)
 
-    def _send(self, request: protocol.Read, device: wire.Device, length: int) -> None:
-        """Reply with `length` bytes, all of whose blocks are held."""
-        index, within = divmod(request.offset, device.block_bytes)
+    def _send(self, request: protocol.Read, parts: Sequence[packlayout.Segment]) -> None:
+        """Reply with the bytes of blocks that are all held."""
         filled = 0
-        while filled < length:
-            key = (device.node, index)
-            count = min(device.block_bytes - within, length - filled)
-            view = self._buffer[filled : filled + count]
-            block = self._held[key]
-            self._held.move_to_end(key)
+        for part in parts:
+            view = self._buffer[filled : filled + part.length]
+            block = self._held[part.key]
+            self._held.move_to_end(part.key)
             if block is None:
-                view[:] = self._zeros[:count]
-            elif not block.read(view, within):
-                log(f"block {index} of {device.name.decode()} could not be read back from the cache")
-                self._let_go(key, device.block_bytes)
-                self._reply(protocol.error_reply(request.unique, errno.EIO))
+                view[:] = self._zeros[: part.length]
+            elif not block.read(view, part.within):
+                self._unreadable(request, part.key)
                 return
-            filled += count
-            index += 1
-            within = 0
-        self._reply(protocol.read_header(request.unique, length), self._buffer[:length])
+            filled += part.length
+        self._reply(protocol.read_header(request.unique, filled), self._buffer[:filled])
 
-    def _ask_block(self, device: wire.Device, index: int) -> None:
-        key = (device.node, index)
+    def _unreadable(self, request: protocol.Read, key: _Key) -> None:
+        node, index = key
+        device = self._devices[node]
+        log(f"block {index} of {device.name.decode()} could not be read back from the cache")
+        self._let_go(key, device.block_bytes)
+        if node >= wire.FIRST_PACK_NODE:
+            self._refused.add(key)
+            self._read(request)
+        else:
+            self._reply(protocol.error_reply(request.unique, errno.EIO))
+
+    def _ask_block(self, key: _Key) -> None:
+        node, index = key
+        device = self._devices[node]
 
         def answered(answer: wire.Answer, fd: int) -> None:
-            if not answer.error:
+            refused = bool(answer.error) and node >= wire.FIRST_PACK_NODE
+            if refused:
+                self._refused.add(key)
+            elif not answer.error:
                 self._hold(key, fd, device.block_bytes)
             for request in self._waiting.pop(key):
-                if answer.error:
+                if answer.error and not refused:
                     self._reply(protocol.error_reply(request.unique, answer.error))
                 else:
                     self._read(request)
 
-        self._ask(wire.Ask.BLOCK, answered, node=device.node, index=index)
+        self._ask(wire.Ask.BLOCK, answered, node=node, index=index)
 
     def _let_killed_go(self) -> None:
         """Answer the reads of threads that were killed."""
@@ -312,6 +341,8 @@ class Worker:
         message = wire.decode_answer(data)
         if isinstance(message, wire.Drop):
             self._drop(message.node)
+        elif isinstance(message, wire.Forget):
+            self._layouts.pop(message.node, None)
         else:
             self._answers.pop(message.tag)(message, fds[0] if fds else _NO_FD)
         return True
@@ -322,6 +353,7 @@ class Worker:
             return
         for key in [key for key in self._held if key[0] == node]:
             self._let_go(key, device.block_bytes)
+        self._refused = {key for key in self._refused if key[0] != node}
 
 
 def _was_killed(thread: int) -> bool:
