@@ -168,9 +168,14 @@ def test_a_device_server_that_died_is_started_and_layers_are_mounted_anew(
     assert agent.message_of_the_day() == "base\n"
 
 
-def test_a_second_agent_on_the_same_root_is_refused(agent: Agent) -> None:
+@pytest.mark.parametrize("shared", ["--root", "--state", "--socket"])
+def test_a_second_agent_on_what_one_has_is_refused(agent: Agent, source: Source, shared: str) -> None:
+    agent.prepare_image(source, "container")
+    places = {"--root": "other-root", "--state": "other-state", "--socket": "other.sock"}
+    del places[shared]
+    options = [word for option, name in places.items() for word in (option, agent.folder / name)]
     result = subprocess.run(
-        [block_images.GLOWPLUG, "agent", "run", "--config", agent.config],
+        [block_images.GLOWPLUG, "agent", "run", "--config", agent.config, *options],
         capture_output=True,
         text=True,
         timeout=30,
@@ -178,8 +183,9 @@ def test_a_second_agent_on_the_same_root_is_refused(agent: Agent) -> None:
     assert result.returncode == 9
     assert agent.process is not None
     assert f"pid {agent.process.pid}" in result.stderr
-    assert "--root" in result.stderr
+    assert shared in result.stderr
     agent.prepare("still-served", "", {})
+    assert agent.message_of_the_day()
 
 
 def test_the_sockets_are_ours_alone(agent: Agent) -> None:
