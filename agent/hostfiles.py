@@ -1,7 +1,7 @@
-"""Files of the host that an installation changes: each replaced whole or not at all, all of them undone at once.
+"""Files of the host that an installation changes: each is replaced whole, and all can be undone at once.
 
-Used by install.py, on its thread. A file keeps its mode and owner; behind a symbolic link, its target is what
-is replaced. What is undone is in memory: a killed installation is repeated, not undone.
+Used by install.py and uninstall.py, on their thread. A file keeps its mode and owner; behind a symbolic link,
+its target is what is replaced. What is undone is in memory: a killed installation is repeated, not undone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Changes:
     def __init__(self) -> None:
         self._before: list[tuple[Path, bytes | None]] = []
 
-    def write(self, path: Path, text: str, mode: int = 0o644) -> bool:
-        """Have the file say `text`. Whether that was a change."""
+    def write(self, path: Path, wanted: str, mode: int = 0o644) -> bool:
+        """Have the file say `wanted`. Whether that was a change."""
         path = Path(os.path.realpath(path))
         before = read(path)
-        data = text.encode()
+        data = wanted.encode()
         if before == data:
             return False
         self._before.append((path, before))
@@ -60,6 +60,14 @@ def read(path: Path) -> bytes | None:
         return None
     except OSError as exc:
         raise errors.ConfigurationError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def text(path: Path) -> str:
+    """The same as text, "" if it is not there. ConfigurationError if it is not UTF-8."""
+    try:
+        return (read(path) or b"").decode()
+    except UnicodeDecodeError as exc:
+        raise errors.ConfigurationError(f"{path} is not UTF-8: {exc}") from exc
 
 
 def keep_copy(path: Path, suffix: str) -> Path | None:

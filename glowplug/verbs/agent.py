@@ -11,6 +11,7 @@ import click
 _SUBCOMMANDS = {
     "doctor": ("agent_doctor", "command", "Say what is wrong with this node, and how to mend it."),
     "install": ("agent_install", "install", "Install the agent on this host, for its containerd."),
+    "keeper": ("agent_keeper", "command", "Start the device server apart from the agent."),
     "run": ("agent", "run", "Serve containerd's snapshots from block images."),
     "uninstall": ("agent_install", "uninstall", "Undo `install`."),
 }
