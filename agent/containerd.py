@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ SNAPSHOTTER = "glowplug"
 _GC = "containerd.io/gc."
 _LEASE_HOURS = 1
 _DEADLINE_SECONDS = 60.0
+_BACK_OFF_SECONDS = 5.0
+"""For up to three seconds containerd tries no new connection to an agent that it missed."""
+_RETRY_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,13 +152,17 @@ class Containerd:
             request_serializer=type(request).SerializeToString,
             response_deserializer=empty_pb2.Empty.FromString,
         )
-        try:
-            call(request, timeout=_DEADLINE_SECONDS, metadata=tuple(self._metadata))
-        except grpc.RpcError as exc:
-            if allowed is not None and exc.code() is allowed:
-                return False
-            raise self._error(method, exc) from exc
-        return True
+        until = time.monotonic() + _BACK_OFF_SECONDS
+        while True:
+            try:
+                call(request, timeout=_DEADLINE_SECONDS, metadata=tuple(self._metadata))
+                return True
+            except grpc.RpcError as exc:
+                if allowed is not None and exc.code() is allowed:
+                    return False
+                if not _agent_missed(exc) or time.monotonic() > until:
+                    raise self._error(method, exc) from exc
+            time.sleep(_RETRY_SECONDS)
 
     def _exchange(self, requests: Sequence[messages.WriteContentRequest]) -> int | None:
         """A write stream; the offset in its last answer, None when the content is there."""
@@ -177,7 +185,21 @@ class Containerd:
             return errors.ConfigurationError(
                 f"{text}; its config has no proxy plugin {SNAPSHOTTER!r}: `glowplug agent install` writes it"
             )
+        if _agent_missed(exc):
+            return errors.UnavailableError(
+                f"{text}; containerd does not reach the agent: the address of proxy plugin {SNAPSHOTTER!r} "
+                "must be `socket` of the agent's settings"
+            )
+        if code is grpc.StatusCode.UNAVAILABLE and "connect" in str(exc.details()):
+            return errors.UnavailableError(
+                f"containerd does not answer on {self._socket}: is it running there? (--containerd-address)"
+            )
         return errors.UnavailableError(text)
+
+
+def _agent_missed(exc: grpc.RpcError) -> bool:
+    """Whether it was containerd that could not connect to its proxy plugin."""
+    return exc.code() is grpc.StatusCode.UNAVAILABLE and "error while dialing" in str(exc.details()).lower()
 
 
 def _references(manifest: artifact.Manifest) -> dict[str, str]:

@@ -323,15 +323,18 @@ def _mapped(exc: Exception, text: str) -> errors.ImagefsError:
     if isinstance(exc, urllib3.exceptions.SSLError):
         if "CERTIFICATE_VERIFY_FAILED" in str(exc):
             return errors.ConfigurationError(
-                f"{text}: its certificate is not trusted: {exc}; name the authority's certificate (--ca-file)"
+                f"{text}: its certificate is not trusted: {exc}; name the authority's certificate "
+                "(--ca-file, registries.ca_file of the agent)"
             )
         if "WRONG_VERSION_NUMBER" in str(exc) or "RECORD_LAYER_FAILURE" in str(exc):
             return errors.ConfigurationError(
-                f"{text}: the server speaks no TLS; allow plain HTTP (--plain-http) if that is meant"
+                f"{text}: the server speaks no TLS; allow plain HTTP if that is meant "
+                "(--plain-http, registries.plain_http of the agent)"
             )
         return errors.UnavailableError(f"{text}: TLS failed: {exc}")
     if isinstance(exc, urllib3.exceptions.NewConnectionError):
-        return errors.UnavailableError(f"{text}: cannot connect: {exc}")
+        # Without its connection, which `text` names.
+        return errors.UnavailableError(f"{text}: cannot connect: {str(exc).removeprefix(f'{exc.conn}: ')}")
     if isinstance(exc, urllib3.exceptions.TimeoutError):
         return errors.UnavailableError(f"{text}: timed out")
     return errors.UnavailableError(f"{text}: {type(exc).__name__}: {exc}")
