@@ -332,7 +332,7 @@ class TestWaiting:
 
 def test_nobody_listens() -> None:
     origin = registry.RegistryOrigin("127.0.0.1:1", "a/repo", transport.Settings(), None, QUICK)
-    with pytest.raises(errors.UnavailableError, match=r"cannot connect.*127\.0\.0\.1"):
+    with pytest.raises(errors.UnavailableError, match=r"127\.0\.0\.1.*cannot connect"):
         origin.read_manifest("v1")
 
 
