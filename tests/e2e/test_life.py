@@ -76,8 +76,14 @@ def _kill_something(on_node: node.Node, chance: random.Random) -> str:
         on_node.agent.stop(signal.SIGKILL)
         on_node.agent.start()  # as systemd would
     else:
+        while not (pids := on_node.agent.processes()[kind]):
+            time.sleep(0.01)  # the one killed before is not replaced yet
+        replaced = on_node.agent.replaced()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(chance.choice(on_node.agent.processes()[kind]), signal.SIGKILL)
+            os.kill(chance.choice(pids), signal.SIGKILL)
+        # Keeper and device server hold the mount for each other: either may die, not both at once.
+        while kind in ("keeper", "server") and on_node.agent.replaced() == replaced:
+            time.sleep(0.01)
     return kind
 
 
