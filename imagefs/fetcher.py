@@ -125,13 +125,14 @@ class Fetcher:
     # -- reading -----------------------------------------------------------------------------------
 
     def request(
-        self, map_digest: str, index: int, priority: Priority, done: Done, *, for_peer: bool = False
+        self, map_digest: str, index: int, priority: Priority, done: Done, *, has_other_way: bool = False
     ) -> None:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
         zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
         IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
-        a demand is not retried: it gets the first error. So does what is asked `for_peer`, which neither goes
-        to another peer nor says anything about what will be read here."""
+        a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes, another
+        node or a reader who can do with blocks; that neither goes to a peer nor says anything about what
+        will be read next."""
         wanted_at = time.monotonic()
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
@@ -149,10 +150,10 @@ class Fetcher:
             self._call(done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
-            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at, for_peer)
+            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at, has_other_way)
         else:
-            self._miss(known.layer, index, priority, done, wanted_at, for_peer)
-        if priority is Priority.DEMAND and not for_peer:
+            self._miss(known.layer, index, priority, done, wanted_at, has_other_way)
+        if priority is Priority.DEMAND and not has_other_way:
             self._read_ahead(map_digest, index)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
@@ -239,12 +240,12 @@ class Fetcher:
         priority: Priority,
         done: Done | None,
         wanted_at: float,
-        for_peer: bool = False,
+        has_other_way: bool = False,
     ) -> None:
         """The cache lacks it: the block's home among the peers is asked, or the origin."""
-        peers = None if for_peer else self._peers
+        peers = None if has_other_way else self._peers
         if peers is None or not peers.ask(layer, index, priority, done, wanted_at):
-            self._want(layer.map_digest, index, priority, done, wanted_at, patient=not for_peer)
+            self._want(layer.map_digest, index, priority, done, wanted_at, patient=not has_other_way)
         elif priority is Priority.DEMAND:
             with self._lock:
                 known = self._layers.get(layer.map_digest)
@@ -295,7 +296,7 @@ class Fetcher:
         priority: Priority,
         done: Done,
         wanted_at: float,
-        for_peer: bool,
+        has_other_way: bool,
     ) -> None:
         known = self._layers.get(map_digest)
         fd = None
@@ -306,7 +307,7 @@ class Fetcher:
         if known is None:
             self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
         elif fd is None:
-            self._miss(known.layer, index, priority, done, wanted_at, for_peer)
+            self._miss(known.layer, index, priority, done, wanted_at, has_other_way)
         else:
             self._log.note_hit(map_digest, index, priority, wanted_at, length)
             self._call(done, fd)

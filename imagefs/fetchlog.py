@@ -37,7 +37,8 @@ class FetchStats:
     """Counters since start. `coalesced_blocks` came in the same request as a neighbour; `fetched_bytes` are
     compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline,
     `failed_reads` all demanded blocks whose readers got an error; `demand_misses` are blocks that a reader
-    waited for and that had to come from elsewhere. `queued` blocks wait, by priority. `peer_` is what this
+    waited for and that had to come from elsewhere; a demand for a frame of a boot pack that was on its way
+    anyway counts as `boot_waits` instead. `boot_bytes` of `fetched_bytes` were boot packs. `queued` blocks wait, by priority. `peer_` is what this
     node got from others (bytes uncompressed; a hedge is a demand for which the origin was asked as well),
     `served_` what it gave to them."""
 
@@ -54,6 +55,8 @@ class FetchStats:
     expired_reads: int
     failed_reads: int
     demand_misses: int
+    boot_waits: int
+    boot_bytes: int
     peer_requests: int
     peer_blocks: int
     peer_bytes: int
@@ -101,7 +104,10 @@ class FetchLog:
             if demanded and outcome == "failed":
                 self._counts["failed_reads"] += 1
             elif demanded and outcome != "cache":
-                self._counts["demand_misses"] += 1
+                awaited = answer.reason is plan.Priority.BOOT
+                self._counts["boot_waits" if awaited else "demand_misses"] += 1
+            if answer.reason is plan.Priority.BOOT:
+                self._counts["boot_bytes"] += event.compressed_bytes
 
     def note_hit(
         self, map_digest: str, block: int, priority: plan.Priority, wanted_at: float, length_bytes: int

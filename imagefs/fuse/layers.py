@@ -352,7 +352,7 @@ class Layers:
                 self._fetcher.count(served_blocks=1, served_bytes=length)
             done(result, length)
 
-        self._fetcher.request(map_digest, index, priority, arrived, for_peer=True)
+        self._fetcher.request(map_digest, index, priority, arrived, has_other_way=True)
 
     def _peer_target(self, map_digest: str, index: int, priority: Priority) -> str | None:
         served = self._by_name.get(device_name(map_digest).encode())
