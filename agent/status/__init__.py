@@ -163,13 +163,14 @@ def _images(status: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for image in status.get("images", ()):
         served = sum(digest in owned for digest in image["map_digests"])
-        lost = served < image["layers"]
+        # Fewer after a reboot: an image is attached again when it is used.
+        whole = served >= image["layers"]
         marks = [name for name in ("pinned", "prefetched") if image[name]]
         rows.append(
             (
                 f"{_text(image['reference'])}<br><code class='soft'>{_text(image['block_digest'])}</code>",
                 str(image["layers"]),
-                f"<span class='{'bad' if lost else 'good'}'>{served}</span>",
+                f"<span class='{'good' if whole else 'soft'}'>{served}</span>",
                 size(image["blob_bytes"]),
                 str(image["snapshots"]),
                 f"<span class='mark'>{', '.join(marks)}</span>",
@@ -199,9 +200,9 @@ def _events(events: Sequence[Mapping[str, Any]], now_seconds: float) -> Iterator
     colours = {"warning": "warn", "error": "bad"}
     rows = [
         (
-            f"<span class='soft' title='{_time(event['at_seconds'])}'>"
+            f"<span class='soft mark' title='{_time(event['at_seconds'])}'>"
             f"{duration(now_seconds - event['at_seconds'])} ago</span>",
-            f"<span class='{colours.get(event['level'], 'soft')}'>{_text(event['kind'])}</span>",
+            f"<span class='mark {colours.get(event['level'], 'soft')}'>{_text(event['kind'])}</span>",
             _text(event["message"]),
         )
         for event in reversed(events)
