@@ -4,7 +4,7 @@ Called by the verbs and, later, the agent, on their own threads; the server uses
 message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
-STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
+STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/, packs/,
 devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, server.log.
 """
 
@@ -27,7 +27,8 @@ from imagefs import errors, privatedirectory
 from imagefs.fuse import coverage, statedirectory
 from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
-from imagefs.fuse.devices import device_name, encode_spec, write_atomically
+from imagefs.fuse.devices import PackSpec as PackSpec
+from imagefs.fuse.devices import device_name, encode_pack, encode_spec, write_atomically
 from imagefs.origin.connect import Options
 from imagefs.peersettings import PeerSettings
 
@@ -59,6 +60,16 @@ class ServerSettings:
     read_deadline_seconds: float = 60.0
     connections: int = 8
     origins: Options = dataclasses.field(default_factory=Options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recorded:
+    """Reads in order of time: (number in `map_digests`, offset, length, microseconds since the start). They
+    may reach beyond the end of the layer image. `left_out`: how many more there were than is kept."""
+
+    map_digests: tuple[str, ...]
+    reads: Sequence[tuple[int, int, int, int]]
+    left_out: int
 
 
 def free_floor_bytes(cache_dir: Path, percent: int) -> int:
@@ -114,21 +125,27 @@ class DeviceClient:
         client = cls(ServerSettings(state_dir, state_dir, 0, 0))
         return client if client._answers_within(_RESTART_SECONDS) else None
 
-    def attach(self, owner: str, layers: Sequence[LayerSpec], origins: Options) -> list[Path]:
+    def attach(
+        self, owner: str, layers: Sequence[LayerSpec], origins: Options, pack: PackSpec | None = None
+    ) -> list[Path]:
         """Make layers readable for `owner`, a name of the client's choice (a mount id). All or none.
-        Attaching twice counts once. Returns the device files, in the order of `layers`."""
+        Attaching twice counts once. A boot pack begins to be fetched; one that cannot be used is no error.
+        Returns the device files, in the order of `layers`."""
         state_dir = self._settings.state_dir
-        for layer in layers:
-            if layer.map_bytes is not None:
-                path = state_dir / "maps" / layer.map_digest.partition(":")[2]
-                if not path.exists():
-                    _write(path, layer.map_bytes)
+        given = [(state_dir / "maps", layer.map_digest, layer.map_bytes) for layer in layers]
+        if pack is not None:
+            given.append((state_dir / "packs", pack.table_digest, pack.table_bytes))
+        for folder, digest, data in given:
+            path = folder / digest.partition(":")[2]
+            if data is not None and not path.exists():
+                _write(path, data)
         self._checked_request(
             {
                 "op": "attach",
                 "owner": owner,
                 "origins": origins.to_json(),
                 "layers": [encode_spec(layer) for layer in layers],
+                "pack": encode_pack(pack) if pack is not None else None,
             }
         )
         directory = statedirectory.device_directory(state_dir)
@@ -147,6 +164,18 @@ class DeviceClient:
         """Let go of all of an owner's layers, and of its hold. Reads that still wait for a layer without
         owners fail at once. An unknown owner is no error."""
         self._checked_request({"op": "detach", "owner": owner})
+
+    def start_recording(self, owner: str) -> None:
+        """Have every read that the kernel asks of an owner's layers noted, whoever it is for. Ends with
+        `stop_recording`, `detach`, or the server. NotFoundError if none is attached."""
+        self._checked_request({"op": "start_recording", "owner": owner})
+
+    def stop_recording(self, owner: str) -> Recorded:
+        """End a recording. NotFoundError if there is none: a server that was started again has forgotten."""
+        found: dict[str, Any] = self._checked_request({"op": "stop_recording", "owner": owner})
+        return Recorded(
+            tuple(found["layers"]), [tuple(read) for read in found["reads"]], int(found["left_out"])
+        )
 
     def status(self) -> dict[str, Any]:
         """Devices, cache, fetch counters, processes."""
@@ -332,7 +361,8 @@ def _prepare_state_dir(state_dir: Path) -> None:
         raise errors.ConfigurationError("/dev/fuse is missing: load the fuse module")
     try:
         privatedirectory.make(state_dir)
-        (state_dir / "maps").mkdir(mode=0o700, exist_ok=True)
+        for name in ("maps", "packs"):
+            (state_dir / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
         raise errors.ConfigurationError(f"state directory {state_dir}: {exc.strerror}") from exc
 

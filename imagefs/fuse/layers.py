@@ -14,24 +14,27 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagefs import blockmap, errors, eviction, frames, peers, plan, reference
+from imagefs import blockmap, bootpack, errors, eviction, frames, peers, plan, reference
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
 from imagefs.fuse import control, coverage, peering, wire
 from imagefs.fuse.devices import (
     DeviceTable,
     LayerSpec,
+    PackSpec,
     Record,
     Source,
+    decode_pack,
     decode_spec,
     device_name,
     write_atomically,
 )
 from imagefs.fuse.fill import Filler
+from imagefs.fuse.packs import Packs
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 from imagefs.peersettings import PeerSettings
@@ -83,6 +86,7 @@ class Layers:
         self._origins: dict[str, Origin] = {}
         self._failed: dict[tuple[str, int], float] = {}
         self._last_errors: dict[str, tuple[float, str]] = {}
+        self._packs = Packs(self._cache, self._fetcher)
         for record in table.records():
             try:
                 self._serve(
@@ -90,10 +94,17 @@ class Layers:
                 )
             except errors.ImagefsError as exc:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
+        for owner, pack in table.packs().items():
+            self._start_pack(owner, pack.spec, pack.origins)
         self._taken_up.set()
         self._filler = Filler(self._cache, self._fetcher, self._layers_of, settings.state_dir)
 
     # -- look-ups, by worker threads ---------------------------------------------------------------
+
+    def packs_of(self, device: wire.Device) -> tuple[tuple[wire.Device, ...], bytes]:
+        """The boot packs that have pages of a device, and where (packlayout.py)."""
+        served = self._by_node.get(device.node)
+        return self._packs.of_layer(served.layer.map_digest) if served is not None else ((), b"")
 
     def by_name(self, name: bytes) -> wire.Device:
         """Raises NotFoundError."""
@@ -115,8 +126,18 @@ class Layers:
         found = (self._by_node.get(node) for node in nodes[:count])
         return [served.device for served in found if served is not None]
 
+    def nodes(self, owner: str) -> dict[int, str]:
+        """Node id -> map digest of an owner's devices. NotFoundError if it has none."""
+        found = {r.node: r.spec.map_digest for r in self._table.records() if owner in r.owners}
+        if not found:
+            raise errors.NotFoundError(f"no layer is attached for {owner}")
+        return found
+
     def block(self, node: int, index: int, done: BlockDone) -> None:
-        """One block for a reader that waits."""
+        """One block of a device, or frame of a boot pack, for a reader that waits."""
+        if node >= wire.FIRST_PACK_NODE:
+            self._packs.frame(node, index, done)
+            return
         served = self._by_node.get(node)
         if served is None:
             done(errors.NotFoundError(f"no device with node id {node}"))
@@ -152,12 +173,14 @@ class Layers:
 
     # -- control -----------------------------------------------------------------------------------
 
-    def attach(self, request: Mapping[str, Any]) -> None:
-        """Make layers into devices (`layers`, `origins`, `owner`). All of them, or none."""
+    def attach(self, request: Mapping[str, Any]) -> list[int]:
+        """Make layers into devices (`layers`, `origins`, `owner`, `pack`). All of them, or none. Returns the
+        nodes that got a boot pack."""
         listed = request.get("layers")
         if not isinstance(listed, list):
             raise errors.InvalidInputError("control: attach without layers")
         specs = [decode_spec(value) for value in listed]
+        pack = decode_pack(request["pack"]) if request.get("pack") is not None else None
         origins = connect.Options.from_json(request.get("origins") or {}).to_json()
         owner = control.string(request, "owner")
         maps: dict[str, blockmap.BlockMap] = {}
@@ -169,13 +192,17 @@ class Layers:
         with self._lock:
             if self._closed:
                 raise control.StoppingError("the device server is stopping")
-            for record in self._table.attach(specs, origins, owner):
+            for record in self._table.attach(specs, origins, owner, pack):
                 self._serve(record, maps[record.spec.map_digest], owner)
+        return self._start_pack(owner, pack, origins) if pack is not None else []
 
-    def detach(self, owner: str) -> list[int]:
-        """Remove an owner. Returns the nodes that are gone; their pending reads have failed."""
+    def detach(self, owner: str) -> tuple[list[int], list[int]]:
+        """Remove an owner. Returns the nodes that lost a boot pack, and those that are gone, packs' as well;
+        their pending reads have failed."""
         gone = []
         with self._lock:
+            lost, packs = self._packs.stop(owner)
+            changed = self._nodes_of(lost)
             for record in self._table.detach(owner):
                 if not record.owners:
                     gone.append(record.node)
@@ -188,11 +215,12 @@ class Layers:
             if not self._table.records():
                 self._forget_all()
         self._filler.stop(owner)
-        return gone
+        return changed, gone + packs
 
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind, and connections."""
-        for path in map_path(self._settings.state_dir, "").iterdir():
+        state_dir = self._settings.state_dir
+        for path in (*map_path(state_dir, "").iterdir(), *pack_path(state_dir, "").iterdir()):
             if not path.name.startswith("."):  # a client is writing that one, for an attach to come
                 path.unlink(missing_ok=True)
         self._last_errors.clear()
@@ -242,6 +270,7 @@ class Layers:
             },
             "fetch": dataclasses.asdict(self._fetcher.stats()),
             "peers": self._peers.status(),
+            "boot_packs": self._packs.status(),
             "fill": self._filler.status(),
         }
 
@@ -315,9 +344,8 @@ class Layers:
 
     def _blocks_in_use(self) -> set[bytes]:
         self._taken_up.wait(_TAKE_UP_SECONDS)
-        return {
-            block.digest for served in list(self._by_node.values()) for block in served.layer.block_map.blocks
-        }
+        layers = [served.layer for served in list(self._by_node.values())]
+        return {block.digest for layer in layers for block in layer.block_map.blocks} | self._packs.digests()
 
     def _layers_of(self, owner: str) -> list[LazyLayer]:
         served = [self._by_node.get(row.node) for row in self._table.records() if owner in row.owners]
@@ -372,6 +400,41 @@ class Layers:
             self._failed.pop(key, None)
         self._by_node[record.node] = self._by_name[name] = _Served(device, layer, spec)
 
+    def _start_pack(self, owner: str, spec: PackSpec, origins: Mapping[str, Any]) -> list[int]:
+        """Stream an owner's boot pack. The nodes that got it: none, if it cannot be used, because a start
+        without one is slower and no worse."""
+        try:
+            origin = self._origin(Source(spec.origin_ref, origins))
+            table = self._read_table(spec, origin)
+            block_maps = {layer.map_digest: layer.block_map for layer in self._layers_of(owner)}
+            started = self._packs.start(owner, spec.table_digest, table, block_maps, origin)
+        except errors.ImagefsError as exc:
+            _log(f"{owner}: its boot pack is not used: {exc}")
+            return []
+        return self._nodes_of(started)
+
+    def _nodes_of(self, map_digests: Iterable[str]) -> list[int]:
+        served = (self._by_name.get(device_name(digest).encode()) for digest in map_digests)
+        return [each.device.node for each in served if each is not None]
+
+    def _read_table(self, spec: PackSpec, origin: Origin) -> bootpack.Table:
+        """As `_read_map`, of a boot pack's table."""
+        path = pack_path(self._settings.state_dir, spec.table_digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = origin.read_blob(spec.table_digest, min(spec.table_size, bootpack.MAX_TABLE_BYTES))
+            write_atomically(path, data)
+        if "sha256:" + hashlib.sha256(data).hexdigest() != spec.table_digest:
+            path.unlink(missing_ok=True)
+            raise errors.IntegrityError(f"{path}: the table's bytes are not {spec.table_digest}")
+        table = bootpack.decode(data)
+        if table.data_digest != spec.data_digest:
+            raise errors.IntegrityError(
+                f"boot pack table {spec.table_digest} is of data {table.data_digest}, not {spec.data_digest}"
+            )
+        return table
+
     def _origin(self, source: Source) -> Origin:
         key = json.dumps([source.origin_ref, source.origins], sort_keys=True)
         origin = self._origins.get(key)
@@ -408,6 +471,11 @@ class Layers:
 def map_path(state_dir: Path, map_digest: str) -> Path:
     """Where the block map of a layer is kept while it is a device."""
     return state_dir / "maps" / map_digest.partition(":")[2]
+
+
+def pack_path(state_dir: Path, table_digest: str) -> Path:
+    """Where the table of a boot pack is kept while its image is attached."""
+    return state_dir / "packs" / table_digest.partition(":")[2]
 
 
 def _log(message: str) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagefs import errors
-from imagefs.fuse import control, protocol, statedirectory, wire
+from imagefs.fuse import control, protocol, recordings, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class _Channel:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_BUFFER_BYTES)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _STUCK_SECONDS, 0))
 
-    def answer(self, message: wire.Answer | wire.Drop, fd: int = -1) -> None:
+    def answer(self, message: wire.Answer | wire.Drop | wire.Forget | wire.Watch, fd: int = -1) -> None:
         """Send; `fd` stays the caller's. A worker that is gone will not miss it."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         with self._lock:
@@ -168,7 +168,7 @@ class _Channel:
             except OSError:
                 return
 
-    def next_question(self) -> wire.Question | None:
+    def next_question(self) -> wire.Question | wire.Reads | None:
         """None when the worker is gone."""
         try:
             data = self._socket.recv(wire.MAX_MESSAGE_BYTES)
@@ -194,6 +194,7 @@ class Server:
         self._load_error: errors.ImagefsError | None = None
         self._layers: Layers | None = None
         self._table: DeviceTable | None = None
+        self._recordings = recordings.Recordings(self._tell_workers)
         self._restarts = 0
         self._stopping = False
 
@@ -256,8 +257,13 @@ class Server:
             self._channels[slot] = channel
             if self._restarts:
                 self._resend()
+            if (watch := self._recordings.current()) is not None:
+                channel.answer(watch)
             while (question := channel.next_question()) is not None:
-                self._answer(channel, question)
+                if isinstance(question, wire.Reads):
+                    self._recordings.arrived(question)
+                else:
+                    self._answer(channel, question)
             del self._channels[slot]
             process.kill()
             status = process.wait()
@@ -297,7 +303,7 @@ class Server:
             else:
                 by_name = question.ask is wire.Ask.NAME
                 device = layers.by_name(question.name) if by_name else layers.by_node(question.node)
-                channel.answer(wire.Answer(question.tag, 0, (device,)))
+                _answer_device(channel, question.tag, device, *layers.packs_of(device))
         except errors.ImagefsError as exc:
             channel.answer(wire.Answer(question.tag, _errno(exc)))
         except Exception as exc:
@@ -351,13 +357,22 @@ class Server:
             return self._stopping
         layers = self._ready_layers()
         if operation == "attach":
-            return layers.attach(request)
-        if operation == "detach":
-            gone = layers.detach(control.string(request, "owner"))
-            for node in gone:
-                for channel in list(self._channels.values()):
-                    channel.answer(wire.Drop(node))
+            for node in layers.attach(request):
+                self._tell_workers(wire.Forget(node))
             return None
+        if operation == "detach":
+            changed, gone = layers.detach(control.string(request, "owner"))
+            for node in changed:
+                self._tell_workers(wire.Forget(node))
+            for node in gone:
+                self._tell_workers(wire.Drop(node))
+            self._recordings.forget(control.string(request, "owner"))
+            return None
+        if operation == "start_recording":
+            owner = control.string(request, "owner")
+            return self._recordings.start(owner, layers.nodes(owner))
+        if operation == "stop_recording":
+            return self._recordings.stop(control.string(request, "owner"))
         if operation == "status":
             return {**layers.status(), "processes": self._processes()}
         if operation == "events":
@@ -386,6 +401,12 @@ class Server:
             return self._stopping
         raise errors.InvalidInputError(f"control: unknown operation {operation!r}")
 
+    def _tell_workers(self, message: wire.Drop | wire.Forget | wire.Watch) -> int:
+        channels = list(self._channels.values())
+        for channel in channels:
+            channel.answer(message)
+        return len(channels)
+
     def _processes(self) -> dict[str, Any]:
         return {
             "server": os.getpid(),
@@ -407,6 +428,20 @@ def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Exception | No
             channel.answer(wire.Answer(tag, 0 if result is None else errno.EIO))
 
     return done
+
+
+def _answer_device(
+    channel: _Channel, tag: int, device: wire.Device, packs: tuple[wire.Device, ...], extents: bytes
+) -> None:
+    """A device, with the extents of its boot packs in a memfd: they may be more than a message takes."""
+    answer = wire.Answer(tag, 0, (device, *packs))
+    if not packs:
+        channel.answer(answer)
+        return
+    fd = os.memfd_create("glowplug-extents", os.MFD_CLOEXEC)
+    with open(fd, "wb", buffering=0) as file:
+        file.write(extents)
+        channel.answer(answer, fd)
 
 
 def _errno(error: errors.ImagefsError) -> int:

@@ -2,7 +2,8 @@
 
 Pure. A worker asks Questions, each with a tag of its own; the server gives one Answer with the same tag, in
 any order, and sends Drop and Forget by itself. The descriptor of a block travels beside its Answer
-(SCM_RIGHTS).
+(SCM_RIGHTS). Watch says which devices' reads to note; each is answered by Reads with its tag, and more Reads
+come in between.
 
 Both ends are ours and of the same build (a worker is started by its server): a message that does not parse
 is a bug, hence InvalidInputError.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from imagefs import errors
 
@@ -26,7 +29,16 @@ _QUESTION = struct.Struct("=BIQQ")
 _ANSWER = struct.Struct("=BIi")
 _DROP = struct.Struct("=BQ")
 _DEVICE = struct.Struct("=QQIB")
-_ANSWER_KIND, _DROP_KIND, _FORGET_KIND = 1, 2, 3
+_WATCH = struct.Struct("=BI")
+_NODE = struct.Struct("=Q")
+_READS = struct.Struct("=BI")
+_ACCESS = struct.Struct("=QQIQ")
+_ANSWER_KIND, _DROP_KIND, _FORGET_KIND, _WATCH_KIND = 1, 2, 3, 4
+_READS_KIND = 255
+"""No Ask has this number."""
+ACCESSES = (MAX_MESSAGE_BYTES - _READS.size) // _ACCESS.size
+MAX_ACCESS_BYTES = 1 << 30
+MAX_WATCHED = (MAX_MESSAGE_BYTES - _WATCH.size) // _NODE.size
 
 
 class Ask(enum.IntEnum):
@@ -89,22 +101,64 @@ class Forget:
     node: int
 
 
-def encode_question(value: Question) -> bytes:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Watch:
+    """Server -> worker: note the reads of these devices, and of no others, from now on. Answered by Reads."""
+
+    tag: int
+    nodes: tuple[int, ...]
+
+
+class Access(NamedTuple):
+    """A READ that the kernel sent, or several that follow one another; by CLOCK_MONOTONIC."""
+
+    node: int
+    offset: int
+    length: int
+    microseconds: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reads:
+    """Worker -> server: what was noted. `tag` is that of the Watch that this answers, or 0."""
+
+    tag: int
+    reads: tuple[Access, ...]
+
+
+def pack_accesses(reads: Iterable[Access]) -> bytes:
+    """Fixed-size entries, one after another."""
+    return b"".join(_ACCESS.pack(*read) for read in reads)
+
+
+def unpack_accesses(data: bytes) -> Iterable[Access]:
+    """The inverse of pack_accesses; struct.error for a piece of one."""
+    return map(Access._make, _ACCESS.iter_unpack(data))
+
+
+def encode_question(value: Question | Reads) -> bytes:
     """One message."""
+    if isinstance(value, Reads):
+        return _READS.pack(_READS_KIND, value.tag) + pack_accesses(value.reads)
     return _QUESTION.pack(value.ask, value.tag, value.node, value.index) + value.name
 
 
-def decode_question(data: bytes) -> Question:
+def decode_question(data: bytes) -> Question | Reads:
     """The inverse of encode_question."""
     try:
+        if data[:1] == bytes([_READS_KIND]):
+            _, tag = _READS.unpack_from(data)
+            return Reads(tag, tuple(unpack_accesses(data[_READS.size :])))
         ask, tag, node, index = _QUESTION.unpack_from(data)
         return Question(Ask(ask), tag, node, index, data[_QUESTION.size :])
     except (struct.error, ValueError) as exc:
         raise errors.InvalidInputError(f"worker's question of {len(data)} bytes: {exc}") from exc
 
 
-def encode_answer(value: Answer | Drop | Forget) -> bytes:
+def encode_answer(value: Answer | Drop | Forget | Watch) -> bytes:
     """One message."""
+    if isinstance(value, Watch):
+        return _WATCH.pack(_WATCH_KIND, value.tag) + b"".join(map(_NODE.pack, value.nodes))
     if isinstance(value, Drop | Forget):
         return _DROP.pack(_DROP_KIND if isinstance(value, Drop) else _FORGET_KIND, value.node)
     head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error)
@@ -114,9 +168,12 @@ def encode_answer(value: Answer | Drop | Forget) -> bytes:
     )
 
 
-def decode_answer(data: bytes) -> Answer | Drop | Forget:
+def decode_answer(data: bytes) -> Answer | Drop | Forget | Watch:
     """The inverse of encode_answer."""
     try:
+        if data[:1] == bytes([_WATCH_KIND]):
+            _, tag = _WATCH.unpack_from(data)
+            return Watch(tag, tuple(node for (node,) in _NODE.iter_unpack(data[_WATCH.size :])))
         if data[:1] in (bytes([_DROP_KIND]), bytes([_FORGET_KIND])):
             kind, node = _DROP.unpack(data)
             return Drop(node) if kind == _DROP_KIND else Forget(node)

@@ -39,7 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from imagefs.fuse import blockfile, packlayout, protocol, wire
+from imagefs.fuse import blockfile, packlayout, protocol, readlog, wire
 
 HELD_BLOCKS = 1024
 HELD_BYTES = 1 << 30
@@ -77,6 +77,7 @@ class Worker:
         self._waiting: dict[_Key, list[protocol.Read]] = {}
         self._answers: dict[int, _Continuation] = {}
         self._tag = 0
+        self._readlog = readlog.ReadLog(lambda reads: self._server.sendall(wire.encode_question(reads)))
 
     def run(self) -> None:
         """Serve until the server or the mount is gone."""
@@ -109,6 +110,8 @@ class Worker:
             raise
         request = protocol.decode(memoryview(self._request)[:length])
         if isinstance(request, protocol.Read):
+            if request.node in self._readlog.nodes:
+                self._readlog.note(request.node, request.offset, request.size)
             self._read(request)
         elif isinstance(request, protocol.Lookup):
             self._lookup(request)
@@ -343,6 +346,8 @@ class Worker:
             self._drop(message.node)
         elif isinstance(message, wire.Forget):
             self._layouts.pop(message.node, None)
+        elif isinstance(message, wire.Watch):
+            self._readlog.watch(message)
         else:
             self._answers.pop(message.tag)(message, fds[0] if fds else _NO_FD)
         return True
