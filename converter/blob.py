@@ -219,7 +219,7 @@ class LayerBlobWriter:
         # Reading an error without the lock risks one block of wasted work, no more.
         if self._error is None:
             with memoryview(buffer) as view:
-                packed = _pack(_compressor(self._level), view[:length], self._frame_bytes, self._block_bytes)
+                packed = _pack(compressor(self._level), view[:length], self._frame_bytes, self._block_bytes)
             with self._lock:
                 self._arrive(index, packed, buffer)
 
@@ -270,7 +270,7 @@ class LayerBlobWriter:
 _thread = threading.local()
 
 
-def _compressor(level: int) -> zstandard.ZstdCompressor:
+def compressor(level: int) -> zstandard.ZstdCompressor:
     """This thread's compressor: one context, however many layers it works for."""
     made: tuple[int, zstandard.ZstdCompressor] | None = getattr(_thread, "compressor", None)
     if made is None or made[0] != level:

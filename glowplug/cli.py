@@ -29,6 +29,7 @@ VERBS = {
     "copy": "Move a source image with its block image to another registry.",
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
+    "pack": "Give a block image a boot pack: what its start reads, in that order.",
     "prefetch": "Have an image on this node before anybody starts it.",
     "pull": "Make an image runnable in containerd without fetching its layers.",
     "run": "Run a command in an image, in namespaces of its own.",

@@ -233,8 +233,12 @@ class FolderOrigin:
     def _only(self, listed: list[Descriptor]) -> Descriptor:
         images = {e.digest: e for e in listed if not e.artifact_type and self._referrer(e) is None}
         if not images:
-            # A folder that was the destination of a conversion, and of nothing else.
-            images = {e.digest: e for e in listed if e.artifact_type == artifact.ARTIFACT_TYPE}
+            # A folder that was the destination of conversions, and of nothing else: one image of each source.
+            own = [r for e in listed if (r := self._referrer(e)) is not None]
+            for subject in {r.subject for r in own}:
+                chosen = artifact.choose(r.descriptor for r in own if r.subject == subject)
+                if chosen is not None:
+                    images[chosen.digest] = chosen
         if len(images) == 1:
             return next(iter(images.values()))
         if not images:

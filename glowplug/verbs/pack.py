@@ -1,0 +1,90 @@
+"""`glowplug pack REF --trace FILE`: a boot pack for a block image, from recorded starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from glowplug import opening, settings
+from imagefs import bootpack
+
+if TYPE_CHECKING:
+    from converter.pack import Packed
+    from imagefs.image import LazyImage
+    from imagefs.origin.connect import Options
+
+
+@click.command("pack")
+@click.argument("ref")
+@click.option(
+    "--trace",
+    "traces",
+    metavar="FILE",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A trace of a start, as `glowplug trace` writes it; several are merged.",
+)
+@click.option(
+    "--frame-size",
+    type=settings.SIZE,
+    default=bootpack.DEFAULT_FRAME_BYTES,
+    help="Unit that arrives and is verified (default 1MiB).",
+)
+@click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 12).")
+@click.option("--jobs", type=click.IntRange(1), help="Threads (default: one per processor, up to 8).")
+@settings.origin_options
+@opening.image_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    *,
+    ref: str,
+    traces: tuple[Path, ...],
+    frame_size: int,
+    level: int | None,
+    jobs: int | None,
+    origins: Options,
+    open_image: Callable[[str], LazyImage],
+    as_json: bool,
+) -> None:
+    """Give the block image of REF a boot pack: what the traced starts read, in the order they read it.
+
+    The pack is stored beside the block image, with a new manifest for the same source image, which counts
+    from then on. Traces of other layers than REF has now are refused.
+    """
+    from converter import pack
+    from glowplug import progress
+
+    bootpack.check_frame_bytes(frame_size)
+    parameters = pack.Parameters(
+        frame_bytes=frame_size,
+        compression_level=level or pack.DEFAULT_LEVEL,
+        jobs=jobs or min(os.cpu_count() or 1, 8),
+    )
+    recorded = [pack.read_trace(path) for path in traces]
+    packed = pack.pack(open_image(ref), recorded, parameters, progress.total)
+    if as_json:
+        click.echo(json.dumps({"reference": ref, **dataclasses.asdict(packed)}, indent=2))
+    else:
+        click.echo(_summary(ref, packed))
+
+
+def _summary(ref: str, packed: Packed) -> str:
+    ratio = packed.data_bytes / packed.page_bytes
+    lines = [
+        f"{ref}",
+        f"  {packed.page_bytes / 1e6:.1f} MB of pages in {packed.records} records, "
+        f"from {packed.blocks_read} blocks",
+        f"  {packed.data_bytes / 1e6:.1f} MB packed ({ratio:.3f}) in {packed.frames} frames, "
+        f"{packed.seconds:.1f} s",
+        f"  block image {packed.block_image_digest}",
+    ]
+    if not packed.changed:
+        lines.append("  it had this boot pack already")
+    return "\n".join(lines)
