@@ -49,8 +49,8 @@ class FolderOrigin:
     # -- reading -----------------------------------------------------------------------------------
 
     def read_manifest(self, reference: str) -> Manifest:
-        """As Origin.read_manifest; an empty `reference` means the layout's only image or, without one, its
-        only block image."""
+        """As Origin.read_manifest; an empty `reference` means the layout's only image or, without one, the
+        block image of the only source that it has any of."""
         listed = self._entries(self._read_index())
         if ":" in reference:
             digest = _check_digest(reference)

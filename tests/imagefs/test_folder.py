@@ -121,12 +121,12 @@ class TestIndex:
         assert "annotations" not in second
         assert origin.read_manifest("").digest == digest, "the only image; its block image does not count"
 
-    def test_a_block_image_alone_is_the_only_image(self, origin: folder.FolderOrigin) -> None:
-        def block_image(note: str) -> bytes:
+    def test_block_images_of_one_source_alone_are_one_image(self, origin: folder.FolderOrigin) -> None:
+        def block_image(note: str, of: str = ABSENT) -> bytes:
             return image(
                 origin,
                 artifactType=artifact.ARTIFACT_TYPE,
-                subject=subject(ABSENT),
+                subject=subject(of),
                 annotations={"n": note},
             )
 
@@ -137,7 +137,9 @@ class TestIndex:
             origin.read_manifest("")
         digest = origin.put_manifest(block_image("1"), artifact.OCI_MANIFEST)
         assert origin.read_manifest("").digest == digest
-        origin.put_manifest(block_image("2"), artifact.OCI_MANIFEST)
+        chosen = min(digest, origin.put_manifest(block_image("2"), artifact.OCI_MANIFEST))
+        assert origin.read_manifest("").digest == chosen
+        origin.put_manifest(block_image("3", of=digest), artifact.OCI_MANIFEST)
         with pytest.raises(errors.InvalidInputError, match="2 images"):
             origin.read_manifest("")
         source = origin.put_manifest(image(origin), artifact.OCI_MANIFEST)
