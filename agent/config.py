@@ -22,6 +22,7 @@ DEFAULT_FILE = Path("/etc/glowplug/agent.toml")
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):\d{1,5}\Z")
 _SIZE_SUFFIXES = ("_bytes", "_bytes_per_second")
 
 
@@ -208,6 +209,12 @@ def parse(text: str, where: str) -> Settings:
         raise errors.ConfigurationError(f"{where}: not TOML: {exc}") from exc
     settings = _table(Settings, document, where, "")
     assert isinstance(settings, Settings)
+    if settings.images.trust == "signed" and not settings.images.signature_keys:
+        raise errors.ConfigurationError(
+            f'{where}: images.trust is "signed": images.signature_keys must name a key'
+        )
+    if settings.http.listen is not None and not _ADDRESS.match(settings.http.listen):
+        raise errors.ConfigurationError(f"{where}: http.listen is not ADDRESS:PORT")
     return settings
 
 

@@ -60,6 +60,8 @@ def test_every_kind_of_value() -> None:
         ("[cache]\ndirectory = 'relative'", "cache.directory"),
         ("cache = 3", "cache"),
         ("[images]\ntrust = 'all'", "images.trust"),
+        ("[images]\ntrust = 'signed'", "images.signature_keys"),
+        ("[http]\nlisten = '7310'", "http.listen"),
         ("[images]\npins = [{ source = 'x' }]", "images.pins[0].block_image"),
         ("[peers]\nmembers = [1]", "peers.members[0]"),
         ("[images.block_repositories]\na = 1", "images.block_repositories.a"),
