@@ -1,6 +1,7 @@
 """Block image manifests: round trips, what is refused, and the choice among candidates."""
 
 import contextlib
+import dataclasses
 import json
 import random
 
@@ -26,11 +27,18 @@ def layers(draw: st.DrawFn) -> artifact.Layer:
     )
 
 
+boot_packs = st.builds(
+    artifact.BootPack,
+    table=st.builds(artifact.Descriptor, st.just(artifact.PACK_TABLE_MEDIA_TYPE), digests, sizes),
+    data=st.builds(artifact.Descriptor, st.just(artifact.PACK_DATA_MEDIA_TYPE), digests, sizes),
+    generation=st.integers(1, artifact.MAX_GENERATION),
+)
 images = st.builds(
     artifact.BlockImage,
     subject=st.builds(artifact.Descriptor, st.just(artifact.OCI_MANIFEST), digests, sizes),
     config=st.builds(artifact.Descriptor, st.just(artifact.OCI_CONFIG), digests, sizes),
     layers=st.lists(layers(), max_size=4).map(tuple),
+    boot_pack=st.none() | boot_packs,
 )
 
 
@@ -95,6 +103,57 @@ def test_the_choice_does_not_depend_on_the_order(names: list[str], rng: random.R
     assert first.artifact_type == artifact.ARTIFACT_TYPE
     assert artifact.choose(shuffled) == first
     assert artifact.choose(foreign) is None
+
+
+@given(images, boot_packs)
+def test_a_boot_pack_that_its_manifest_tells_wrongly(
+    image: artifact.BlockImage, pack: artifact.BootPack
+) -> None:
+    document = json.loads(artifact.encode(dataclasses.replace(image, boot_pack=pack)))
+    for change, message in (
+        ({artifact.BOOT_PACK: "sha256:" + "0" * 63 + "x"}, "annotations say boot pack"),
+        ({artifact.BOOT_PACK_GENERATION: "-1"}, "annotations say boot pack"),
+        ({artifact.BOOT_PACK_GENERATION: "9" * 10}, "annotations say boot pack"),
+    ):
+        changed = {**document, "annotations": {**document["annotations"], **change}}
+        with pytest.raises(errors.InvalidInputError, match=message):
+            artifact.decode(json.dumps(changed).encode())
+    for layers, message in (
+        (document["layers"][:-2], "boot pack"),
+        (document["layers"][:-1], "pairs"),
+        ([*document["layers"][:-2], *reversed(document["layers"][-2:])], "is not a boot pack's table"),
+    ):
+        with pytest.raises(errors.InvalidInputError, match=message):
+            artifact.decode(json.dumps({**document, "layers": layers}).encode())
+    del document["annotations"]
+    with pytest.raises(errors.InvalidInputError, match=r"not a \(map, blob\) pair"):
+        artifact.decode(json.dumps(document).encode())
+
+
+def candidate(digest: str, generation: str | None = None) -> artifact.Descriptor:
+    annotations = {}
+    if generation is not None:
+        annotations = {artifact.BOOT_PACK: digest, artifact.BOOT_PACK_GENERATION: generation}
+    return artifact.Descriptor(
+        artifact.OCI_MANIFEST, digest, 1, artifact_type=artifact.ARTIFACT_TYPE, annotations=annotations
+    )
+
+
+def test_the_latest_boot_pack_counts() -> None:
+    plain, other = candidate("sha256:" + "0" * 64), candidate("sha256:" + "1" * 64)
+    malformed = candidate("sha256:" + "2" * 64, "³")
+    first, second, third = (candidate(f"sha256:{n:064x}", generation) for n, generation in
+                            ((3, "9"), (5, "10"), (4, "10")))  # fmt: skip
+    ranked = [third, second, first, plain, other, malformed]
+    for at in range(len(ranked) - 1):
+        assert artifact.choose(reversed(ranked[at:])) == ranked[at]
+    assert artifact.next_generation([]) == 1
+    assert artifact.next_generation([plain, malformed]) == 1
+    assert artifact.next_generation(ranked) == 11
+    last = candidate("sha256:" + "6" * 64, str(artifact.MAX_GENERATION))
+    assert artifact.next_generation([last]) == artifact.MAX_GENERATION
+    foreign = dataclasses.replace(last, artifact_type="other")
+    assert artifact.next_generation([foreign, first]) == 10
 
 
 def test_reuse_key_tells_layers_apart() -> None:
