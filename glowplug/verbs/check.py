@@ -20,6 +20,7 @@ from glowplug import opening, settings
 if TYPE_CHECKING:
     from converter import tarstream
     from converter.source import SourceImage
+    from imagefs.bootpack import Table
     from imagefs.image import LazyImage
     from imagefs.origin.connect import Options
     from imagefs.verify import Verified
@@ -44,7 +45,8 @@ def command(
     open_image: Callable[[str], LazyImage],
     as_json: bool,
 ) -> None:
-    """Verify the block image of REF: manifest, block maps, blobs, blocks, frames, seek tables, superblocks.
+    """Verify the block image of REF: manifest, block maps, blobs, blocks, frames, seek tables, superblocks;
+    and every page of the boot pack against the blocks.
 
     Reads every blob once from its origin, never from the cache. Exit code 0: all is right; 1: a file differs
     from the source, the first difference is printed; 6: a digest is wrong, the message says where.
@@ -53,14 +55,19 @@ def command(
 
     image = open_image(ref)
     total = sum(layer.blob.size for layer in image.block_image.layers)
-    with progress.total("verify", total) as advance:
-        layers = _verify(image, advance)
+    boot_pack = _boot_pack(image)
+    pack_bytes = boot_pack.data_bytes if boot_pack is not None else 0
+    with progress.total("verify", total + pack_bytes) as advance:
+        layers = _verify(image, boot_pack, advance)
     difference = _compare(ref, image, storage, origins) if against_source else None
     if as_json:
-        click.echo(json.dumps(_document(ref, image, layers, against_source, difference), indent=2))
+        document = _document(ref, image, layers, boot_pack, against_source, difference)
+        click.echo(json.dumps(document, indent=2))
     else:
         blocks = sum(layer.blocks for layer in layers)
         click.echo(f"{ref}: {len(layers)} layers, {blocks} blocks, {total / 1e6:.1f} MB verified")
+        if boot_pack is not None:
+            click.echo(f"boot pack: {boot_pack.pages} pages, {pack_bytes / 1e6:.1f} MB verified")
         if difference is not None:
             click.echo(f"differs from its source at {difference}")
         elif against_source:
@@ -69,12 +76,29 @@ def command(
         sys.exit(1)
 
 
-def _verify(image: LazyImage, advance: Callable[[int], None]) -> list[Verified]:
+def _boot_pack(image: LazyImage) -> Table | None:
+    """The table of the image's boot pack, wherever it is wrong an error: others do without such a pack."""
+    from imagefs import bootpack
+    from imagefs import image as images
+
+    table = images.read_boot_pack(image.block_image, image.origin)
+    if table is not None:
+        bootpack.check_layers(table, {layer.map_digest: layer.block_map for layer in image.layers})
+    return table
+
+
+def _verify(image: LazyImage, boot_pack: Table | None, advance: Callable[[int], None]) -> list[Verified]:
     from imagefs import verify
 
+    packed = None
+    if boot_pack is not None:
+        assert image.block_image.boot_pack is not None
+        packed = verify.verify_boot_pack(
+            boot_pack, image.block_image.boot_pack.table.digest, image.origin, advance
+        )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         running = [
-            pool.submit(verify.verify_layer, lazy, layer.blob, advance)
+            pool.submit(verify.verify_layer, lazy, layer.blob, advance, packed)
             for lazy, layer in zip(image.layers, image.block_image.layers, strict=True)
         ]
         try:
@@ -133,13 +157,19 @@ def _tars(source: SourceImage, advance: Callable[[int], None]) -> Iterator[tarst
 
 
 def _document(
-    ref: str, image: LazyImage, layers: list[Verified], against_source: bool, difference: str | None
+    ref: str,
+    image: LazyImage,
+    layers: list[Verified],
+    boot_pack: Table | None,
+    against_source: bool,
+    difference: str | None,
 ) -> dict[str, Any]:
     return {
         "reference": ref,
         "block_image_digest": image.manifest.digest,
         "source_digest": image.source_digest,
         "layers": [dataclasses.asdict(layer) for layer in layers],
+        "boot_pack_pages": boot_pack.pages if boot_pack is not None else None,
         "against_source": against_source,
         "difference": difference,
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glowplug import opening, settings
+from imagefs import bootpack
 
 if TYPE_CHECKING:
     from imagefs.blockmap import BlockMap
@@ -45,6 +46,40 @@ class Shared:
     blocks: int
     image_bytes: int
     compressed_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackFacts:
+    """The boot pack, for the table and for --json. Sizes in bytes; `usable` is False where reading the image
+    goes on without it, and then nothing is known of its content."""
+
+    table_digest: str
+    table_bytes: int
+    data_digest: str
+    data_bytes: int
+    generation: int
+    usable: bool
+    page_bytes: int | None
+    records: int | None
+    frames: int | None
+
+
+def pack_facts(image: LazyImage) -> PackFacts | None:
+    """The facts of the boot pack, None if there is none."""
+    stored, table = image.block_image.boot_pack, image.boot_pack
+    if stored is None:
+        return None
+    return PackFacts(
+        table_digest=stored.table.digest,
+        table_bytes=stored.table.size,
+        data_digest=stored.data.digest,
+        data_bytes=stored.data.size,
+        generation=stored.generation,
+        usable=table is not None,
+        page_bytes=table.pages * bootpack.PAGE_BYTES if table else None,
+        records=len(table.records) if table else None,
+        frames=len(table.frames) if table else None,
+    )
 
 
 def layer_facts(image: LazyImage) -> list[LayerFacts]:
@@ -160,6 +195,7 @@ def _document(
         "layers": [dataclasses.asdict(layer) for layer in layers],
         "totals": _totals(layers),
         "repeated": dataclasses.asdict(own),
+        "boot_pack": dataclasses.asdict(pack) if (pack := pack_facts(image)) else None,
     }
     if other is not None:
         out["shared"] = {"with": shared_with, **dataclasses.asdict(other)}
@@ -235,10 +271,22 @@ def _table(
         ),
         "",
         f"repeated inside the image: {_blocks(own)}",
+        f"boot pack: {_boot_pack(pack_facts(image))}",
     ]
     if other is not None:
         lines.append(f"shared with {shared_with}: {_blocks(other)}")
     return "\n".join(lines)
+
+
+def _boot_pack(pack: PackFacts | None) -> str:
+    if pack is None:
+        return "none"
+    if pack.page_bytes is None:
+        return f"cannot be used, `glowplug check` says why ({pack.table_digest})"
+    return (
+        f"{size(pack.page_bytes)} in {pack.records} records ({size(pack.data_bytes)} compressed, "
+        f"{pack.frames} frames), generation {pack.generation}"
+    )
 
 
 def _blocks(value: Shared) -> str:
