@@ -130,9 +130,9 @@ class Fetcher:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
         zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
         IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
-        a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes, another
-        node or a reader who can do with blocks; that neither goes to a peer nor says anything about what
-        will be read next."""
+        a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes
+        (another node, a reader who can do with blocks); that neither goes to a peer nor says anything about
+        what will be read next."""
         wanted_at = time.monotonic()
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):

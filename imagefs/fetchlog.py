@@ -38,9 +38,9 @@ class FetchStats:
     compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline,
     `failed_reads` all demanded blocks whose readers got an error; `demand_misses` are blocks that a reader
     waited for and that had to come from elsewhere; a demand for a frame of a boot pack that was on its way
-    anyway counts as `boot_waits` instead. `boot_bytes` of `fetched_bytes` were boot packs. `queued` blocks wait, by priority. `peer_` is what this
-    node got from others (bytes uncompressed; a hedge is a demand for which the origin was asked as well),
-    `served_` what it gave to them."""
+    anyway counts as `boot_waits` instead. `boot_bytes` of `fetched_bytes` were boot packs. `queued` blocks
+    wait, by priority. `peer_` is what this node got from others (bytes uncompressed; a hedge is a demand for
+    which the origin was asked as well), `served_` what it gave to them."""
 
     cache_hits: int
     cache_bytes: int

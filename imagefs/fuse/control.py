@@ -4,7 +4,7 @@ Called by the verbs and, later, the agent, on their own threads; the server uses
 message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
-STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/, packs/,
+STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
 devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, server.log.
 """
 
@@ -132,11 +132,11 @@ class DeviceClient:
         Attaching twice counts once. A boot pack begins to be fetched; one that cannot be used is no error.
         Returns the device files, in the order of `layers`."""
         state_dir = self._settings.state_dir
-        given = [(state_dir / "maps", layer.map_digest, layer.map_bytes) for layer in layers]
+        given = [(layer.map_digest, layer.map_bytes) for layer in layers]
         if pack is not None:
-            given.append((state_dir / "packs", pack.table_digest, pack.table_bytes))
-        for folder, digest, data in given:
-            path = folder / digest.partition(":")[2]
+            given.append((pack.table_digest, pack.table_bytes))
+        for digest, data in given:
+            path = state_dir / "maps" / digest.partition(":")[2]
             if data is not None and not path.exists():
                 _write(path, data)
         self._checked_request(
@@ -361,8 +361,7 @@ def _prepare_state_dir(state_dir: Path) -> None:
         raise errors.ConfigurationError("/dev/fuse is missing: load the fuse module")
     try:
         privatedirectory.make(state_dir)
-        for name in ("maps", "packs"):
-            (state_dir / name).mkdir(mode=0o700, exist_ok=True)
+        (state_dir / "maps").mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
         raise errors.ConfigurationError(f"state directory {state_dir}: {exc.strerror}") from exc
 

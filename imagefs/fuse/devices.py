@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,27 @@ class LayerSpec:
     blob_digest: str
     blob_size: int
     map_bytes: bytes | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackSpec:
+    """What it takes to stream a boot pack: where its table and its data are. `table_bytes` is the encoded
+    table if the client has it already; it is not part of what is stored here."""
+
+    origin_ref: str
+    table_digest: str
+    table_size: int
+    data_digest: str
+    data_size: int
+    table_bytes: bytes | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OwnedPack:
+    """The boot pack that an owner brought, and the JSON form of the origin options for it."""
+
+    spec: PackSpec
+    origins: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,20 +103,40 @@ def encode_spec(spec: LayerSpec) -> dict[str, Any]:
 
 def decode_spec(value: object) -> LayerSpec:
     """Inverse of encode_spec. Raises InvalidInputError naming the field."""
+    return LayerSpec(
+        **_decode_fields(value, "layer", ("map_digest", "blob_digest"), ("map_size", "blob_size"))
+    )
+
+
+def encode_pack(spec: PackSpec) -> dict[str, Any]:
+    """JSON form, without the table's bytes."""
+    return {
+        "origin_ref": spec.origin_ref,
+        "table_digest": spec.table_digest,
+        "table_size": spec.table_size,
+        "data_digest": spec.data_digest,
+        "data_size": spec.data_size,
+    }
+
+
+def decode_pack(value: object) -> PackSpec:
+    """Inverse of encode_pack. Raises InvalidInputError naming the field."""
+    digests, sizes = ("table_digest", "data_digest"), ("table_size", "data_size")
+    return PackSpec(**_decode_fields(value, "boot pack", digests, sizes))
+
+
+def _decode_fields(value: object, what: str, digests: Sequence[str], sizes: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise errors.InvalidInputError("layer: not an object")
-    for field in ("map_digest", "blob_digest"):
+        raise errors.InvalidInputError(f"{what}: not an object")
+    for field in digests:
         if not isinstance(value.get(field), str) or not reference.DIGEST.match(value[field]):
-            raise errors.InvalidInputError(f"layer: {field} {value.get(field)!r} is not a sha256 digest")
-    for field in ("map_size", "blob_size"):
+            raise errors.InvalidInputError(f"{what}: {field} {value.get(field)!r} is not a sha256 digest")
+    for field in sizes:
         if type(value.get(field)) is not int or value[field] <= 0:
-            raise errors.InvalidInputError(f"layer: {field} {value.get(field)!r} is not a byte count")
+            raise errors.InvalidInputError(f"{what}: {field} {value.get(field)!r} is not a byte count")
     if not isinstance(value.get("origin_ref"), str):
-        raise errors.InvalidInputError("layer: origin_ref missing")
-    return LayerSpec(**{field: value[field] for field in _SPEC_FIELDS})
-
-
-_SPEC_FIELDS = ("origin_ref", "map_digest", "map_size", "blob_digest", "blob_size")
+        raise errors.InvalidInputError(f"{what}: origin_ref missing")
+    return {field: value[field] for field in ("origin_ref", *digests, *sizes)}
 
 
 class DeviceTable:
@@ -107,6 +148,7 @@ class DeviceTable:
         self._lock = threading.Lock()
         self._records: dict[str, Record] = {}
         self._nodes: dict[str, int] = {}
+        self._packs: dict[str, OwnedPack] = {}
         self._holds: frozenset[str] = frozenset()
         self._load()
 
@@ -125,11 +167,23 @@ class DeviceTable:
         _check_owner(owner)
         with self._lock:
             if owner not in self._holds:
-                self._save(self._records, self._nodes, self._holds | {owner})
+                self._save(self._records, self._nodes, self._holds | {owner}, self._packs)
 
-    def attach(self, specs: Iterable[LayerSpec], origins: Mapping[str, Any], owner: str) -> list[Record]:
-        """Add `owner` to each layer, making the devices that are missing. Returns the rows that changed: an
-        owner that has a layer already keeps its source. ConfigurationError if it cannot be written."""
+    def packs(self) -> dict[str, OwnedPack]:
+        """Owner -> its boot pack, of those who brought one."""
+        with self._lock:
+            return dict(self._packs)
+
+    def attach(
+        self,
+        specs: Iterable[LayerSpec],
+        origins: Mapping[str, Any],
+        owner: str,
+        pack: PackSpec | None = None,
+    ) -> list[Record]:
+        """Add `owner` to each layer, making the devices that are missing, and note its boot pack. Returns the
+        rows that changed: an owner that has a layer, or a pack, already keeps its source.
+        ConfigurationError if it cannot be written."""
         _check_owner(owner)
         changed = []
         with self._lock:
@@ -146,7 +200,10 @@ class DeviceTable:
                     continue
                 records[spec.map_digest] = record
                 changed.append(record)
-            self._save(records, nodes, self._holds)
+            packs = dict(self._packs)
+            if pack is not None:
+                packs.setdefault(owner, OwnedPack(dataclasses.replace(pack, table_bytes=None), origins))
+            self._save(records, nodes, self._holds, packs)
         return changed
 
     def detach(self, owner: str) -> list[Record]:
@@ -154,6 +211,7 @@ class DeviceTable:
         changed = []
         with self._lock:
             records, holds = dict(self._records), self._holds - {owner}
+            packs = {name: pack for name, pack in self._packs.items() if name != owner}
             for digest, record in self._records.items():
                 if owner in record.owners:
                     left = {name: source for name, source in record.owners.items() if name != owner}
@@ -164,10 +222,10 @@ class DeviceTable:
                         del records[digest]
                     changed.append(record)
             try:
-                self._save(records, self._nodes, holds)
+                self._save(records, self._nodes, holds, packs)
             except errors.ConfigurationError as exc:
                 _log.warning("%s; the devices of %s are gone all the same", exc, owner)
-                self._records, self._holds = records, holds
+                self._records, self._holds, self._packs = records, holds, packs
         return changed
 
     def _load(self) -> None:
@@ -184,6 +242,8 @@ class DeviceTable:
                     for owner, source in row["owners"].items()
                 }
                 self._records[spec.map_digest] = Record(node, spec, owners)
+            for owner, pack in document.get("packs", {}).items():
+                self._packs[str(owner)] = OwnedPack(decode_pack(pack["spec"]), dict(pack["origins"]))
             self._holds = frozenset(str(owner) for owner in document.get("holds", ()))
         except FileNotFoundError:
             return
@@ -194,7 +254,13 @@ class DeviceTable:
                 "stop the device server to start anew"
             ) from exc
 
-    def _save(self, records: dict[str, Record], nodes: dict[str, int], holds: frozenset[str]) -> None:
+    def _save(
+        self,
+        records: dict[str, Record],
+        nodes: dict[str, int],
+        holds: frozenset[str],
+        packs: dict[str, OwnedPack],
+    ) -> None:
         document = {
             "version": _VERSION,
             "token": self._token,
@@ -209,6 +275,10 @@ class DeviceTable:
                 }
                 for record in records.values()
             ],
+            "packs": {
+                owner: {"spec": encode_pack(pack.spec), "origins": dict(pack.origins)}
+                for owner, pack in packs.items()
+            },
             "holds": sorted(holds),
         }
         try:
@@ -217,7 +287,7 @@ class DeviceTable:
             raise errors.ConfigurationError(
                 f"cannot write {self._path}: {exc.strerror}; the state directory needs space"
             ) from exc
-        self._records, self._nodes, self._holds = records, nodes, holds
+        self._records, self._nodes, self._holds, self._packs = records, nodes, holds, packs
 
 
 def _check_owner(owner: str) -> None:

@@ -201,8 +201,10 @@ class Layers:
         their pending reads have failed."""
         gone = []
         with self._lock:
-            lost, packs = self._packs.stop(owner)
-            changed = self._nodes_of(lost)
+            stopped = self._packs.stop(owner)
+            changed = self._nodes_of(stopped.map_digests)
+            for table_digest in stopped.table_digests:
+                map_path(self._settings.state_dir, table_digest).unlink(missing_ok=True)
             for record in self._table.detach(owner):
                 if not record.owners:
                     gone.append(record.node)
@@ -215,12 +217,11 @@ class Layers:
             if not self._table.records():
                 self._forget_all()
         self._filler.stop(owner)
-        return changed, gone + packs
+        return changed, gone + stopped.nodes
 
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind, and connections."""
-        state_dir = self._settings.state_dir
-        for path in (*map_path(state_dir, "").iterdir(), *pack_path(state_dir, "").iterdir()):
+        for path in map_path(self._settings.state_dir, "").iterdir():
             if not path.name.startswith("."):  # a client is writing that one, for an attach to come
                 path.unlink(missing_ok=True)
         self._last_errors.clear()
@@ -408,7 +409,7 @@ class Layers:
             table = self._read_table(spec, origin)
             block_maps = {layer.map_digest: layer.block_map for layer in self._layers_of(owner)}
             started = self._packs.start(owner, spec.table_digest, table, block_maps, origin)
-        except errors.ImagefsError as exc:
+        except (errors.ImagefsError, OSError) as exc:
             _log(f"{owner}: its boot pack is not used: {exc}")
             return []
         return self._nodes_of(started)
@@ -419,7 +420,7 @@ class Layers:
 
     def _read_table(self, spec: PackSpec, origin: Origin) -> bootpack.Table:
         """As `_read_map`, of a boot pack's table."""
-        path = pack_path(self._settings.state_dir, spec.table_digest)
+        path = map_path(self._settings.state_dir, spec.table_digest)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -468,14 +469,9 @@ class Layers:
         return block_map
 
 
-def map_path(state_dir: Path, map_digest: str) -> Path:
-    """Where the block map of a layer is kept while it is a device."""
-    return state_dir / "maps" / map_digest.partition(":")[2]
-
-
-def pack_path(state_dir: Path, table_digest: str) -> Path:
-    """Where the table of a boot pack is kept while its image is attached."""
-    return state_dir / "packs" / table_digest.partition(":")[2]
+def map_path(state_dir: Path, digest: str) -> Path:
+    """Where the block map of a layer, or the table of a boot pack, is kept while it is attached."""
+    return state_dir / "maps" / digest.partition(":")[2]
 
 
 def _log(message: str) -> None:

@@ -1,0 +1,223 @@
+"""The boot packs that the device server streams, and gives to workers as devices of frames.
+
+Owned by Layers; `start` and `stop` from control threads, `of_layer` and `frame` from worker ones, callbacks
+in fetcher threads. A pack is a layer to fetcher and cache (bootstream.py); what is added here is when its
+frames are asked for, and when they are not.
+
+* All frames that bring something new are wanted, in order of first read, at Priority.BOOT, from the moment
+  that the pack is attached: before the first reader. A demand overtakes; a reader of an expected page waits
+  for its frame, which goes to the front.
+* No pack is in the way of a read: a frame that failed once, or whose blocks are all here, is refused, and the
+  worker reads blocks instead. A pack whose data is gone, or forbidden, is given up as a whole.
+* Nothing is kept about what has arrived but the cache itself: a successor asks for what that lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from imagefs import blockmap, bootpack, bootstream, errors
+from imagefs.cache import BlockCache
+from imagefs.fetcher import Fetcher, Priority
+from imagefs.fuse import packlayout, wire
+from imagefs.fuse.packlayout import Extent
+from imagefs.lazylayer import LazyLayer
+from imagefs.origin import Origin
+
+_log = logging.getLogger(__name__)
+
+FrameDone = Callable[[int | Exception | None], None]
+"""Called once, from any thread: with a descriptor (the callee's to close), or the error."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stopped:
+    """The packs that went, and the layers that lost one."""
+
+    map_digests: list[str]
+    table_digests: list[str]
+    nodes: list[int]
+
+
+@dataclasses.dataclass(slots=True)
+class _Pack:
+    """One table. `failed` are frames that are not asked for again; `error` is why the whole is given up."""
+
+    device: wire.Device
+    layer: LazyLayer
+    worth: bootstream.Worth
+    extents: Mapping[str, list[Extent]]
+    owners: set[str]
+    failed: set[int]
+    error: str | None = None
+
+
+class Packs:
+    """See the module."""
+
+    def __init__(self, cache: BlockCache, fetcher: Fetcher) -> None:
+        self._cache = cache
+        self._fetcher = fetcher
+        self._lock = threading.Lock()
+        self._nodes = itertools.count(wire.FIRST_PACK_NODE)
+        self._by_digest: dict[str, _Pack] = {}
+        self._by_node: dict[int, _Pack] = {}
+        self._by_layer: dict[str, tuple[_Pack, ...]] = {}
+
+    # -- control -----------------------------------------------------------------------------------
+
+    def start(
+        self,
+        owner: str,
+        table_digest: str,
+        table: bootpack.Table,
+        block_maps: Mapping[str, blockmap.BlockMap],
+        origin: Origin,
+    ) -> list[str]:
+        """Stream a pack for an owner; `block_maps` are those of its layers, by map digest. Returns the map
+        digests of the layers that got it. InvalidInputError and IntegrityError for a table that does not
+        belong to them."""
+        with self._lock:
+            known = self._by_digest.get(table_digest)
+            if known is not None:
+                known.owners.add(owner)
+                return []
+            bootpack.check_layers(table, block_maps)
+            pack = self._made(table_digest, table, block_maps, origin)
+            pack.owners.add(owner)
+            self._fetcher.attach(pack.layer)
+            self._by_digest[table_digest] = self._by_node[pack.device.node] = pack
+            for map_digest in pack.extents:
+                self._by_layer[map_digest] = (*self._by_layer.get(map_digest, ()), pack)
+        self._stream(pack)
+        return list(pack.extents)
+
+    def stop(self, owner: str) -> Stopped:
+        """Forget an owner; packs without owners go."""
+        with self._lock:
+            gone = []
+            for pack in self._by_digest.values():
+                pack.owners.discard(owner)
+                if not pack.owners:
+                    gone.append(pack)
+            lost: dict[str, None] = {}
+            for pack in gone:
+                del self._by_digest[pack.layer.map_digest], self._by_node[pack.device.node]
+                for map_digest in pack.extents:
+                    left = tuple(other for other in self._by_layer[map_digest] if other is not pack)
+                    if left:
+                        self._by_layer[map_digest] = left
+                    else:
+                        del self._by_layer[map_digest]
+                    lost[map_digest] = None
+        for pack in gone:
+            self._fetcher.detach(pack.layer.map_digest)
+        return Stopped(
+            map_digests=list(lost),
+            table_digests=[pack.layer.map_digest for pack in gone],
+            nodes=[pack.device.node for pack in gone],
+        )
+
+    def digests(self) -> set[bytes]:
+        """Of all frames of all packs: the cache lets go of them last."""
+        packs = list(self._by_digest.values())
+        return {block.digest for pack in packs for block in pack.layer.block_map.blocks}
+
+    def status(self) -> list[dict[str, Any]]:
+        """A JSON object for each pack."""
+        return [
+            {
+                "table_digest": pack.layer.map_digest,
+                "owners": sorted(pack.owners),
+                "bytes": pack.layer.block_map.blob_bytes,
+                "frames": len(pack.layer.block_map.blocks),
+                "present_frames": sum(self._cache.present(b.digest) for b in pack.layer.block_map.blocks),
+                "failed_frames": len(pack.failed),
+                "error": pack.error,
+            }
+            for pack in list(self._by_digest.values())
+        ]
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def of_layer(self, map_digest: str) -> tuple[tuple[wire.Device, ...], bytes]:
+        """The packs of a layer, for a worker, and the layer's extents in them (packlayout.py)."""
+        packs = [pack for pack in self._by_layer.get(map_digest, ()) if pack.error is None]
+        packs = packs[-packlayout.MAX_PACKS :]
+        return tuple(p.device for p in packs), packlayout.encode(p.extents[map_digest] for p in packs)
+
+    def frame(self, node: int, index: int, done: FrameDone) -> None:
+        """One frame for a reader that waits; an error means that blocks are the way."""
+        pack = self._by_node.get(node)
+        if pack is None or index >= len(pack.layer.block_map.blocks):
+            done(errors.NotFoundError(f"no boot pack with node id {node}, or no frame {index} in it"))
+            return
+        digest = pack.layer.block_map.blocks[index].digest
+        if not self._cache.present(digest) and (
+            index in pack.failed or not pack.worth.fetching(index, self._cache.present)
+        ):
+            done(errors.NotFoundError(f"boot pack {pack.layer.map_digest}: frame {index} is not fetched"))
+            return
+
+        def arrived(result: int | Exception) -> None:
+            if isinstance(result, Exception):
+                self._note_failure(pack, index, result)
+            done(result)
+
+        self._fetcher.request(pack.layer.map_digest, index, Priority.DEMAND, arrived, has_other_way=True)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _made(
+        self,
+        table_digest: str,
+        table: bootpack.Table,
+        block_maps: Mapping[str, blockmap.BlockMap],
+        origin: Origin,
+    ) -> _Pack:
+        value = bootstream.block_map(table)
+        return _Pack(
+            device=wire.Device(next(self._nodes), value.image_bytes, value.block_bytes, b"boot pack"),
+            layer=LazyLayer(table_digest, table.data_digest, value, origin),
+            worth=bootstream.Worth(table, block_maps),
+            extents={
+                map_digest: [Extent(record.first_page, record.pages, at) for record, at in records]
+                for map_digest, records in bootstream.records_by_layer(table).items()
+                if records
+            },
+            owners=set(),
+            failed=set(),
+        )
+
+    def _stream(self, pack: _Pack) -> None:
+        for index, block in enumerate(pack.layer.block_map.blocks):
+            if not self._cache.present(block.digest) and pack.worth.fetching(index, self._cache.present):
+                self._fetcher.request(pack.layer.map_digest, index, Priority.BOOT, self._arrived(pack, index))
+
+    def _arrived(self, pack: _Pack, index: int) -> Callable[[int | Exception], None]:
+        def done(result: int | Exception) -> None:
+            if isinstance(result, int):
+                os.close(result)
+            else:
+                self._note_failure(pack, index, result)
+
+        return done
+
+    def _note_failure(self, pack: _Pack, index: int, error: Exception) -> None:
+        if pack.error is not None or not pack.owners:
+            return  # said already, or detached
+        if not pack.failed:
+            text = "boot pack %s: frame %d: %s; its pages come by blocks"
+            _log.warning(text, pack.layer.map_digest, index, error)
+        pack.failed.add(index)
+        if isinstance(error, errors.NotFoundError | errors.DeniedError):
+            # Else every frame of hundreds would be asked for, to hear the same.
+            pack.error = str(error)
+            pack.failed.update(range(len(pack.layer.block_map.blocks)))
+            self._fetcher.detach(pack.layer.map_digest)

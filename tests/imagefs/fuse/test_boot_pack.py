@@ -1,0 +1,261 @@
+"""Starts with a boot pack: what it has comes from it, once; what goes wrong with it is never a reader's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagefs.fuse import control
+from tests.imagefs.fuse import packing, stack
+from tests.imagefs.fuse.stack import Reader, eventually
+
+pytestmark = pytest.mark.root
+
+_BLOCK = 65536
+_PAGES = 1024
+"""Of the layer images here: 4 MiB."""
+_SCATTERED = [(0, page, 2) for page in range(0, _PAGES, 16)]
+"""Two pages of every block, so that blocks instead of frames are not to be overlooked."""
+
+
+def _layer(seed: int = 1) -> stack.Layer:
+    return stack.make_layer(stack.random_image(_PAGES * 4096, seed), _BLOCK)
+
+
+def _pack_status(client: stack.Client) -> dict[str, Any]:
+    (status,) = client.status()["boot_packs"]
+    return dict(status)
+
+
+def _fetch(client: stack.Client) -> dict[str, Any]:
+    return dict(client.status()["fetch"])
+
+
+def _streamed(client: stack.Client) -> bool:
+    status = _pack_status(client)
+    return bool(status["present_frames"] == status["frames"])
+
+
+def _read_scattered(device: Path) -> bytes:
+    """The pages of _SCATTERED, and no others: without the kernel's read-ahead."""
+    fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return b"".join(_read_direct(fd, page, pages) for _, page, pages in _SCATTERED)
+    finally:
+        os.close(fd)
+
+
+def _read_direct(fd: int, page: int, pages: int) -> bytes:
+    import mmap
+
+    with mmap.mmap(-1, pages * 4096) as buffer:
+        assert os.preadv(fd, [buffer], page * 4096) == len(buffer)
+        return bytes(buffer)
+
+
+def _scattered(layer: stack.Layer) -> bytes:
+    return b"".join(layer.image[page * 4096 : (page + pages) * 4096] for _, page, pages in _SCATTERED)
+
+
+def test_what_the_pack_has_comes_from_it_alone(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
+        eventually(lambda: _streamed(client), "the whole pack is here, though nobody reads")
+        assert _read_scattered(device) == _scattered(layer)
+        stats = _fetch(client)
+        assert stats["demand_misses"] == 0
+        assert stats["fetched_bytes"] == stats["boot_bytes"] == len(pack.data)
+        # What it lacks comes by blocks, also where one read needs both.
+        assert device.read_bytes() == layer.image
+
+
+def test_a_reader_of_an_expected_page_waits_for_it(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        specs = [blobs.add(layer)]
+        blobs.open.clear()
+        (device,) = client.attach("owner", specs, stack.OPTIONS, packing.add(blobs, pack))
+        assert blobs.arrived.acquire(timeout=30)
+        reader = Reader(device, 0, 4096)
+        blobs.open.set()
+        assert reader.outcome() == stack.digest(layer.image[:4096])
+        eventually(lambda: _streamed(client), "the rest")
+        # The kernel reads ahead; the block of the page itself was not asked for twice.
+        assert _fetch(client)["boot_bytes"] == len(pack.data)
+
+
+def test_frames_of_cached_blocks_are_not_fetched(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        spec = blobs.add(layer)
+        (device,) = client.attach("first", [spec], stack.OPTIONS)
+        assert device.read_bytes() == layer.image
+        requests = blobs.requests
+        stack.drop_cached_pages(device)
+        client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack))
+        assert _read_scattered(device) == _scattered(layer)
+        assert blobs.requests == requests
+
+
+def test_a_pack_that_comes_later_counts_for_open_devices(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """Workers that know the device are told; and told again when the pack goes."""
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        spec = blobs.add(layer)
+        (device,) = client.attach("first", [spec], stack.OPTIONS)
+        with open(device, "rb", buffering=0) as file:
+            os.pread(file.fileno(), 4096, 0)
+            client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack))
+            eventually(lambda: _streamed(client), "the pack")
+            misses = _fetch(client)["demand_misses"]
+            assert _read_scattered(device) == _scattered(layer)
+            assert _fetch(client)["demand_misses"] == misses
+            client.detach("second")
+            assert client.status()["boot_packs"] == []
+            assert device.read_bytes() == layer.image
+
+
+def _table_missing(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
+    spec = pack.spec(blobs.ref(), with_table=False)
+    return dataclasses.replace(spec, table_digest=stack.digest(b"nobody has this"))
+
+
+def _table_of_other_layers(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
+    other = _layer(9)
+    return packing.add(blobs, packing.make([other], _SCATTERED))
+
+
+def _data_missing(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
+    return pack.spec(blobs.ref())
+
+
+def _data_corrupt(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
+    spec = packing.add(blobs, pack)
+    blobs.blobs[pack.table.data_digest] = bytes(byte ^ 1 for byte in pack.data)
+    return spec
+
+
+def _frame_corrupt(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
+    """One frame is another one of the same size: a whole frame, of wrong bytes."""
+    spec = packing.add(blobs, pack)
+    first, second = pack.table.frames[:2]
+    assert first.compressed_bytes == second.compressed_bytes
+    data = bytearray(pack.data)
+    data[: first.compressed_bytes] = data[second.offset : second.offset + second.compressed_bytes]
+    blobs.blobs[pack.table.data_digest] = bytes(data)
+    return spec
+
+
+@pytest.mark.parametrize(
+    "spoil", [_table_missing, _table_of_other_layers, _data_missing, _data_corrupt, _frame_corrupt]
+)
+def test_a_bad_pack_costs_no_reader_an_error(
+    tmp_path: Path,
+    blobs: stack.BlobServer,
+    spoil: Callable[[stack.BlobServer, packing.Pack], control.PackSpec],
+) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, spoil(blobs, pack))
+        assert _read_scattered(device) == _scattered(layer)
+        assert device.read_bytes() == layer.image
+
+
+def test_an_origin_that_dies_in_the_middle(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """What came of the pack is read with the origin dead; the rest once it lives again."""
+    layer = _layer()
+    pack = packing.make([layer], [(0, 0, 512)])
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
+        eventually(lambda: _streamed(client), "the pack")
+        blobs.dead = True
+        fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+        assert _read_direct(fd, 100, 200) == layer.image[100 * 4096 : 300 * 4096]
+        os.close(fd)
+        reader = Reader(device)
+        eventually(lambda: _fetch(client)["failed_blocks"] > 0, "a block is tried in vain")
+        blobs.dead = False
+        assert reader.outcome() == stack.digest(layer.image)
+
+
+def test_an_origin_that_is_dead_at_the_start(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        blobs.dead = True
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
+        reader = Reader(device)
+        eventually(lambda: _pack_status(client)["failed_frames"] > 0, "a frame is given up")
+        blobs.dead = False
+        assert reader.outcome() == stack.digest(layer.image)
+
+
+@pytest.mark.parametrize("victims", ["workers", "server", "both"])
+def test_killed_in_mid_stream(tmp_path: Path, blobs: stack.BlobServer, victims: str) -> None:
+    """Readers go on; a successor fetches what the cache lacks of the pack, and no more."""
+    layer = _layer()
+    pack = packing.make([layer], [(0, page, 64) for page in range(0, _PAGES, 64)])
+    with stack.running(stack.settings(tmp_path)) as client:
+        specs = [blobs.add(layer)]
+        blobs.open.clear()
+        (device,) = client.attach("owner", specs, stack.OPTIONS, packing.add(blobs, pack))
+        reader = Reader(device)
+        assert blobs.arrived.acquire(timeout=30)
+        before = client.status()["processes"]
+        dying = [*before["workers"]] if victims != "server" else []
+        dying += [before["server"]] if victims != "workers" else []
+        for pid in dying:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: client.status()["processes"]["workers"] != before["workers"], "successors")
+        blobs.open.set()
+        assert reader.outcome() == stack.digest(layer.image)
+        eventually(lambda: _streamed(client), "the successor goes on")
+        assert _fetch(client)["demand_misses"] == 0
+
+
+def test_two_packs_of_one_layer(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    base, one, two = _layer(1), _layer(2), _layer(3)
+    first = packing.make([base, one], [(0, 0, 100), (1, 5, 50)])
+    second = packing.make([base, two], [(0, 90, 100), (1, 5, 50)])
+    with stack.running(stack.settings(tmp_path)) as client:
+        specs = {id(layer): blobs.add(layer) for layer in (base, one, two)}
+        (device, _) = client.attach(
+            "one", [specs[id(base)], specs[id(one)]], stack.OPTIONS, packing.add(blobs, first)
+        )
+        client.attach("two", [specs[id(base)], specs[id(two)]], stack.OPTIONS, packing.add(blobs, second))
+        eventually(
+            lambda: all(s["present_frames"] == s["frames"] for s in client.status()["boot_packs"]), "both"
+        )
+        fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+        assert _read_direct(fd, 0, 190) == base.image[: 190 * 4096]
+        os.close(fd)
+        assert _fetch(client)["demand_misses"] == 0
+        client.detach("one")
+        stack.drop_cached_pages(device)
+        assert device.read_bytes() == base.image
+
+
+def test_without_room_the_pack_is_served_from_memory_or_by_blocks(
+    tmp_path: Path, blobs: stack.BlobServer
+) -> None:
+    layer = _layer()
+    pack = packing.make([layer], _SCATTERED)
+    values = stack.settings(tmp_path, free_floor_bytes=1 << 60)
+    with stack.running(values) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
+        assert _read_scattered(device) == _scattered(layer)
+        assert device.read_bytes() == layer.image
