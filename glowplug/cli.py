@@ -35,6 +35,7 @@ VERBS = {
     "run": "Run a command in an image, in namespaces of its own.",
     "status": "Show what is mounted, whether it works, what was fetched.",
     "top": "Watch the agent of this node: starts, images, bytes by source, events.",
+    "trace": "Record what the start of an image reads, for its boot pack.",
     "umount": "Unmount what `mount` mounted.",
 }
 

@@ -31,12 +31,13 @@ _PARALLEL_READS = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for. `mode` None chooses."""
+    """What the user asked for. `mode` None chooses. `read_ahead_kib` is that of the layers' mounts."""
 
     mode: Mode | None = None
     writable: bool = False
     suid: bool = False
     dev: bool = False
+    read_ahead_kib: int = mount.READ_AHEAD_KIB
 
     def mount_flags(self) -> int:
         """Flags of the assembled mount."""
@@ -126,7 +127,7 @@ def assemble(
             f"--mode {options.mode} needs the right to mount: {exc.strerror}"
         ) from exc
     try:
-        choice, mounted = mount.mount_layers(options.mode, names, folder)
+        choice, mounted = mount.mount_layers(options.mode, names, folder, options.read_ahead_kib)
         if choice is None:
             return None
         if options.writable and root is None:

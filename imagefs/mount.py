@@ -38,7 +38,9 @@ _NO_FEATURES = "redirect_dir=nofollow,index=off,metacopy=off,xino=on"
 
 
 _BACKING_DEVICES = Path("/sys/class/bdi")
-_READ_AHEAD_KIB = 2048
+READ_AHEAD_KIB = 2048
+NO_READ_AHEAD_KIB = 4
+"""One page. With none at all the kernel makes a request of each page of a read(2), however long that is."""
 
 
 class Mode(enum.StrEnum):
@@ -74,7 +76,7 @@ _DEFAULT_CHOICE = Choice(Mode.EROFS, "the kernel mounts EROFS from plain files")
 def mount_layer(wanted: Mode | None, name: str, device: Path, target: Path) -> Choice:
     """Mount one layer image (name for messages) where it stays, at `target`. `wanted` is the mode of an
     earlier choice. ConfigurationError when this machine can mount no EROFS at all."""
-    with _read_ahead():
+    with _read_ahead(READ_AHEAD_KIB):
         choice = _mount_or_fall_back(
             wanted, Choice(wanted, "as before") if wanted else _DEFAULT_CHOICE, name, device, target
         )
@@ -84,20 +86,25 @@ def mount_layer(wanted: Mode | None, name: str, device: Path, target: Path) -> C
 
 
 def mount_layers(
-    wanted: Mode | None, devices: Sequence[tuple[str, Path]], folder: Path
+    wanted: Mode | None,
+    devices: Sequence[tuple[str, Path]],
+    folder: Path,
+    read_ahead_kib: int = READ_AHEAD_KIB,
 ) -> tuple[Choice | None, list[Path]]:
     """Mount layer images (name for messages, device file) at folder/0, folder/1 ... Returns the choice and
     the mount points; choice None when this machine can mount no EROFS (wanted None) or nothing was
     mounted for lack of it. On an error nothing stays mounted."""
     done: list[Path] = []
     choice = Choice(wanted, "asked for") if wanted in (Mode.LOOP, Mode.EROFS) else _DEFAULT_CHOICE
-    with _read_ahead():
+    with _read_ahead(read_ahead_kib):
         try:
             for number, (name, device) in enumerate(devices):
                 target = folder / str(number)
                 target.mkdir(exist_ok=True)
                 fixed = choice.mode if number or wanted else None
                 choice = _mount_or_fall_back(fixed, choice, name, device, target)
+                if choice.mode is Mode.LOOP and read_ahead_kib != READ_AHEAD_KIB:
+                    _set_loop_read_ahead(target, read_ahead_kib)
                 if choice.mode is Mode.FUSE:
                     return None, []
                 done.append(target)
@@ -213,18 +220,29 @@ def _mount_layer(mode: Mode, device: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _read_ahead() -> Iterator[None]:
-    """Give the file-backed mounts that are made meanwhile the read-ahead of the device file."""
+def _read_ahead(kib: int) -> Iterator[None]:
+    """Give the file-backed mounts that are made meanwhile this read-ahead, as a rule that of the device
+    file."""
     before = _erofs_backing_devices()
     yield
     for name in _erofs_backing_devices() - before:
-        with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
-            (_BACKING_DEVICES / name / "read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
+        set_read_ahead(name, kib)
+
+
+def set_read_ahead(backing_device: str, kib: int) -> None:
+    """Set the read-ahead of what backs a mount: "major:minor", or erofs's own names."""
+    with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
+        (_BACKING_DEVICES / backing_device / "read_ahead_kb").write_text(str(kib))
+
+
+def _set_loop_read_ahead(target: Path, kib: int) -> None:
+    device = os.stat(target).st_dev
+    set_read_ahead(f"{os.major(device)}:{os.minor(device)}", kib)
 
 
 def _erofs_backing_devices() -> set[str]:
     """The kernel's names for what backs file-backed EROFS mounts, everybody's: it does not say whose is
-    whose, so that a mount made by another process meanwhile may get our read-ahead, which does no harm."""
+    whose, so that a mount made by another process meanwhile may get our read-ahead, and ours theirs."""
     with contextlib.suppress(OSError):
         return {name for name in os.listdir(_BACKING_DEVICES) if name.startswith("erofs-")}
     return set()
