@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from glowplug import cli, settings
+from glowplug import settings, terminal
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_the_floor_is_of_the_filesystem_that_will_hold_the_cache(tmp_path: Path)
 
 
 def test_messages_do_not_drive_the_terminal() -> None:
-    assert cli._printable("a\x1b[2Jb\nc\udcff é") == "a\\x1b[2Jb\nc\\udcff é"
+    assert terminal.printable("a\x1b[2Jb\nc\udcff é") == "a\\x1b[2Jb\\nc\\udcff é"
