@@ -53,6 +53,15 @@ DEVICE_OWNER = "agent"
 """The agent's hold on the device server: a `glowplug umount` in its state directory must not end that."""
 MAX_WORKERS = 4
 _LOCK = "agent.lock"
+_KEPT = {
+    "cache.directory": "cache_dir",
+    "cache.quota_bytes": "cache_quota_bytes",
+    "cache.free_floor_percent": "free_floor_bytes",
+    "reads.deadline_seconds": "read_deadline_seconds",
+    "reads.connections": "connections",
+    "reads.workers": "workers",
+}
+"""Settings that a running device server keeps, and what they are called there."""
 _UPKEEP_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 10.0
 
@@ -101,6 +110,7 @@ class Agent:
         origins = origin_options(settings)
         self._devices = DeviceClient.ensure(server_settings(settings, origins))
         self._devices.hold(DEVICE_OWNER)
+        self._say_kept_settings(server_settings(settings, origins))
         store, rebuilt = reconcile.open_store(settings.root, self._observer)
         self._exit.callback(store.close)
         self._mounts = LayerMounts(settings.root / "layers", settings.state)
@@ -134,6 +144,17 @@ class Agent:
         self._reconciler.restore(rebuilt=rebuilt)
         server = service.serve(snapshotter, settings.socket, self._observer)
         self._exit.callback(server.stop, _STOP_GRACE_SECONDS)
+
+    def _say_kept_settings(self, wanted: control.ServerSettings) -> None:
+        kept = control.kept_settings(wanted)
+        named = [f"{key} ({kept[name]})" for key, name in _KEPT.items() if name in kept]
+        if named:
+            self._observer.event(
+                "settings_kept",
+                f"the device server of {wanted.state_dir} goes on as it was started, with another "
+                f"{', '.join(named)}: the new ones count when it is started anew, say by a reboot",
+                level="warning",
+            )
 
     def _give_credentials(self, routes: api.Routes, client: kubernetes.Client | None) -> None:
         """To the registry clients of this node: the device server's, and our own."""

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import click
 
 from glowplug import interrupts, settings
-from imagefs import errors
 
 if TYPE_CHECKING:
     from imagefs.fuse.control import DeviceClient, ServerSettings
@@ -64,15 +63,8 @@ def _say_differences(wanted: ServerSettings) -> None:
     """A server that runs already keeps what it was started with: nobody should think otherwise."""
     from imagefs.fuse import control
 
-    try:
-        running = control.decode_settings((wanted.state_dir / "settings.json").read_bytes())
-    except (OSError, errors.ConfigurationError):
-        return
-    kept = [
-        f"{option} {getattr(running, name)}"
-        for option, name in _OPTIONS.items()
-        if getattr(running, name) != getattr(wanted, name)
-    ]
+    running = control.kept_settings(wanted)
+    kept = [f"{option} {running[name]}" for option, name in _OPTIONS.items() if name in running]
     if kept:
         click.echo(
             f"glowplug: the device server of {wanted.state_dir} was started by an earlier mount and keeps "

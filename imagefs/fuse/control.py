@@ -102,6 +102,17 @@ def decode_settings(data: bytes) -> ServerSettings:
         raise errors.ConfigurationError(f"settings.json of the device server: {exc!r}") from exc
 
 
+def kept_settings(wanted: ServerSettings) -> dict[str, object]:
+    """What the server of this state directory was started with and keeps, where something else is wanted:
+    field -> its value. Empty for a server that was just started."""
+    try:
+        running = decode_settings((wanted.state_dir / "settings.json").read_bytes())
+    except (OSError, errors.ConfigurationError):
+        return {}
+    names = [field.name for field in dataclasses.fields(ServerSettings)]
+    return {name: getattr(running, name) for name in names if getattr(running, name) != getattr(wanted, name)}
+
+
 class DeviceClient:
     """A client of one state directory's device server. Each request is a connection of its own, so that one
     client may be used from several threads, and outlives a restart of the server."""

@@ -188,6 +188,17 @@ def test_a_second_agent_on_what_one_has_is_refused(agent: Agent, source: Source,
     assert agent.message_of_the_day()
 
 
+def test_settings_that_a_running_device_server_keeps_are_named(agent: Agent) -> None:
+    agent.end()
+    agent.config.write_text(agent.config.read_text().replace("deadline_seconds = 5", "deadline_seconds = 6"))
+    agent.start()
+    (said,) = [
+        event for event in agent.api.get("/api/v1/events")["events"] if event["kind"] == "settings_kept"
+    ]
+    assert "reads.deadline_seconds (5.0)" in said["message"]
+    assert "cache." not in said["message"]
+
+
 def test_the_sockets_are_ours_alone(agent: Agent) -> None:
     for path in (agent.socket, agent.state / "agent.sock"):
         assert path.stat().st_mode & 0o777 == 0o600
