@@ -97,6 +97,12 @@ def without(main: str) -> Plan:
     return Plan(tomledit.revert(main), None)
 
 
+def mode_of(effective: Mapping[str, Any]) -> Mode:
+    """Which mode a configuration was made for."""
+    plugins = (_table(effective, "plugins", name, "containerd", "runtimes") for name in (_CRI, _RUNTIME))
+    return "runtime-class" if any(HANDLER in runtimes for runtimes in plugins) else "default"
+
+
 def differences(line: tuple[int, int], effective: Mapping[str, Any], wanted: Wanted) -> list[str]:
     """What the dump of a running configuration lacks, as lines of text. Empty: containerd will use us."""
     dialect = 2 if line < (2, 0) else 3

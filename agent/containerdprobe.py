@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
+from google.protobuf.message import Message
 
 from agent import containerdconfig, tomledit
 from agent.containerd import SNAPSHOTTER
@@ -24,6 +25,7 @@ from imagefs import errors
 
 _PROGRAM_SECONDS = 30.0
 _CALL_SECONDS = 10.0
+_CHECK_KEY = "glowplug-install-check"
 _SNAPSHOTS = "/containerd.services.snapshots.v1.Snapshots/"
 _PLACES = ("/usr/local/bin", "/usr/bin", "/usr/local/sbin", "/usr/sbin", "/opt/bin")
 
@@ -57,22 +59,38 @@ def socket_of(effective_config: Mapping[str, Any]) -> Path:
     return Path(str(address or "/run/containerd/containerd.sock"))
 
 
-def sees_us(socket: Path) -> str | None:
-    """None if the running daemon reaches our agent through its proxy plugin; else why not."""
-    request = snapshots_pb2.StatSnapshotRequest(snapshotter=SNAPSHOTTER, key="glowplug-install-check")
+def knows_us(socket: Path) -> str | None:
+    """None if the running daemon has our proxy plugin; else why not. Whether an agent is behind it, it does
+    not ask."""
+    request = snapshots_pb2.StatSnapshotRequest(snapshotter=SNAPSHOTTER, key=_CHECK_KEY)
+    code, details = _ask(socket, "Stat", request)
+    return None if code in (None, grpc.StatusCode.NOT_FOUND) else f"containerd at {socket}: {details}"
+
+
+def reaches_us(socket: Path) -> str | None:
+    """None if the running daemon makes a snapshot with our agent; else why not. The snapshot is removed; on
+    our side it goes with containerd's next garbage collection."""
+    prepare = snapshots_pb2.PrepareSnapshotRequest(snapshotter=SNAPSHOTTER, key=_CHECK_KEY)
+    code, details = _ask(socket, "Prepare", prepare)
+    if code in (None, grpc.StatusCode.ALREADY_EXISTS):
+        _ask(socket, "Remove", snapshots_pb2.RemoveSnapshotRequest(snapshotter=SNAPSHOTTER, key=_CHECK_KEY))
+        return None
+    return f"containerd at {socket}: {details}"
+
+
+def _ask(socket: Path, method: str, request: Message) -> tuple[grpc.StatusCode | None, str]:
+    """One call, its answer unread: None and "", or the code of the refusal and its words."""
     with grpc.insecure_channel(f"unix:{socket.absolute()}") as channel:
         call = channel.unary_unary(
-            f"{_SNAPSHOTS}Stat",
-            request_serializer=snapshots_pb2.StatSnapshotRequest.SerializeToString,
+            f"{_SNAPSHOTS}{method}",
+            request_serializer=type(request).SerializeToString,
             response_deserializer=empty_pb2.Empty.FromString,
         )
         try:
             call(request, timeout=_CALL_SECONDS, metadata=(("containerd-namespace", "default"),))
         except grpc.RpcError as exc:
-            if exc.code() is grpc.StatusCode.NOT_FOUND:
-                return None
-            return f"containerd at {socket}: {exc.code().name}: {exc.details()}"
-    return None
+            return exc.code(), f"{exc.code().name}: {exc.details()}"
+    return None, ""
 
 
 def serves_cri(socket: Path) -> bool:
@@ -103,7 +121,12 @@ def unfinished_snapshots(agent_socket: Path) -> list[str] | None:
         except grpc.RpcError:
             return None
     infos = [info for answer in answers for info in answer.info]
-    return [info.name for info in infos if info.kind != snapshots_pb2.COMMITTED]
+    return [info.name for info in infos if info.kind != snapshots_pb2.COMMITTED and not is_check(info.name)]
+
+
+def is_check(key: str) -> bool:
+    """Whether a snapshot of the agent is what `reaches_us` made."""
+    return key.endswith(f"/{_CHECK_KEY}")
 
 
 def _run(command: list[str]) -> str:

@@ -40,7 +40,7 @@ def install(change: Change, mode: containerdconfig.Mode) -> None:
             _start_agent(change, settings, new=new)
         changed = _write_containerd(change, line, plan, wanted)
         if change.restart and (changed or not _is_seen(change.host)):
-            change.restart_containerd(containerdprobe.sees_us)
+            change.restart_containerd(containerdprobe.reaches_us)
             change.say("containerd was restarted, and reaches the agent")
     change.say("installed" if change.restart else "written; nothing was restarted")
 
@@ -139,7 +139,7 @@ def _write_containerd(
 
 def _is_seen(place: Host) -> bool:
     effective = containerdprobe.effective(place.containerd, place.containerd_config)
-    return containerdprobe.sees_us(containerdprobe.socket_of(effective)) is None
+    return containerdprobe.knows_us(containerdprobe.socket_of(effective)) is None
 
 
 def _difference(path: Path, text: str | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from agent import config, containerdconfig, containerdprobe, host, hostfiles, store, tomledit
 from agent.containerd import SNAPSHOTTER
+from agent.daemon import DEVICE_OWNER
 from agent.host import Change
 from agent.reconcile import DATABASE
 from agent.snapshots import Kind
@@ -54,7 +55,10 @@ def _used(settings: config.Settings) -> list[str]:
     found = containerdprobe.unfinished_snapshots(settings.socket)
     if found is not None:
         return found
-    return [row.name for row in _rows(settings, store.Store.walk) if row.kind is not Kind.COMMITTED]
+    rows = _rows(settings, store.Store.walk)
+    return [
+        row.name for row in rows if row.kind is not Kind.COMMITTED and not containerdprobe.is_check(row.name)
+    ]
 
 
 def _rows(settings: config.Settings, read: Callable[[store.Store], list[Any]]) -> list[Any]:
@@ -109,7 +113,8 @@ def _stop(change: Change, settings: config.Settings, *, in_use: bool) -> None:
         return
     owners = {owner for device in client.status()["devices"] for owner in device["owners"]}
     for owner in sorted(owners):
-        if owner.startswith("image:") or owner == "peers":
+        if owner.startswith(("image:", "peer:")):
             client.detach(owner)
+    client.detach(DEVICE_OWNER)
     if not client.stop_if_idle():
         change.say("the device server goes on for what `glowplug mount` has mounted")
