@@ -125,15 +125,23 @@ class Fetcher:
     # -- reading -----------------------------------------------------------------------------------
 
     def request(
-        self, map_digest: str, index: int, priority: Priority, done: Done, *, has_other_way: bool = False
+        self,
+        map_digest: str,
+        index: int,
+        priority: Priority,
+        done: Done,
+        *,
+        has_other_way: bool = False,
+        patience_seconds: float = 0.0,
     ) -> None:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
         zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
         IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
         a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes
-        (another node, a reader who can do with blocks); that neither goes to a peer nor says anything about
-        what will be read next."""
+        (another node, a reader who can do with blocks), unless that has some patience; that neither goes to a
+        peer nor says anything about what will be read next."""
         wanted_at = time.monotonic()
+        patience = patience_seconds if has_other_way else self._settings.read_deadline_seconds
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
             done(errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"))
@@ -150,9 +158,11 @@ class Fetcher:
             self._call(done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
-            self._checkers.submit(self._check, map_digest, index, priority, done, wanted_at, has_other_way)
+            self._checkers.submit(
+                self._check, map_digest, index, priority, done, wanted_at, has_other_way, patience
+            )
         else:
-            self._miss(known.layer, index, priority, done, wanted_at, has_other_way)
+            self._miss(known.layer, index, priority, done, wanted_at, has_other_way, patience)
         if priority is Priority.DEMAND and not has_other_way:
             self._read_ahead(map_digest, index)
 
@@ -241,11 +251,12 @@ class Fetcher:
         done: Done | None,
         wanted_at: float,
         has_other_way: bool = False,
+        patience_seconds: float = 0.0,
     ) -> None:
         """The cache lacks it: the block's home among the peers is asked, or the origin."""
         peers = None if has_other_way else self._peers
         if peers is None or not peers.ask(layer, index, priority, done, wanted_at):
-            self._want(layer.map_digest, index, priority, done, wanted_at, patient=not has_other_way)
+            self._want(layer.map_digest, index, priority, done, wanted_at, patience_seconds)
         elif priority is Priority.DEMAND:
             with self._lock:
                 known = self._layers.get(layer.map_digest)
@@ -259,12 +270,14 @@ class Fetcher:
         priority: Priority,
         done: Done | None,
         wanted_at: float,
-        *,
-        patient: bool = True,
+        patience_seconds: float | None = None,
     ) -> None:
+        """`patience_seconds` None is the settings'; only demands have any."""
+        if patience_seconds is None:
+            patience_seconds = self._settings.read_deadline_seconds
         deadline = None
-        if priority is Priority.DEMAND and patient:
-            deadline = wanted_at + self._settings.read_deadline_seconds
+        if priority is Priority.DEMAND and patience_seconds:
+            deadline = wanted_at + patience_seconds
         with self._lock:
             known = self._layers.get(map_digest)
             attached = known is not None
@@ -297,6 +310,7 @@ class Fetcher:
         done: Done,
         wanted_at: float,
         has_other_way: bool,
+        patience_seconds: float,
     ) -> None:
         known = self._layers.get(map_digest)
         fd = None
@@ -307,7 +321,7 @@ class Fetcher:
         if known is None:
             self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
         elif fd is None:
-            self._miss(known.layer, index, priority, done, wanted_at, has_other_way)
+            self._miss(known.layer, index, priority, done, wanted_at, has_other_way, patience_seconds)
         else:
             self._log.note_hit(map_digest, index, priority, wanted_at, length)
             self._call(done, fd)

@@ -44,6 +44,8 @@ SAME_READ_SECONDS = 1.0
 the same read, and it must not wait for another deadline."""
 _TAKE_UP_SECONDS = 10.0
 """How long eviction waits, at the start, to be told what is in use: an origin may be asked for a map."""
+_FRAME_SHARE = 0.25
+"""Of a read's deadline: how much later an error may come because a frame was waited for first."""
 
 BlockDone = Callable[[int | Exception | None], None]
 """Called once, from any thread: with a descriptor (the callee's to close), None for zeros, or the error."""
@@ -86,7 +88,7 @@ class Layers:
         self._origins: dict[str, Origin] = {}
         self._failed: dict[tuple[str, int], float] = {}
         self._last_errors: dict[str, tuple[float, str]] = {}
-        self._packs = Packs(self._cache, self._fetcher)
+        self._packs = Packs(self._cache, self._fetcher, settings.read_deadline_seconds * _FRAME_SHARE)
         for record in table.records():
             try:
                 self._serve(

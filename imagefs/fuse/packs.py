@@ -59,11 +59,12 @@ class _Pack:
 
 
 class Packs:
-    """See the module."""
+    """See the module. `patience_seconds`: how long a reader waits for a frame before it goes for blocks."""
 
-    def __init__(self, cache: BlockCache, fetcher: Fetcher) -> None:
+    def __init__(self, cache: BlockCache, fetcher: Fetcher, patience_seconds: float) -> None:
         self._cache = cache
         self._fetcher = fetcher
+        self._patience_seconds = patience_seconds
         self._lock = threading.Lock()
         self._nodes = itertools.count(wire.FIRST_PACK_NODE)
         self._by_digest: dict[str, _Pack] = {}
@@ -170,7 +171,14 @@ class Packs:
                 self._note_failure(pack, index, result)
             done(result)
 
-        self._fetcher.request(pack.layer.map_digest, index, Priority.DEMAND, arrived, has_other_way=True)
+        self._fetcher.request(
+            pack.layer.map_digest,
+            index,
+            Priority.DEMAND,
+            arrived,
+            has_other_way=True,
+            patience_seconds=self._patience_seconds,
+        )
 
     # -- inside ------------------------------------------------------------------------------------
 
