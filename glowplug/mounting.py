@@ -84,7 +84,8 @@ def run(
     folder = table.claim(record) / "private"
     try:
         with namespaces.signals_held():
-            devices = client.attach(record.id, assembly.layer_specs(image), origins)
+            layers, pack = assembly.layer_specs(image), assembly.pack_spec(image)
+            devices = client.attach(record.id, layers, origins, pack)
         namespaces.enter_private_mounts()
         _forget_other_mounts(storage.state_dir)
         folder.mkdir()
@@ -178,7 +179,8 @@ def _mount_in_kernel(
         # Whole or not at all: an attach that was cut short could arrive after its own detach.
         with namespaces.signals_held():
             folder = table.claim(record)
-            devices = client.attach(record.id, assembly.layer_specs(image), origins)
+            layers, pack = assembly.layer_specs(image), assembly.pack_spec(image)
+            devices = client.attach(record.id, layers, origins, pack)
         choice = _assemble(image, devices, folder, Path(record.directory), options, record, client)
         if choice is not None:
             table.update(dataclasses.replace(record, mode=choice.mode.value, pid=None, pid_start=None))

@@ -18,9 +18,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagefs import erofs, errors, mount, syscalls
+from imagefs import bootpack, erofs, errors, mount, syscalls
 from imagefs.erofs import ondisk
-from imagefs.fuse.devices import LayerSpec
+from imagefs.fuse.devices import LayerSpec, PackSpec
 from imagefs.image import LazyImage
 from imagefs.lazylayer import LazyLayer
 from imagefs.mount import Choice, Mode, RootAttributes
@@ -105,6 +105,21 @@ def layer_specs(image: LazyImage) -> list[LayerSpec]:
         )
         for lazy, data in zip(image.layers, image.map_bytes, strict=True)
     ]
+
+
+def pack_spec(image: LazyImage) -> PackSpec | None:
+    """What the device server must know of the image's boot pack; None without one that can be used."""
+    if image.boot_pack is None or image.block_image.boot_pack is None:
+        return None
+    table, data = image.block_image.boot_pack.table, image.block_image.boot_pack.data
+    return PackSpec(
+        origin_ref=image.origin.name,
+        table_digest=table.digest,
+        table_size=table.size,
+        data_digest=data.digest,
+        data_size=data.size,
+        table_bytes=bootpack.encode(image.boot_pack),
+    )
 
 
 def assemble(
