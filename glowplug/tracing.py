@@ -59,7 +59,10 @@ def record(
     storage: settings.Storage,
     origins: Options,
 ) -> Result:
-    """Run `spec` in an image until it is ready, then end it. Returns what was read until then."""
+    """Run `spec` in an image until it is ready, then end it. Returns what was read until then. BusyError
+    when the address that is waited for answers before."""
+    if until.address is not None and readiness.answers_now(until.address):
+        raise errors.BusyError(f"{until.address} answers already, without {spec.argv[0]}: end what does")
     if not image.layers:
         raise errors.InvalidInputError(f"{ref} has no layers: its start reads nothing")
     options = dataclasses.replace(options, read_ahead_kib=mount.NO_READ_AHEAD_KIB)
@@ -75,9 +78,12 @@ def record(
         with readiness.child(run, until) as child:
             ready = child.wait()
             recorded = client.stop_recording(_OWNER)
-            child.end()
-            child.raise_failure()
-            failure = "" if ready else _failure(spec, until, child.exit_code)
+            failure = ""
+            if ready:
+                child.end()
+            else:
+                child.raise_failure()
+                failure = _failure(spec, until, child.exit_code)
     return Result(_trace(image, spec, recorded), recorded.left_out, failure)
 
 

@@ -1,0 +1,226 @@
+"""`glowplug trace`: the real command in real mounts; what it says was read is sought in the layer images."""
+
+from __future__ import annotations
+
+import http.server
+import random
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from imagefs import image, reference, trace
+from tests.fixtures import block_images, images
+from tests.fixtures.block_images import Command
+from tests.glowplug.test_run import shell_layer
+
+pytestmark = pytest.mark.root
+
+_A, _B = (random.Random(name).randbytes(600_000) for name in "ab")
+
+
+@pytest.fixture(scope="module")
+def ref(tmp_path_factory: pytest.TempPathFactory) -> str:
+    files = images.tar_of([("data/a", _A), ("data/b", _B)], root=False)
+    return block_images.make(tmp_path_factory.mktemp("trace"), [shell_layer(), files])
+
+
+def _layer_images(ref: str) -> list[bytes]:
+    """The layer images, by zstd."""
+    opened = image.open_image(reference.parse(ref))
+    blobs = [
+        opened.origin.read_blob(layer.blob.digest, layer.blob.size) for layer in opened.block_image.layers
+    ]
+    return [
+        subprocess.run(["zstd", "-dc"], input=blob, capture_output=True, check=True).stdout for blob in blobs
+    ]
+
+
+def _pages(path: Path) -> set[tuple[int, int]]:
+    records = trace.merge([trace.decode(path.read_bytes())])
+    return {(r.layer, page) for r in records for page in range(r.first_page, r.first_page + r.pages)}
+
+
+def _touched(ref: str, path: Path, content: bytes) -> tuple[int, int]:
+    """How many pages of a file of layer 1 are in a trace, and how many it has."""
+    start = _layer_images(ref)[1].index(content[:4096])
+    first, end = start // 4096, -(-(start + len(content)) // 4096)
+    return len({page for layer, page in _pages(path) if layer == 1 and first <= page < end}), end - first
+
+
+def _left(glowplug: Command) -> list[str]:
+    folder = glowplug.state_dir / "traces"
+    return glowplug.left() + ([path.name for path in folder.iterdir()] if folder.is_dir() else [])
+
+
+def test_it_holds_what_was_read_and_no_more(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.trace"
+    said = glowplug("trace", ref, "-o", path, "--", "sh", "-c", "echo hello; cat /data/a > /dev/null")
+    assert said.stdout.startswith(f"{path}: ")
+    assert said.stderr == "hello\n"
+    held, all_pages = _touched(ref, path, _A)
+    assert held == all_pages
+    assert _touched(ref, path, _B)[0] == 0
+    found = trace.decode(path.read_bytes())
+    opened = image.open_image(reference.parse(ref))
+    assert found.source_digest == opened.source_digest
+    assert found.block_image_digest == opened.manifest.digest
+    assert found.map_digests == tuple(layer.map_digest for layer in opened.layers)
+    assert found.command == ("sh", "-c", "echo hello; cat /data/a > /dev/null")
+    sizes = [layer.block_map.image_bytes for layer in opened.layers]
+    assert all(read.offset + read.length <= sizes[read.layer] for read in found.reads)
+    for number, layer in enumerate(opened.layers):  # a mount reads all metadata: a pack must have it
+        first = layer.block_map.metadata_offset // 4096
+        last = (layer.block_map.metadata_offset + layer.block_map.metadata_bytes - 1) // 4096
+        assert {(number, page) for page in range(first, last + 1)} <= _pages(path)
+    assert _left(glowplug) == []
+
+
+def test_two_processes_of_one_workload_give_one_trace(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    """Also where all of it lies in the page cache of other mounts of the same image."""
+    command = ["--", "sh", "-c", "ls -R /bin /data > /dev/null; cat /data/b > /dev/null; id"]
+    glowplug("trace", ref, "-o", tmp_path / "1", *command)
+    where = tmp_path / "mnt"
+    where.mkdir()
+    glowplug("mount", ref, where)
+    assert (where / "data/b").read_bytes() == _B
+    glowplug("trace", ref, "-o", tmp_path / "2", *command)
+    assert glowplug.left() != []
+    glowplug("umount", where)
+    assert _pages(tmp_path / "1") == _pages(tmp_path / "2")
+    assert _left(glowplug) == []
+
+
+def test_until_a_line_is_printed(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.trace"
+    script = "cat /data/a > /dev/null; echo now ready >&2; sleep 600; cat /data/b > /dev/null"
+    said = glowplug("trace", ref, "-o", path, "--until-log", "^now r.*y$", "--", "sh", "-c", script)
+    assert said.stderr == "now ready\n"
+    held, all_pages = _touched(ref, path, _A)
+    assert held == all_pages
+    assert _touched(ref, path, _B)[0] == 0
+    assert _left(glowplug) == []
+
+
+def test_until_a_url_answers(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) > 3 else 503)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/health"
+        glowplug("trace", ref, "-o", tmp_path / "1", "--until-http", url, "--", "sleep", "600")
+        assert asked == ["/health"] * 4
+        assert trace.decode((tmp_path / "1").read_bytes()).reads
+        arguments = ["-o", tmp_path / "2", "--until-http", url, "--", "sleep", "600"]
+        assert "answers already" in glowplug("trace", ref, *arguments, code=9).stderr
+        server.shutdown()
+    assert _left(glowplug) == []
+
+
+def test_until_a_port_takes_connections(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = glowplug.start(
+        "trace", ref, "-o", tmp_path / "1", "--until-http", f":{port}",
+        "--", "sh", "-c", "echo up; sleep 600", stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"
+    with socket.create_server(("127.0.0.1", port)):
+        assert process.wait(30) == 0
+    process.stderr.close()
+    assert trace.decode((tmp_path / "1").read_bytes()).reads
+
+
+def test_for_a_time(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    glowplug("trace", ref, "-o", tmp_path / "out", "--seconds", "0.3", "--", "sleep", "600")
+    assert trace.decode((tmp_path / "out").read_bytes()).reads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["--", "sh", "-c", "exit 3"], 1, "sh ended with code 3 before its end"),
+        (["--until-log", "never", "--", "sh", "-c", "echo no"], 1, "before it printed 'never'"),
+        (["--until-http", "127.0.0.1:1", "--", "id"], 1, "before 127.0.0.1:1 answered"),
+        (["--", "nothing-like-it"], 1, "ended with code 127"),
+        (["-u", "nobody-here", "--", "id"], 8, "nobody-here"),
+        (["--until-log", "(", "--", "id"], 2, "--until-log"),
+        (["--until-log", "x", "--seconds", "1", "--", "id"], 2, "only one of"),
+        (["--until-http", "ftp://x", "--", "id"], 3, "neither a URL nor"),
+    ],
+)
+def test_no_trace_of_a_start_that_was_none(
+    glowplug: Command, ref: str, tmp_path: Path, arguments: list[str], code: int, why: str
+) -> None:
+    path = tmp_path / "out.trace"
+    assert why in glowplug("trace", ref, "-o", path, *arguments, code=code).stderr
+    assert not path.exists()
+    assert _left(glowplug) == []
+
+
+def test_what_a_killed_trace_left_the_next_one_takes_away(
+    glowplug: Command, ref: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        script = "cat /data/a > /dev/null; echo up; sleep 600"
+        process = glowplug.start(
+            "trace", ref, "-o", tmp_path / "1", "--until-http", f"http://127.0.0.1:{silent.getsockname()[1]}/",
+            "--", "sh", "-c", script, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline() == "up\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.stderr.read() == ""  # the command died with it
+    assert len(list((glowplug.state_dir / "traces").iterdir())) == 1
+    glowplug("trace", ref, "-o", tmp_path / "2", "--", "id")
+    assert _left(glowplug) == []
+
+
+def test_interrupted_it_leaves_nothing(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    process = glowplug.start(
+        "trace", ref, "-o", tmp_path / "1", "--", "sh", "-c", "echo up; sleep 600", stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    process.stderr.close()
+    assert _left(glowplug) == []
+    assert not (tmp_path / "1").exists()
+
+
+def test_a_worker_that_dies_does_not_end_the_recording(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    """The next one on its clone is told what to note."""
+    from imagefs.fuse import control
+
+    path = tmp_path / "out.trace"
+    process = glowplug.start(
+        "trace", ref, "-o", path, "--", "sh", "-c", "echo up; sleep 1; cat /data/b > /dev/null",
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "up\n"
+    (own,) = (glowplug.state_dir / "traces").iterdir()
+    client = control.DeviceClient.connect(own)
+    assert client is not None
+    workers = client.status()["processes"]["workers"]
+    for worker in workers:
+        subprocess.run(["kill", "-9", str(worker)], check=True)
+    assert process.wait(30) == 0, process.stderr.read()
+    process.stderr.close()
+    held, all_pages = _touched(ref, path, _B)
+    assert held == all_pages
