@@ -63,7 +63,8 @@ class Images:
     block images lie, for registries and mirrors that keep no referrers.
 
     `trust`: "repository" takes what the repository lists, "pinned" only what `pins` say, "signed" only what
-    one of the cosign public keys `signature_keys` (PEM files) signed.
+    one of the cosign public keys `signature_keys` (PEM files) signed. `repositories` are the places (REFs, or
+    prefixes of them that end in "/") that "repository" believes; empty: all.
     """
 
     lookup_deadline_seconds: float = 10.0
@@ -71,6 +72,7 @@ class Images:
     trust: Literal["repository", "pinned", "signed"] = "repository"
     pins: tuple[Pin, ...] = ()
     signature_keys: tuple[Path, ...] = ()
+    repositories: tuple[str, ...] = ()
     block_repositories: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -24,6 +24,7 @@ import grpc
 from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
+from agent import lookup, snapshots
 from agent.proto import containerd_pb2 as messages
 from agent.proto import snapshots_pb2
 from imagefs import artifact, errors
@@ -67,7 +68,7 @@ class Containerd:
         """Make the snapshots and the image. UnavailableError when containerd, or the agent behind it, does
         not play its part."""
         with self._lease():
-            self._make_snapshots(image.chain_ids)
+            self._make_snapshots(image)
             self._write_documents(image)
             self._name_image(image)
 
@@ -88,13 +89,15 @@ class Containerd:
             self._metadata = plain
             self._call("leases.v1.Leases/Delete", messages.DeleteLeaseRequest(id=name))
 
-    def _make_snapshots(self, chain_ids: Sequence[str]) -> None:
+    def _make_snapshots(self, image: Image) -> None:
+        chain_ids = image.chain_ids
+        which = {lookup.REFERENCE_LABEL: image.name, lookup.MANIFEST_LABEL: image.manifests[-1].digest}
         for number, chain_id in enumerate(chain_ids):
             request = snapshots_pb2.PrepareSnapshotRequest(
                 snapshotter=SNAPSHOTTER,
                 key=f"glowplug-pull-{secrets.token_hex(8)} {chain_id}",
                 parent=chain_ids[number - 1] if number else "",
-                labels={"containerd.io/snapshot.ref": chain_id},
+                labels={**which, snapshots.REF_LABEL: chain_id},
             )
             if self._call("snapshots.v1.Snapshots/Prepare", request, allowed=grpc.StatusCode.ALREADY_EXISTS):
                 remove = snapshots_pb2.RemoveSnapshotRequest(snapshotter=SNAPSHOTTER, key=request.key)

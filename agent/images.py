@@ -71,7 +71,7 @@ class Images:
         self._trust = trust
         self._clock = clock
         self._maps = MapFiles(settings.root / "maps")
-        self._table = ImageTable(store.images())
+        self._table = ImageTable(store.images(), place_matters=settings.images.trust == "repository")
         self._lock = threading.Lock()
         self._attached: set[str] = set()
         self._attaching: dict[str, threading.Lock] = {}
@@ -92,9 +92,12 @@ class Images:
         """The lazy layer of a Prepare that is to become `chain_id`; None: unpack it in the ordinary way (the
         reason was told to the observer)."""
         wanted = lookup.from_labels(labels)
-        known = self._table.of_source(wanted.source_digest) if wanted is not None else None
-        row = known or (self._find_quietly(wanted) if wanted is not None else None)
-        place = self._table.layer_of_chain(chain_id, row)
+        listed = None if wanted is None else lookup.place(wanted, self._settings.block_repositories)
+        known = row = None
+        if wanted is not None and listed is not None:
+            known = self._table.of_source(wanted.source_digest, listed)
+            row = known or self._find_quietly(wanted)
+        place = self._table.layer_of_chain(chain_id, listed, row)
         if place is None:
             if row is not None:
                 text = f"{row.reference}: its block image has no layer {chain_id}: ordinary unpack of it"
@@ -106,6 +109,13 @@ class Images:
             )
         self._hold(place[0], HOLD_SECONDS)
         return Found(*place)
+
+    def may_serve(self, block_digest: str, labels: Mapping[str, str]) -> bool:
+        """Whether a layer of this block image may be that of the image which a Prepare's labels name: not
+        where another repository lists it (imagetable.py)."""
+        wanted = lookup.from_labels(labels)
+        listed = None if wanted is None else lookup.place(wanted, self._settings.block_repositories)
+        return self._table.may_serve(block_digest, listed)
 
     def directory(self, block_digest: str, layer: int) -> Path:
         """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
@@ -159,6 +169,7 @@ class Images:
         flight = self._flights.join(lookup.from_text(reference), remembered=False)
         assert flight.image is not None
         row = self._table.row(flight.image.manifest.digest)
+        self._table.name(row.block_digest)
         self._hold(row.block_digest, PULL_HOLD_SECONDS)
         return row, flight.image
 
@@ -219,6 +230,7 @@ class Images:
             with self._attaching_lock(digest):
                 if self._table.find(digest) is None:
                     self._take_up(flight, image)
+                self._table.admit(digest, image.origin.name)
             flight.block_digest, flight.image = digest, image
 
     def _take_up(self, flight: Flight, image: LazyImage) -> None:

@@ -2,6 +2,10 @@
 
 Owned by images.py; any thread, each method one short critical section. The store is the truth; this is what
 a Prepare looks at, because it must not wait for a disk.
+
+A block image is believed because of the place that lists it (a repository, as a REF without tag): whoever may
+push there could forge the files of any layer. So an image, and each of its layers, stands for images of the
+places that list it, and of no others; unless the trust policy vouches for the block image itself.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ from imagefs import errors
 class ImageTable:
     """See the module."""
 
-    def __init__(self, rows: Iterable[ImageRow]) -> None:
+    def __init__(self, rows: Iterable[ImageRow], *, place_matters: bool) -> None:
+        self._place_matters = place_matters
         self._lock = threading.Lock()
         self._rows: dict[str, ImageRow] = {}
-        self._by_source: dict[str, str] = {}
+        self._by_source: dict[tuple[str, str], str] = {}
+        self._places: dict[str, set[str]] = {}
+        self._named: set[str] = set()
         self._by_chain: dict[str, dict[str, int]] = {}
         self._held_until: dict[str, float] = {}
         for row in rows:
@@ -42,34 +49,60 @@ class ImageTable:
             raise errors.NotFoundError(f"block image {block_digest} is not known here")
         return found
 
-    def of_source(self, source_digest: str | None) -> ImageRow | None:
-        """By the digest of the source image's manifest."""
+    def of_source(self, source_digest: str | None, place: str) -> ImageRow | None:
+        """By the digest of the source image's manifest, for an image whose block image is looked for in
+        `place`."""
         with self._lock:
-            return self._rows.get(self._by_source.get(source_digest or "", ""))
+            return self._rows.get(self._by_source.get((self._at(place), source_digest or ""), ""))
 
-    def layer_of_chain(self, chain_id: str, wanted: ImageRow | None) -> tuple[str, int] | None:
-        """Where the layers up to a chain id are: (block image, index), in the wanted image if it is there."""
+    def layer_of_chain(
+        self, chain_id: str, place: str | None, wanted: ImageRow | None
+    ) -> tuple[str, int] | None:
+        """Where the layers up to a chain id are: (block image, index), in the wanted image if it is there.
+        `place` as for `of_source`; None for who does not say which image is meant: only one that was asked
+        for by name will do then."""
         with self._lock:
             places = self._by_chain.get(chain_id, {})
             if wanted is not None and wanted.block_digest in places:
                 return wanted.block_digest, places[wanted.block_digest]
-            return next(iter(places.items()), None)
+            return next((found for found in places.items() if self._may_serve(found[0], place)), None)
+
+    def may_serve(self, block_digest: str, place: str | None) -> bool:
+        """Whether layers of a block image may stand for those of an image; `place` as for
+        `layer_of_chain`."""
+        with self._lock:
+            return self._may_serve(block_digest, place)
 
     def put(self, row: ImageRow) -> None:
         """Add or replace."""
         with self._lock:
             self._rows[row.block_digest] = row
-            self._by_source[row.source_digest] = row.block_digest
+            self._admit(row, row.origin_ref)
             for number, layer in enumerate(row.layers):
                 self._by_chain.setdefault(layer.chain_id, {})[row.block_digest] = number
+
+    def admit(self, block_digest: str, place: str) -> None:
+        """This place lists the block image, too, and it may be used. Of one that is not known, nothing."""
+        with self._lock:
+            row = self._rows.get(block_digest)
+            if row is not None:
+                self._admit(row, place)
+
+    def name(self, block_digest: str) -> None:
+        """Somebody asked for the image by name."""
+        with self._lock:
+            if block_digest in self._rows:
+                self._named.add(block_digest)
 
     def drop(self, row: ImageRow) -> set[str]:
         """Remove. Returns the map digests of its layers that no other image has."""
         with self._lock:
             self._rows.pop(row.block_digest, None)
             self._held_until.pop(row.block_digest, None)
-            if self._by_source.get(row.source_digest) == row.block_digest:
-                del self._by_source[row.source_digest]
+            self._named.discard(row.block_digest)
+            for place in self._places.pop(row.block_digest, ()):
+                if self._by_source.get((place, row.source_digest)) == row.block_digest:
+                    del self._by_source[place, row.source_digest]
             for layer in row.layers:
                 places = self._by_chain.get(layer.chain_id, {})
                 places.pop(row.block_digest, None)
@@ -93,3 +126,19 @@ class ImageTable:
         """Until when an image is held; 0 if it is not."""
         with self._lock:
             return self._held_until.get(block_digest, 0.0)
+
+    # -- with the lock held ------------------------------------------------------------------------
+
+    def _admit(self, row: ImageRow, place: str) -> None:
+        self._places.setdefault(row.block_digest, set()).add(self._at(place))
+        self._by_source[self._at(place), row.source_digest] = row.block_digest
+
+    def _may_serve(self, block_digest: str, place: str | None) -> bool:
+        if place is not None:
+            return self._at(place) in self._places.get(block_digest, ())
+        row = self._rows.get(block_digest)
+        return row is not None and (row.pinned or row.prefetched or block_digest in self._named)
+
+    def _at(self, place: str) -> str:
+        """The place that counts: any is as good as another where the place does not matter."""
+        return place if self._place_matters else ""

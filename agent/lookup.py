@@ -148,6 +148,12 @@ def block_repository(ref: Reference, places: Mapping[str, str]) -> Reference | N
     return reference.parse(places[max(fitting, key=len)]) if fitting else None
 
 
+def place(wanted: Wanted, places: Mapping[str, str]) -> str:
+    """Where the block image of an image is looked for: the `name` of that origin."""
+    found = block_repository(wanted.reference, places) or wanted.reference
+    return str(dataclasses.replace(found, tag=None, digest=None))
+
+
 def chain_ids(diff_ids: Sequence[str]) -> list[str]:
     """The chain id of each layer, bottom first (OCI image spec, config.md)."""
     out: list[str] = []

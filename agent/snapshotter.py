@@ -55,6 +55,9 @@ class LazyImages(Protocol):
         """The layer of a Prepare that carries this chain id, attached and its metadata at hand; its image's
         row is in the store. None: ordinary unpack, and the reason was told to the observer."""
 
+    def may_serve(self, block_digest: str, labels: Mapping[str, str]) -> bool:
+        """Whether a snapshot of this image's layer may stand for that of the image which `labels` name."""
+
     def directory(self, block_digest: str, layer: int) -> Path:
         """The layer's mount point, mounted now. UnavailableError and its siblings when it cannot be."""
 
@@ -207,16 +210,21 @@ class Snapshotter:
 
     def _commit_lazily(self, reference: str, parent: str, labels: Mapping[str, str]) -> bool:
         there = self._lazy_row(reference, parent)
-        if there is not None and there.broken is None:
+        if there is not None and there.broken is None and self._may_serve(there, labels):
             return True
         for _ in range(2):
             found = self._images.find_layer(reference, labels)
             if found is None:
                 break
+            if there is not None and not self._may_serve(there, labels):
+                # Nor a second one beside it: containerd takes the first that has the label and the parent.
+                text = f"layer {reference} is here from another repository's block image: ordinary unpack"
+                self._observer.event("layer_not_shared", text, level="warning", snapshot=there.name)
+                break
             try:
                 if there is None:
-                    self._insert_lazy(reference, parent, labels, found)
-                else:
+                    return self._insert_lazy(reference, parent, labels, found)
+                if there.broken is not None:
                     self._relink(there, found)
                 return True
             except errors.NotFoundError:  # released just now, with the image's last snapshot: find it again
@@ -224,18 +232,24 @@ class Snapshotter:
                     self._rows.get(parent)
         return False
 
-    def _insert_lazy(self, reference: str, parent: str, labels: Mapping[str, str], found: Found) -> None:
-        """The name is the layer's, unless one on another parent has it."""
+    def _may_serve(self, row: store.SnapshotRow, labels: Mapping[str, str]) -> bool:
+        return row.image is not None and self._images.may_serve(row.image, labels)
+
+    def _insert_lazy(self, reference: str, parent: str, labels: Mapping[str, str], found: Found) -> bool:
+        """The name is the layer's, unless one on another parent has it. False if somebody else's image was
+        faster, and must not stand for this one."""
         for number in itertools.count(1):
             name = reference if number == 1 else f"{reference}/{number}"
             try:
                 self._rows.insert(
                     name, Kind.COMMITTED, parent, labels, image=found.block_digest, layer=found.layer
                 )
-                return
+                return True
             except agent_errors.AlreadyExistsError:
-                if self._lazy_row(reference, parent) is not None:
-                    return
+                there = self._lazy_row(reference, parent)
+                if there is not None:
+                    return self._may_serve(there, labels)
+        raise AssertionError("unreachable")
 
     def _relink(self, row: store.SnapshotRow, found: Found) -> None:
         """A quarantined layer that was found again. There must be one snapshot of it: containerd takes the

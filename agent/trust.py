@@ -1,10 +1,10 @@
 """Which block image may stand for a source image: the policy `images.trust`.
 
 Called by whoever opens a block image, before anything of it is used, with its manifest as stored.
-"repository" believes the repository's list, "pinned" only the digests that the settings name, "signed" only
-what one of the operator's cosign keys signed. `verify_payload` and `verify_signature` are pure; signatures
-are read from the origin that the block image lies in, bounded in number and size. DeniedError says why; the
-pull is then an ordinary one.
+"repository" believes the list of a repository (of those that `images.repositories` names), "pinned" only the
+digests that the settings name, "signed" only what one of the operator's cosign keys signed. `verify_payload`
+and `verify_signature` are pure; signatures are read from the origin that the block image lies in, bounded in
+number and size. DeniedError says why; the pull is then an ordinary one.
 
 Signatures as `cosign sign --key` makes them, without a transparency log: a manifest under the tag
 `sha256-HEX.sig`, or one that names the block image as its `subject`; each layer is a simple-signing payload
@@ -66,8 +66,19 @@ def check(images: config.Images, origin: Origin, source_digest: str, block_image
             f"block image {block_image.digest} of {source_digest} in {origin.name} is refused: trust is "
             '"pinned" and images.pins has no entry for this source'
         )
+    if images.trust == "repository" and not _is_believed(images.repositories, origin.name):
+        raise errors.DeniedError(
+            f"block image {block_image.digest} of {source_digest} in {origin.name} is refused: "
+            "images.repositories does not name that place"
+        )
     if images.trust == "signed":
         _check_signed(load_keys(images.signature_keys), origin, block_image.digest)
+
+
+def _is_believed(places: Sequence[str], name: str) -> bool:
+    return not places or any(
+        name == each or (each.endswith("/") and name.startswith(each)) for each in places
+    )
 
 
 def load_keys(files: Sequence[Path]) -> list[PublicKey]:

@@ -94,9 +94,16 @@ class LazyNode:
         subprocess.run(["umount", "-l", *map(str, self.mounted())], check=False, capture_output=True)
         self.start()
 
-    def push(self, tars: Sequence[bytes], *, converted: bool = True, block_bytes: int = 65536) -> Source:
+    def push(
+        self,
+        tars: Sequence[bytes],
+        *,
+        converted: bool = True,
+        block_bytes: int = 65536,
+        repository: str | None = None,
+    ) -> Source:
         """An image in the registry, with its block image beside it."""
-        repository = servers.unique_name("lazy")
+        repository = repository or servers.unique_name("lazy")
         image = images.make(tars)
         direct = f"docker://{self.registry.host}/{repository}:v1"
         origin = connect.connect(reference.parse(direct), connect.Options())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -225,11 +226,71 @@ def test_a_hold_ends_with_the_first_snapshot(node: LazyNode) -> None:
 
 
 def test_layers_of_an_image_that_is_not_converted_are_taken_from_one_that_is(node: LazyNode) -> None:
-    converted = node.push([BASE, layer_of(1)])
+    repository = servers.unique_name("shared")
+    converted = node.push([BASE, layer_of(1)], repository=repository)
     row = node.images.pull(converted.name)
-    other = node.push([BASE, layer_of(2)], converted=False)
+    other = node.push([BASE, layer_of(2)], converted=False, repository=repository)
     assert node.images.find_layer(other.chain_ids[0], other.labels) == Found(row.block_digest, 0)
     assert node.images.find_layer(other.chain_ids[1], other.labels) is None
+
+
+def test_no_repository_gives_the_layers_of_anothers_images(node: LazyNode) -> None:
+    """Whoever can push to any repository could else replace the files of every image, by its chain ids."""
+    planted = node.push([BASE, layer_of(1)])
+    assert node.images.find_layer(planted.chain_ids[0], planted.labels) is not None
+    victim = node.push([BASE, layer_of(2)], converted=False)
+    assert node.images.find_layer(victim.chain_ids[0], victim.labels) is None
+    (digest,) = {row.block_digest for row in node.images.rows()}
+    assert node.images.may_serve(digest, planted.labels)
+    assert not node.images.may_serve(digest, victim.labels)
+
+
+def test_no_repository_says_what_the_block_image_of_anothers_image_is(node: LazyNode) -> None:
+    """The same source manifest in two repositories, with two block images."""
+    tars = [BASE, layer_of(1)]
+    planted, victim = node.push(tars, block_bytes=2 * 65536), node.push(tars)
+    assert planted.digest == victim.digest
+    first = node.images.find_layer(planted.chain_ids[1], planted.labels)
+    second = node.images.find_layer(victim.chain_ids[1], victim.labels)
+    assert first is not None
+    assert second is not None
+    assert first.block_digest != second.block_digest
+    asked = len(node.proxy.requests)
+    assert node.images.find_layer(planted.chain_ids[0], planted.labels) == Found(first.block_digest, 0)
+    assert node.images.find_layer(victim.chain_ids[0], victim.labels) == Found(second.block_digest, 0)
+    assert len(node.proxy.requests) == asked, "both are known now"
+
+
+def test_a_block_image_that_two_repositories_list_serves_both(node: LazyNode) -> None:
+    tars = [BASE, layer_of(1)]
+    one, other = node.push(tars), node.push(tars)
+    first = node.images.find_layer(one.chain_ids[0], one.labels)
+    assert first is not None
+    assert not node.images.may_serve(first.block_digest, other.labels), "nobody has looked yet"
+    assert node.images.find_layer(other.chain_ids[0], other.labels) == first
+    assert node.images.may_serve(first.block_digest, other.labels)
+    asked = len(node.proxy.requests)
+    assert node.images.find_layer(other.chain_ids[1], other.labels) == Found(first.block_digest, 1)
+    assert len(node.proxy.requests) == asked
+
+
+def test_where_the_policy_vouches_for_the_block_image_its_repository_does_not_matter(
+    tmp_path: Path, registry: servers.RegistryServer
+) -> None:
+    with contextlib.closing(LazyNode(tmp_path, registry, trust="signed")) as node:
+        converted = node.push([BASE, layer_of(1)])
+        row = node.images.pull(converted.name)
+        other = node.push([BASE, layer_of(2)], converted=False)
+        assert node.images.find_layer(other.chain_ids[0], other.labels) == Found(row.block_digest, 0)
+
+
+def test_who_does_not_name_the_image_gets_layers_of_what_was_asked_for_by_name(node: LazyNode) -> None:
+    source = node.push([BASE])
+    found = node.images.find_layer(source.chain_ids[0], source.labels)
+    assert found is not None
+    assert node.images.find_layer(source.chain_ids[0], {}) is None
+    node.images.pull(source.name)
+    assert node.images.find_layer(source.chain_ids[0], {}) == found
 
 
 def test_after_a_reboot_nothing_is_asked_of_a_registry_that_is_down(node: LazyNode) -> None:

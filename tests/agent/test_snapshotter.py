@@ -52,6 +52,9 @@ class ErofsImages:
         self.rows.put_image(store.ImageRow(f"image-{chain_id}", "source", "ref", "docker://r", (layer,), 1))
         return snapshotter.Found(f"image-{chain_id}", 0)
 
+    def may_serve(self, block_digest: str, labels: Mapping[str, str]) -> bool:
+        return True
+
     def directory(self, block_digest: str, layer: int) -> Path:
         if self.unavailable:
             raise errors.UnavailableError("the registry is down")
@@ -481,6 +484,16 @@ def test_a_quarantined_layer_found_in_another_image(node: Node, tmp_path: Path) 
     assert [image.block_digest for image in node.rows.images()] == ["image-other"], "the first was released"
 
 
+def test_a_layer_that_must_not_stand_for_another_repositorys_is_unpacked(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "content").mkdir()
+    node.images.offer("sha256:1", tmp_path / "content", mount.RootAttributes())
+    node.lazy("sha256:1", "")
+    node.images.may_serve = lambda block_digest, labels: False  # type: ignore[method-assign]
+    labels = {snapshots.REF_LABEL: "sha256:1"}
+    assert node.snapshotter.prepare("extract", "", labels), "containerd unpacks it itself"
+    assert [info.name for info in node.snapshotter.walk()] == ["sha256:1", "extract"]
+
+
 def test_many_prepares_of_one_layer_at_once(node: Node, tmp_path: Path) -> None:
     (tmp_path / "content").mkdir()
     node.images.offer("sha256:1", tmp_path / "content", mount.RootAttributes())
@@ -712,6 +725,7 @@ from pathlib import Path
 from agent import observer, snapshotter, store
 class Nobody:
     def find_layer(self, chain_id, labels): return None
+    def may_serve(self, block_digest, labels): return True
     def released(self, block_digest): pass
 root = Path(sys.argv[1])
 made = snapshotter.Snapshotter(root, store.Store.open(root / "agent.db"), Nobody(), observer.Observer())

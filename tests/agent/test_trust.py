@@ -124,6 +124,30 @@ def signed(tmp_path: Path) -> config.Images:
     return config.Images(trust="signed", signature_keys=(pem(tmp_path, KEY),))
 
 
+@pytest.mark.parametrize(
+    ("places", "believed"),
+    [
+        ((), True),
+        (("docker://r.example/team/app",), True),
+        (("docker://r.example/team/",), True),
+        (("docker://r.example/team",), False),
+        (("docker://r.example/team/ap",), False),
+        (("docker://r.example/other/", "s3://bucket/team/app"), False),
+    ],
+)
+def test_the_repositories_that_are_believed(places: tuple[str, ...], believed: bool) -> None:
+    class Place:
+        name = "docker://r.example/team/app"
+
+    images = config.Images(repositories=places)
+    manifest = Manifest(artifact.OCI_MANIFEST, OTHER, b"")
+    if believed:
+        trust.check(images, Place(), SOURCE, manifest)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(errors.DeniedError, match=r"images\.repositories"):
+            trust.check(images, Place(), SOURCE, manifest)  # type: ignore[arg-type]
+
+
 class TestPins:
     def test_repository_takes_what_is_there(self, repository: Repository) -> None:
         repository.check(config.Images())
