@@ -171,7 +171,7 @@ def _kernel(facts: Facts) -> Iterator[Finding]:
             "fuse",
             "warning",
             f"Linux {kernel.release}: a crash of the device server is not survived: {_RESEND_FEW}",
-            "Linux 6.9 or newer queues them again; upgrades hand over without loss here, too",
+            "nothing must be done; Linux 6.9 or newer queues them again",
         )
     else:
         yield Finding("fuse", "ok", "a crash of the device server is survived (Linux 6.9 or newer)")

@@ -18,7 +18,7 @@ from agent.daemon import DEVICE_OWNER
 from agent.host import Change
 from agent.reconcile import DATABASE
 from agent.snapshots import Kind
-from imagefs import errors, syscalls
+from imagefs import errors, holders, syscalls
 from imagefs.fuse.control import DeviceClient
 
 _SHOWN_KEYS = 5
@@ -103,11 +103,11 @@ def _stop(change: Change, settings: config.Settings, *, in_use: bool) -> None:
     if in_use:
         change.say("the device server goes on for the containers that run, until the next boot")
         return
-    layers = settings.root / "layers"
-    for name in os.listdir(layers) if layers.is_dir() else ():
-        if name.isdigit():
-            with contextlib.suppress(OSError):  # not mounted
-                syscalls.umount(layers / name, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    below = tuple(f"{os.path.realpath(settings.root / name)}/" for name in ("layers", "mapped"))
+    for point in reversed(holders.mount_points()):
+        if point.directory.startswith(below):
+            with contextlib.suppress(OSError):
+                syscalls.umount(point.directory, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     client = DeviceClient.connect(settings.state)
     if client is None:
         return
