@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import secrets
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agent import errors as agent_errors
-from agent import snapshots, store
+from agent import snapshots, store, treeremoval
 from agent.mapped import MappedLowers
 from agent.observer import Observer
 from agent.snapshots import Info, Kind, Mount, Usage
@@ -178,7 +179,7 @@ class Snapshotter:
             if name in in_use:
                 continue
             try:
-                shutil.rmtree(self._folder / name)
+                treeremoval.remove_tree(self._folder / name)
             except FileNotFoundError:
                 pass  # it has got its name, or another cleanup was faster
             except OSError as exc:
@@ -339,7 +340,8 @@ def _is_id(name: str) -> bool:
 
 
 def disk_usage(directory: Path) -> Usage:
-    """Inodes, and bytes on the disk, of a tree; a file with several names counts once. UnavailableError."""
+    """Inodes, and bytes on the disk, of a tree; a file with several names counts once. Folders so deep that
+    their path is too long for the kernel are left out. UnavailableError."""
     seen: set[tuple[int, int]] = set()
     size_bytes = 0
 
@@ -353,14 +355,25 @@ def disk_usage(directory: Path) -> Usage:
         count(directory.lstat())
         pending = [str(directory)]
         while pending:
-            # An active snapshot changes while it is counted: what is gone counts nothing.
-            with contextlib.suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:
+            with _uncounted(), os.scandir(pending.pop()) as entries:
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):
+                    with _uncounted():
                         count(entry.stat(follow_symlinks=False))
                         if entry.is_dir(follow_symlinks=False):
                             pending.append(entry.path)
     return Usage(len(seen), size_bytes)
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """An active snapshot changes while it is counted: what is gone counts nothing."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        if exc.errno != errno.ENAMETOOLONG:
+            raise
 
 
 def _attributes(directory: Path) -> mount.RootAttributes:

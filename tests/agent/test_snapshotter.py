@@ -21,7 +21,7 @@ import pytest
 from agent import errors as agent_errors
 from agent import observer, snapshots, snapshotter, store
 from agent.snapshots import Kind, Mount, Usage
-from imagefs import errors, mount, syscalls
+from imagefs import errors, holders, mount, syscalls
 
 Change = Callable[[Path], None]
 
@@ -513,6 +513,56 @@ def test_many_prepares_of_one_layer_at_once(node: Node, tmp_path: Path) -> None:
         thread.join()
     assert answers == ["exists"] * 16
     assert [info.name for info in node.snapshotter.walk()] == ["sha256:1"]
+
+
+# --- what containers leave -------------------------------------------------------------------------------
+
+
+def make_deep(top: Path, levels: int) -> None:
+    """Folders inside one another, far beyond Python's stack and the kernel's longest path."""
+    folder = os.open(top, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("deeper", dir_fd=folder)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+        inner = os.open("deeper", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+
+
+def test_a_tree_deeper_than_pythons_stack_is_counted_and_deleted(node: Node) -> None:
+    """Any container can make one: it must not keep the node's cleanup, or the agent's start, from working."""
+    node.snapshotter.prepare("deep", "", {})
+    folder = node.snapshotter.folder(node.rows.get("deep").id)
+    make_deep(folder / "fs", 3000)
+    assert node.snapshotter.usage("deep").inodes > 500
+    node.snapshotter.remove("deep")
+    node.snapshotter.cleanup()
+    assert os.listdir(node.root / "snapshots") == []
+
+
+def test_deleting_follows_no_link_and_no_mount(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/precious").write_text("still here")
+    node.snapshotter.prepare("odd", "", {})
+    upper = node.snapshotter.folder(node.rows.get("odd").id) / "fs"
+    (upper / "link").symlink_to(tmp_path / "others")
+    (upper / "a/b/mounted").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", upper / "a/b/mounted"], check=True)
+    try:
+        (upper / "a/b/mounted/precious").write_text("too")
+        node.snapshotter.remove("odd")
+        node.snapshotter.cleanup()
+        (left,) = (node.root / "snapshots").iterdir()
+        (mounted,) = (point.directory for point in holders.mount_points() if str(left) in point.directory)
+        assert (Path(mounted) / "precious").read_text() == "too"
+    finally:
+        for point in holders.mount_points():
+            if point.directory.startswith(str(node.root)):
+                subprocess.run(["umount", point.directory], check=True)
+    node.snapshotter.cleanup()
+    assert os.listdir(node.root / "snapshots") == []
+    assert (tmp_path / "others/precious").read_text() == "still here"
 
 
 # --- user namespaces -------------------------------------------------------------------------------------
