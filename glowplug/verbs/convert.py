@@ -1,9 +1,11 @@
-"""`glowplug convert`: options to a pipeline.Request, the result to stdout."""
+"""`glowplug convert`: options to a pipeline.Request, the result to stdout; --trace-run adds a boot pack."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from converter import limits
-from glowplug import settings
-from imagefs import blockmap
+from glowplug import opening, settings
+from glowplug.verbs.trace import until_options
+from imagefs import blockmap, errors
 
 if TYPE_CHECKING:
+    from converter.pack import Packed
     from converter.report import ImageReport, Result
+    from glowplug.readiness import Until
     from imagefs.origin.connect import Options
 
 _LIMITS = limits.Limits()
@@ -96,7 +101,15 @@ longer than the work on one piece of data: the stages would wait for the parser,
     show_default=True,
     help="Limit of uncompressed over compressed bytes.",
 )
+@click.option(
+    "--trace-run",
+    metavar="CMD",
+    help="Then run CMD in the result, trace what it reads and add a boot pack of that: trace and pack in one "
+    "step. Words as in a shell, but no shell runs them.",
+)
+@until_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@settings.storage_options
 @settings.origin_options
 def command(
     *,
@@ -109,7 +122,10 @@ def command(
     layer_cache: Path | None,
     no_reuse: bool,
     jobs: int | None,
+    trace_run: str | None,
+    until: Until,
     as_json: bool,
+    storage: settings.Storage,
     origins: Options,
     **bounds: int,
 ) -> None:
@@ -117,6 +133,7 @@ def command(
 
     Temporary files go to $TMPDIR: about the compressed size of the image.
     """
+    words = _words(trace_run)
     from converter import blob, layer, memory, pipeline
     from glowplug import progress
     from imagefs import platforms, reference
@@ -143,7 +160,71 @@ def command(
     memory.return_what_is_freed()
     with progress.conversion() as observer:
         result = pipeline.convert(request, observer)
-    click.echo(json.dumps(result.document(), indent=2) if as_json else _summary(result))
+    document, summary = result.document(), _summary(result)
+    if words:
+        packed = _trace_and_pack(result, destination, words, until, storage, origins)
+        document["boot_pack"] = dataclasses.asdict(packed)
+        summary += (
+            f"\nboot pack: {packed.data_bytes / 1e6:.1f} MB of {packed.page_bytes / 1e6:.1f} MB read\n"
+            f"  {_pinned(result, packed)}"
+        )
+    click.echo(json.dumps(document, indent=2) if as_json else summary)
+
+
+def _words(trace_run: str | None) -> tuple[str, ...]:
+    """The command of --trace-run; what is wrong with it is said before anything is converted."""
+    if trace_run is None:
+        return ()
+    if os.geteuid() != 0:
+        raise errors.ConfigurationError("--trace-run needs root, as run does")
+    try:
+        words = tuple(shlex.split(trace_run))
+    except ValueError as exc:
+        raise click.BadParameter(f"{trace_run!r}: {exc}", param_hint="--trace-run") from exc
+    if not words:
+        raise click.BadParameter("no command", param_hint="--trace-run")
+    return words
+
+
+def _trace_and_pack(
+    result: Result,
+    destination: str | None,
+    words: tuple[str, ...],
+    until: Until,
+    storage: settings.Storage,
+    origins: Options,
+) -> Packed:
+    from converter import pack
+    from glowplug import process, progress, tracing
+    from imagefs import assembly, bootpack
+
+    ref = destination or _of_this_machine(result).ref
+    image = opening.open_image(ref, platform=None, block_repository=None, origins=origins)
+    spec = process.from_config(image.config_document(), words)
+    traced = tracing.record(ref, image, spec, until, assembly.Options(writable=True), storage, origins)
+    if traced.failure:
+        click.echo(f"glowplug: {traced.failure}: {image.manifest.digest} gets no boot pack", err=True)
+        sys.exit(1)
+    jobs = min(os.cpu_count() or 1, 8)
+    parameters = pack.Parameters(bootpack.DEFAULT_FRAME_BYTES, pack.DEFAULT_LEVEL, jobs)
+    return pack.pack(image, [traced.trace], parameters, progress.total)
+
+
+def _of_this_machine(result: Result) -> ImageReport:
+    """The image that can run here."""
+    from imagefs import platforms
+
+    host = platforms.host()
+    for image in result.images:
+        if image.platform.split("/")[:2] == [host.system, host.architecture]:
+            return image
+    raise errors.InvalidInputError(f"--trace-run: no image of {host} was converted, and no other runs here")
+
+
+def _pinned(result: Result, packed: Packed) -> str:
+    """The REF by digest of the block image that has the pack."""
+    traced = next(image for image in result.images if image.source_digest == packed.source_digest)
+    return traced.ref.replace(traced.block_image, packed.block_image_digest)
 
 
 def _summary(result: Result) -> str:

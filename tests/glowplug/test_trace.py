@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import random
 import signal
 import socket
@@ -224,3 +225,42 @@ def test_a_worker_that_dies_does_not_end_the_recording(glowplug: Command, ref: s
     process.stderr.close()
     held, all_pages = _touched(ref, path, _B)
     assert held == all_pages
+
+
+def test_convert_trace_and_pack_in_one_step(glowplug: Command, tmp_path: Path) -> None:
+    files = images.tar_of([("data/a", _A), ("data/b", _B)], root=False)
+    ref = block_images.layout(tmp_path / "image", images.make([shell_layer(), files]))
+    run = ["--trace-run", "sh -c 'cat /data/a > /dev/null; echo up; sleep 600'", "--until-log", "^up"]
+    said = glowplug("convert", ref, "--to", f"oci:{tmp_path}/there:v1", *run, "--json")
+    assert said.stderr == "up\n"
+    document = json.loads(said.stdout)
+    for found in (
+        f"oci:{tmp_path}/there:v1",
+        f"oci:{tmp_path}/there@{document['boot_pack']['block_image_digest']}",
+    ):
+        opened = image.open_image(reference.parse(found))
+        assert opened.manifest.digest == document["boot_pack"]["block_image_digest"]
+        assert opened.block_image.boot_pack is not None
+        assert opened.block_image.boot_pack.data.digest == document["boot_pack"]["data_digest"]
+    assert len(_A) < document["boot_pack"]["page_bytes"] < len(_A) + len(_B) + len(shell_layer())
+    again = glowplug("convert", ref, "--trace-run", "ls /data/b").stdout.splitlines()
+    opened = image.open_image(reference.parse(ref))
+    assert opened.block_image.boot_pack is not None
+    assert again[-1].strip() == f"oci:{tmp_path}/image@{opened.manifest.digest}"
+    assert _left(glowplug) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "why"),
+    [
+        ("sh -c 'exit 3'", 1, "gets no boot pack"),
+        ("sh 'open", 2, "No closing quotation"),
+        (" ", 2, "no command"),
+    ],
+)
+def test_convert_without_a_start_to_trace(
+    glowplug: Command, tmp_path: Path, command: str, code: int, why: str
+) -> None:
+    ref = block_images.layout(tmp_path / "image", images.make([shell_layer()]))
+    assert why in glowplug("convert", ref, "--trace-run", command, code=code).stderr
+    assert _left(glowplug) == []
