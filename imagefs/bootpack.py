@@ -7,9 +7,10 @@ A pack is two blobs: this table, and the data, which is frames alone, one after 
 gaps. The *page sequence* is the pages of all records, in order; the frames hold it in order, too, so that a
 record may straddle frames. A page is 4096 bytes of a layer image.
 
-Invariants of a decoded table: no page occurs twice; no record, frame or layer image is empty or named twice;
-records, frames and `pages` count the same pages; the frames' compressed bytes add up to `data_bytes`, and
-none claims more than zstd can make of its content. What only the block maps know, `check_layers` checks.
+Invariants of a decoded table: all frames but the last have content of one size, the last of at most that; no
+page occurs twice; no record, frame or layer image is empty or named twice; records, frames and `pages` count
+the same pages; the frames' compressed bytes add up to `data_bytes`, and none claims more than zstd can make
+of its content. What only the block maps know, `check_layers` checks.
 """
 
 from __future__ import annotations
@@ -251,13 +252,19 @@ def _decode_records(view: memoryview, layers: int, pages: int) -> tuple[Record, 
 
 
 def _decode_frames(view: memoryview, pages: int, data_bytes: int) -> tuple[Frame, ...]:
-    out = []
+    out: list[Frame] = []
     offset = counted = 0
+    last = len(view) // _FRAME.size - 1
     for number, (compressed, uncompressed, digest) in enumerate(_FRAME.iter_unpack(view)):
-        if uncompressed == 0 or uncompressed % PAGE_BYTES or uncompressed > MAX_FRAME_BYTES:
+        first = out[0].uncompressed_bytes if out else MAX_FRAME_BYTES
+        if uncompressed == 0 or uncompressed % PAGE_BYTES or uncompressed > first:
             raise errors.InvalidInputError(
                 f"boot pack table: frame {number}: {uncompressed} uncompressed bytes, expected whole pages "
-                f"up to {MAX_FRAME_BYTES}"
+                f"up to {first}"
+            )
+        if out and uncompressed != first and number != last:
+            raise errors.InvalidInputError(
+                f"boot pack table: frame {number}: {uncompressed} uncompressed bytes, those before it {first}"
             )
         if not 0 < compressed <= zstdframe.compressed_bound(uncompressed):
             raise errors.InvalidInputError(

@@ -12,19 +12,14 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from imagefs import blockmap, bootpack, errors
+from imagefs import blockmap, bootpack
 
 _NO_DIGEST = bytes(32)
 
 
 def block_map(table: bootpack.Table) -> blockmap.BlockMap:
-    """The data blob as a layer blob. InvalidInputError unless all frames but the last are of one size."""
-    sizes = {frame.uncompressed_bytes for frame in table.frames[:-1]}
+    """The data blob as a layer blob: all frames but the last are of one size."""
     frame_bytes = table.frames[0].uncompressed_bytes
-    if len(sizes) > 1 or table.frames[-1].uncompressed_bytes > frame_bytes:
-        raise errors.InvalidInputError(
-            "boot pack: its frames are of several sizes; this build streams packs of one frame size"
-        )
     return blockmap.BlockMap(
         block_bytes=frame_bytes,
         frame_bytes=frame_bytes,

@@ -134,6 +134,17 @@ def test_what_is_refused(change: dict[str, object], message: str) -> None:
         bootpack.decode(bootpack.encode(dataclasses.replace(ONE, **change)))  # type: ignore[arg-type]
 
 
+def test_frames_of_several_sizes() -> None:
+    sizes = (16, 3, 1)
+    frames = tuple(bootpack.Frame(n, 1, size * PAGE_BYTES, bytes(32), 0) for n, size in enumerate(sizes))
+    table = dataclasses.replace(ONE, frames=frames, data_bytes=3)
+    with pytest.raises(errors.InvalidInputError, match="frame 1: 12288 uncompressed bytes, those before"):
+        bootpack.decode(bootpack.encode(table))
+    table = dataclasses.replace(ONE, frames=tuple(reversed(ONE.frames)))
+    with pytest.raises(errors.InvalidInputError, match="frame 1: 65536 uncompressed bytes, expected"):
+        bootpack.decode(bootpack.encode(table))
+
+
 @pytest.mark.parametrize(("at", "message"), [(8, "version"), (10, "flags"), (14, "reserved"), (0, "magic")])
 def test_header_fields(at: int, message: str) -> None:
     encoded = bytearray(bootpack.encode(ONE))
