@@ -5,13 +5,14 @@ message is four bytes of length (big-endian) and a JSON object. Requests: {"op":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
 STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
-devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, server.log.
+devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, handover.json, server.log.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import socket
@@ -40,6 +41,7 @@ _RESTART_SECONDS = 15.0
 """How long a client waits for a server that its keeper is starting again."""
 _ATTEMPTS = 3
 _LOG_TAIL_BYTES = 2000
+_BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
 
 class StoppingError(errors.UnavailableError):
@@ -242,6 +244,30 @@ class DeviceClient:
         restart of it. ConfigurationError if the secrets that are named cannot be read."""
         self._checked_request({"op": "peers", "settings": settings.to_json() if settings else None})
 
+    def hand_over(self, *, python: str = sys.executable) -> None:
+        """Have keeper, device server and workers of this build, run by `python` with this client's settings
+        (but for `workers`), take the place of those that run. Readers see a pause. Returns when the new
+        server takes requests. NotFoundError if none runs; ConfigurationError if the new build's keeper does
+        not come up (the old ones go on), or its server does not (the message says what to do)."""
+        for name in _BUILD:
+            importlib.import_module(name)  # what cannot even be loaded is found before anything is touched
+        settings = json.loads(encode_settings(self._settings))
+        try:
+            self._request({"op": "hand_over", "python": python, "settings": settings})
+        except FileNotFoundError as exc:
+            raise errors.NotFoundError(f"no device server runs in {self._settings.state_dir}") from exc
+        except ConnectionError as exc:
+            raise errors.UnavailableError(
+                f"the device server of {self._settings.state_dir} died while it handed over: {exc}; its "
+                "keeper starts another: look with `glowplug status`, and try again"
+            ) from exc
+        if not self._answers_within(_START_SECONDS):
+            tail = _log_tail(self._settings.state_dir / "server.log").strip()
+            raise errors.ConfigurationError(
+                f"the new device server of {self._settings.state_dir} does not come up; its keeper goes on "
+                f"trying, and readers wait meanwhile. {self._settings.state_dir}/server.log ends: {tail}"
+            )
+
     def stop(self) -> None:
         """Unmount the devices and end all processes; what still uses a device gets errors."""
         self._checked_request({"op": "stop"})
@@ -363,6 +389,12 @@ class DeviceClient:
                 return
         reason = started.stderr.decode(errors="replace") or _log_tail(state_dir / "server.log")
         raise errors.ConfigurationError(f"the device server of {state_dir} did not start: {reason.strip()}")
+
+
+def write_settings(state_dir: Path, document: Mapping[str, Any]) -> None:
+    """The settings of the next server, as encode_settings has them: perhaps of another version, hence as
+    they came. ConfigurationError."""
+    _write(state_dir / "settings.json", json.dumps(document, indent=1).encode())
 
 
 def _prepare_state_dir(state_dir: Path) -> None:

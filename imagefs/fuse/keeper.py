@@ -3,7 +3,8 @@
 A process of its own, single-threaded, few imports, nothing that could fail once it runs:
 `python -m imagefs.fuse.keeper --state DIR --clones N [--start-server] [--ready-fd FD] [--adopt ...]`.
 control.py starts it (with --start-server), or systemd does, which then starts the server itself; a server
-whose keeper was killed starts one with --adopt, handing it the clones.
+whose keeper was killed, or leaves to make room for one of another version, starts one with --adopt, handing
+it the clones.
 
 It mounts STATE/devices, answers the kernel's INIT, makes the clones (one per worker) and hands them to each
 server that registers at STATE/keeper.sock. The kernel aborts a connection only when its last descriptor
@@ -234,6 +235,9 @@ class Keeper:
             self._say_ready()
         elif operation == "stop":
             self.stop()
+        elif operation == "leave":
+            log("leaving: another keeper takes over")
+            self._running = False  # the server holds all that we hold, and our sockets are the next one's
 
     def _register(self, connection: socket.socket, liveness: int) -> None:
         if self._liveness is not None:

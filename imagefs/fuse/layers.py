@@ -83,6 +83,7 @@ class Layers:
         )
         self._lock = threading.Lock()
         self._closed = False
+        self._ended = False
         self._by_node: dict[int, _Served] = {}
         self._by_name: dict[bytes, _Served] = {}
         self._origins: dict[str, Origin] = {}
@@ -158,7 +159,7 @@ class Layers:
             return
 
         def arrived(result: int | Exception) -> None:
-            if isinstance(result, Exception):
+            if isinstance(result, Exception) and not self._ended:
                 self._note_failure(key, result)
             done(result)
 
@@ -246,6 +247,7 @@ class Layers:
 
     def close(self) -> None:
         """Stop fetching, and let the cache write what it still holds."""
+        self._ended = True  # whoever still waits is answered by our successor, or went before us
         self._filler.close()
         self._fetcher.close()
         self._cache.close()

@@ -9,6 +9,10 @@ Start: register with the keeper (its answer carries the clones), start a worker 
 queue again what a predecessor left unanswered, open the control socket, say "ready"; only then import what
 takes long, and take up the devices of the table. Questions wait for that.
 
+Hand-over to another version ("hand_over"): a keeper of that version takes the keeper's place, and is given
+the clones; the workers finish; what they were still to answer is written down (`handover.py`); this process
+ends, and the new keeper starts the new server. If the new keeper does not come up, nothing else has happened.
+
 Threads: one per worker (its life and its questions), one per control connection, the fetcher's own (which
 call `_Channel.answer`), and the main one, which watches the keeper.
 """
@@ -21,19 +25,21 @@ import contextlib
 import errno
 import json
 import os
+import queue
 import resource
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagefs import errors
-from imagefs.fuse import control, protocol, recordings, statedirectory, wire
+from imagefs.fuse import control, handover, protocol, recordings, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 60.0
 _ACCEPT_PAUSE_SECONDS = 0.1
 _KEEPER_RETRY_SECONDS = 1.0
+_KEEPER_START_SECONDS = 20.0
 
 
 class KeeperLink:
@@ -63,6 +70,8 @@ class KeeperLink:
         self.keepers_replaced = 0
         self._restarts = False
         self._stopping = False
+        self._successor: str | None = None
+        self._succeeded: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._socket = self._register()
 
@@ -77,8 +86,24 @@ class KeeperLink:
                 self._stopping = True
                 self._send({"op": "stop"})
 
+    def replace_keeper(self, python: str) -> None:
+        """Have a keeper that this interpreter runs take the place of ours. ConfigurationError if it does not
+        come up; then one like ours is there again. `watch` does the work."""
+        with self._lock:
+            if self._stopping:
+                raise control.StoppingError("the device server is stopping")
+            self._successor = python
+            self._send({"op": "leave"})
+            try:
+                error = self._succeeded.get(timeout=2 * _KEEPER_START_SECONDS)
+            except queue.Empty:
+                self._successor = None
+                error = TimeoutError("the keeper that runs was being replaced just then")
+        if error is not None:
+            raise errors.ConfigurationError(f"no keeper of {python} comes up, nothing was changed: {error}")
+
     def watch(self) -> None:
-        """Until the keeper says goodbye. One that was killed is replaced."""
+        """Until the keeper says goodbye. One that was killed, or left, is replaced."""
         while True:
             try:
                 data = self._socket.recv(4096)
@@ -87,14 +112,18 @@ class KeeperLink:
             if self._stopping or (data and json.loads(data).get("op") == "bye"):
                 return
             if not data:
-                log("the keeper is gone: starting another")
-                try:
-                    self._replace_keeper()
-                except (OSError, subprocess.CalledProcessError) as exc:
-                    log(
-                        f"cannot, and go on without: {exc}"
-                    )  # the mount is served; our own death would end it
-                    time.sleep(_KEEPER_RETRY_SECONDS)
+                self._keeper_gone()
+
+    def _keeper_gone(self) -> None:
+        """Start another: the one that is to succeed it, or one like ours."""
+        successor, self._successor = self._successor, None
+        log("the keeper is gone: starting another")
+        error = self._start_keeper(successor) if successor is not None else None
+        if successor is None or error is not None:
+            while self._start_keeper(sys.executable) is not None and not self._stopping:
+                time.sleep(_KEEPER_RETRY_SECONDS)
+        if successor is not None:
+            self._succeeded.put(error)
 
     def _send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
@@ -124,8 +153,18 @@ class KeeperLink:
         self.clones = list(fds)
         return connection
 
-    def _replace_keeper(self) -> None:
-        self._socket.close()
+    def _start_keeper(self, python: str) -> Exception | None:
+        """Returns why it could not. Until it can, we go on without: the mount is served, and our own death
+        would end it."""
+        try:
+            self._adopt(python)
+        except (OSError, subprocess.SubprocessError) as exc:
+            log(f"cannot, and go on without: {exc}")
+            return exc
+        self.keepers_replaced += 1
+        return None
+
+    def _adopt(self, python: str) -> None:
         left = {
             "token": self.token,
             "resend": self.resend,
@@ -133,18 +172,25 @@ class KeeperLink:
             "clones": self.clones,
         }
         ready, ready_writer = os.pipe2(os.O_CLOEXEC)
-        command = [sys.executable, "-m", "imagefs.fuse.keeper", "--state", os.fspath(self._state_dir)]
+        command = [python, "-m", "imagefs.fuse.keeper", "--state", os.fspath(self._state_dir)]
         command += ["--adopt", json.dumps(left), "--ready-fd", str(ready_writer)]
         if self._restarts:
             command.append("--start-server")
-        fds = [self._liveness, *self.clones, ready_writer]
-        subprocess.run(command, stdin=subprocess.DEVNULL, pass_fds=fds, check=True)
-        os.close(ready_writer)
-        os.read(ready, 1)  # it listens
-        os.close(ready)
-        self._socket = self._connect()
+        with open(ready, "rb") as pipe:
+            try:
+                subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[self._liveness, *self.clones, ready_writer],
+                    timeout=_KEEPER_START_SECONDS,
+                    check=True,
+                )
+            finally:
+                os.close(ready_writer)
+            pipe.read(1)  # it listens
+        gone, self._socket = self._socket, self._connect()
+        gone.close()
         self._send({"op": "rejoin"})
-        self.keepers_replaced += 1
 
 
 class _Channel:
@@ -156,7 +202,7 @@ class _Channel:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_BUFFER_BYTES)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _STUCK_SECONDS, 0))
 
-    def answer(self, message: wire.Answer | wire.Drop | wire.Forget | wire.Watch, fd: int = -1) -> None:
+    def answer(self, message: wire.FromServer, fd: int = -1) -> None:
         """Send; `fd` stays the caller's. A worker that is gone will not miss it."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         with self._lock:
@@ -168,12 +214,13 @@ class _Channel:
             except OSError:
                 return
 
-    def next_question(self) -> wire.Question | wire.Reads | None:
+    def next_question(self) -> wire.FromWorker | None:
         """None when the worker is gone."""
         try:
             data = self._socket.recv(wire.MAX_MESSAGE_BYTES)
         except ConnectionError:
-            return None
+            # It ended with answers of ours unread. That is said first, and once; what it sent is still there.
+            data = self._socket.recv(wire.MAX_MESSAGE_BYTES)
         return wire.decode_question(data) if data else None
 
     def close(self) -> None:
@@ -197,11 +244,20 @@ class Server:
         self._recordings = recordings.Recordings(self._tell_workers)
         self._restarts = 0
         self._stopping = False
+        self._tending: list[threading.Thread] = []
+        self._left: dict[int, list[protocol.Read]] = {}
+        self._handing_over = threading.Lock()
+        self._finishing = False
+        self._handed_over = False
 
     def run(self) -> None:
         """Until a clean stop."""
+        left = self._taken_over()
         for slot, clone in enumerate(self._link.clones):
-            threading.Thread(target=self._tend_worker, args=(slot, clone), daemon=True).start()
+            arguments = (slot, clone, left.get(slot, []))
+            tending = threading.Thread(target=self._tend_worker, args=arguments, daemon=True)
+            self._tending.append(tending)
+            tending.start()
         self._resend()
         listener = statedirectory.listen(self._settings.state_dir / "control.sock", socket.SOCK_STREAM)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
@@ -242,10 +298,19 @@ class Server:
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def _tend_worker(self, slot: int, clone: int) -> None:
-        """One worker after another on one clone."""
+    def _taken_over(self) -> dict[int, list[protocol.Read]]:
+        """What a predecessor left unanswered. Nothing where the kernel queues all of it again."""
+        try:
+            left = handover.take(self._settings.state_dir, self._link.token)
+        except errors.ImagefsError as exc:
+            log(str(exc))
+            return {}
+        return {} if self._link.resend else left
+
+    def _tend_worker(self, slot: int, clone: int, left: list[protocol.Read]) -> None:
+        """One worker after another on one clone. The first answers what was `left` there."""
         failures = 0
-        while not self._stopping:
+        while not (self._stopping or self._finishing):
             started = time.monotonic()
             try:
                 process, channel = self._start_worker(clone)
@@ -259,16 +324,20 @@ class Server:
                 self._resend()
             if (watch := self._recordings.current()) is not None:
                 channel.answer(watch)
+            while left:
+                channel.answer(left.pop())
             while (question := channel.next_question()) is not None:
                 if isinstance(question, wire.Reads):
                     self._recordings.arrived(question)
+                elif isinstance(question, protocol.Read):
+                    self._left.setdefault(slot, []).append(question)
                 else:
                     self._answer(channel, question)
             del self._channels[slot]
             process.kill()
             status = process.wait()
             channel.close()
-            if self._stopping:
+            if self._stopping or self._finishing:
                 return
             log(f"worker {process.pid} ended with status {status}: replacing it")
             self._restarts += 1
@@ -337,6 +406,8 @@ class Server:
                     except errors.ImagefsError as exc:
                         reply = control.encode_error(exc)
                     control.send(connection, reply)
+                    if self._handed_over:
+                        os._exit(0)  # the new keeper waits for our end to start the next server
                     if self._stopping:
                         self._link.stop()
         except (OSError, errors.ImagefsError) as exc:
@@ -351,6 +422,11 @@ class Server:
         if operation == "stop":
             self._stopping = True
             return None
+        if operation == "hand_over":
+            settings = request.get("settings")
+            if not isinstance(settings, dict):
+                raise errors.InvalidInputError("control: hand_over without settings")
+            return self._hand_over(control.string(request, "python"), settings)
         if operation in ("detach", "stop_if_idle") and self._is_useless():
             # Not in the way of the next one, whose settings may be better.
             self._stopping = operation == "stop_if_idle"
@@ -406,6 +482,47 @@ class Server:
         for channel in channels:
             channel.answer(message)
         return len(channels)
+
+    # -- hand-over ---------------------------------------------------------------------------------
+
+    def _hand_over(self, python: str, settings: Mapping[str, Any]) -> None:
+        """Make way for the server that `python` runs, with these settings. Returns when all is ready for it
+        but our own end."""
+        if not self._handing_over.acquire(blocking=False):
+            raise errors.BusyError("a hand-over is under way already")
+        try:
+            self._loaded.wait()  # or nobody answers what the workers ask while they finish
+            self._link.replace_keeper(python)
+        except BaseException:
+            self._handing_over.release()
+            raise
+        self._finish_workers()
+        if self._layers is not None:
+            self._layers.close()
+        try:
+            control.write_settings(self._settings.state_dir, settings)
+        except errors.ConfigurationError as exc:
+            log(f"{exc}: the next server has the settings of this one")
+        self._handed_over = True
+
+    def _finish_workers(self) -> None:
+        """Until no worker is left; from now on requests wait in the kernel."""
+        self._finishing = True
+        for channel in list(self._channels.values()):
+            channel.answer(wire.Finish())
+        deadline = time.monotonic() + _STUCK_SECONDS
+        for tending in self._tending:
+            tending.join(max(0.0, deadline - time.monotonic()))
+        for slot in list(self._channels):
+            log(f"worker {self._pids[slot]} does not finish: it is killed")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pids[slot], signal.SIGKILL)
+        for tending in self._tending:
+            tending.join(_STUCK_SECONDS)
+        try:
+            handover.leave(self._settings.state_dir, self._link.token, self._left)
+        except errors.ImagefsError as exc:
+            log(f"{exc}: reads under way are lost unless the kernel queues them again")
 
     def _processes(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,9 @@ any order, and sends Drop and Forget by itself. The descriptor of a block travel
 (SCM_RIGHTS). Watch says which devices' reads to note; each is answered by Reads with its tag, and more Reads
 come in between.
 
+Hand-over: the server sends Finish; the worker takes no more requests, sends each protocol.Read that waits for
+a block, and ends. A successor's server sends such a Read to the worker that is to answer it.
+
 Both ends are ours and of the same build (a worker is started by its server): a message that does not parse
 is a bug, hence InvalidInputError.
 """
@@ -18,6 +21,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from imagefs import errors
+from imagefs.fuse.protocol import Read
 
 MAX_MESSAGE_BYTES = 64 * 1024
 LISTING_DEVICES = 256
@@ -33,9 +37,10 @@ _WATCH = struct.Struct("=BI")
 _NODE = struct.Struct("=Q")
 _READS = struct.Struct("=BI")
 _ACCESS = struct.Struct("=QQIQ")
-_ANSWER_KIND, _DROP_KIND, _FORGET_KIND, _WATCH_KIND = 1, 2, 3, 4
-_READS_KIND = 255
-"""No Ask has this number."""
+_READ = struct.Struct("=BQQQII")
+_ANSWER_KIND, _DROP_KIND, _FORGET_KIND, _WATCH_KIND, _FINISH_KIND = 1, 2, 3, 4, 5
+_READ_KIND, _READS_KIND = 254, 255
+"""No Ask has these numbers."""
 ACCESSES = (MAX_MESSAGE_BYTES - _READS.size) // _ACCESS.size
 MAX_ACCESS_BYTES = 1 << 30
 MAX_WATCHED = (MAX_MESSAGE_BYTES - _WATCH.size) // _NODE.size
@@ -126,6 +131,15 @@ class Reads:
     reads: tuple[Access, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finish:
+    """Server -> worker: make way for a successor."""
+
+
+FromWorker = Question | Reads | Read
+FromServer = Answer | Drop | Forget | Watch | Finish | Read
+
+
 def pack_accesses(reads: Iterable[Access]) -> bytes:
     """Fixed-size entries, one after another."""
     return b"".join(_ACCESS.pack(*read) for read in reads)
@@ -136,29 +150,37 @@ def unpack_accesses(data: bytes) -> Iterable[Access]:
     return map(Access._make, _ACCESS.iter_unpack(data))
 
 
-def encode_question(value: Question | Reads) -> bytes:
+def encode_question(value: FromWorker) -> bytes:
     """One message."""
     if isinstance(value, Reads):
         return _READS.pack(_READS_KIND, value.tag) + pack_accesses(value.reads)
+    if isinstance(value, Read):
+        return _encode_read(value)
     return _QUESTION.pack(value.ask, value.tag, value.node, value.index) + value.name
 
 
-def decode_question(data: bytes) -> Question | Reads:
+def decode_question(data: bytes) -> FromWorker:
     """The inverse of encode_question."""
     try:
         if data[:1] == bytes([_READS_KIND]):
             _, tag = _READS.unpack_from(data)
             return Reads(tag, tuple(unpack_accesses(data[_READS.size :])))
+        if data[:1] == bytes([_READ_KIND]):
+            return _decode_read(data)
         ask, tag, node, index = _QUESTION.unpack_from(data)
         return Question(Ask(ask), tag, node, index, data[_QUESTION.size :])
     except (struct.error, ValueError) as exc:
         raise errors.InvalidInputError(f"worker's question of {len(data)} bytes: {exc}") from exc
 
 
-def encode_answer(value: Answer | Drop | Forget | Watch) -> bytes:
+def encode_answer(value: FromServer) -> bytes:
     """One message."""
     if isinstance(value, Watch):
         return _WATCH.pack(_WATCH_KIND, value.tag) + b"".join(map(_NODE.pack, value.nodes))
+    if isinstance(value, Finish):
+        return bytes([_FINISH_KIND])
+    if isinstance(value, Read):
+        return _encode_read(value)
     if isinstance(value, Drop | Forget):
         return _DROP.pack(_DROP_KIND if isinstance(value, Drop) else _FORGET_KIND, value.node)
     head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error)
@@ -168,12 +190,16 @@ def encode_answer(value: Answer | Drop | Forget | Watch) -> bytes:
     )
 
 
-def decode_answer(data: bytes) -> Answer | Drop | Forget | Watch:
+def decode_answer(data: bytes) -> FromServer:
     """The inverse of encode_answer."""
     try:
         if data[:1] == bytes([_WATCH_KIND]):
             _, tag = _WATCH.unpack_from(data)
             return Watch(tag, tuple(node for (node,) in _NODE.iter_unpack(data[_WATCH.size :])))
+        if data == bytes([_FINISH_KIND]):
+            return Finish()
+        if data[:1] == bytes([_READ_KIND]):
+            return _decode_read(data)
         if data[:1] in (bytes([_DROP_KIND]), bytes([_FORGET_KIND])):
             kind, node = _DROP.unpack(data)
             return Drop(node) if kind == _DROP_KIND else Forget(node)
@@ -187,3 +213,11 @@ def decode_answer(data: bytes) -> Answer | Drop | Forget | Watch:
     except struct.error as exc:
         raise errors.InvalidInputError(f"server's answer of {len(data)} bytes: {exc}") from exc
     return Answer(tag, error, tuple(devices))
+
+
+def _encode_read(value: Read) -> bytes:
+    return _READ.pack(_READ_KIND, value.unique, value.node, value.offset, value.size, value.pid)
+
+
+def _decode_read(data: bytes) -> Read:
+    return Read(*_READ.unpack(data)[1:])

@@ -14,6 +14,8 @@ Invariants:
 * A reader that was killed is let go (EINTR), however long its block takes: the kernel waits for our answer
   to what EROFS reads of its own metadata, and a pod could not be deleted before an origin's deadline. No
   other signal cuts a read short: programs do not expect that of a file.
+* Told to finish, it answers what the server answers at once (names and attributes), hands the reads that wait
+  for a block to the server, for its successor, and ends: no request is lost, whatever the kernel.
 * It may be killed at any instruction: the server and the keeper hold the same descriptors, and the kernel
   gives what was not answered to the successor. When the server is gone, it exits at once, for the same
   reason.
@@ -78,9 +80,10 @@ class Worker:
         self._answers: dict[int, _Continuation] = {}
         self._tag = 0
         self._readlog = readlog.ReadLog(lambda reads: self._server.sendall(wire.encode_question(reads)))
+        self._finishing = False
 
     def run(self) -> None:
-        """Serve until the server or the mount is gone."""
+        """Serve until the server or the mount is gone, or a successor is to take over."""
         poll = select.epoll()
         poll.register(self._server, select.EPOLLIN)
         # A request wakes one worker; with poll(2) it woke all of them, for one to find it.
@@ -90,6 +93,12 @@ class Worker:
             for fd, _ in poll.poll(_KILLED_SECONDS if self._waiting else None):
                 alive = self._read_kernel() if fd == self._fuse_fd else self._read_server()
                 if not alive:
+                    return
+            if self._finishing:
+                with contextlib.suppress(FileNotFoundError):
+                    poll.unregister(self._fuse_fd)
+                if len(self._answers) == len(self._waiting):  # only blocks are still to come
+                    self._leave()
                     return
             if self._waiting and (now := time.monotonic()) - looked_at >= _KILLED_SECONDS:
                 looked_at = now
@@ -298,6 +307,11 @@ class Worker:
 
         self._ask(wire.Ask.BLOCK, answered, node=node, index=index)
 
+    def _leave(self) -> None:
+        for waiting in self._waiting.values():
+            for request in waiting:
+                self._server.sendall(wire.encode_question(request))
+
     def _let_killed_go(self) -> None:
         """Answer the reads of threads that were killed."""
         for waiting in self._waiting.values():
@@ -344,6 +358,10 @@ class Worker:
         message = wire.decode_answer(data)
         if isinstance(message, wire.Drop):
             self._drop(message.node)
+        elif isinstance(message, wire.Finish):
+            self._finishing = True
+        elif isinstance(message, protocol.Read):
+            self._read(message)
         elif isinstance(message, wire.Forget):
             self._layouts.pop(message.node, None)
         elif isinstance(message, wire.Watch):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagefs import errors
-from imagefs.fuse import wire
+from imagefs.fuse import protocol, wire
 
 _u32, _u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 _devices = st.builds(wire.Device, _u64, _u64, _u32, st.binary(max_size=255))
@@ -25,6 +25,19 @@ def test_questions_come_back(question: wire.Question) -> None:
 )
 def test_answers_come_back(answer: wire.Answer | wire.Drop) -> None:
     assert wire.decode_answer(wire.encode_answer(answer)) == answer
+
+
+_reads = st.builds(protocol.Read, _u64, _u64, _u64, _u32, _u32)
+
+
+@given(_reads)
+def test_reads_come_back_in_both_directions(read: protocol.Read) -> None:
+    assert wire.decode_question(wire.encode_question(read)) == read
+    assert wire.decode_answer(wire.encode_answer(read)) == read
+
+
+def test_the_end_comes_back() -> None:
+    assert wire.decode_answer(wire.encode_answer(wire.Finish())) == wire.Finish()
 
 
 @given(st.binary(max_size=100))
