@@ -19,6 +19,8 @@ from imagefs.image import LazyImage
 UNAVAILABLE_SECONDS = 30.0
 """An origin that failed is asked again after this, or after the time for "no" if that is less."""
 _MAX_NEGATIVES = 1024
+_MAX_LOOKUPS = 256
+"""At a time, abandoned ones included: an origin that drips may keep each of those for long."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,6 +63,7 @@ class Flights:
         self._lock = threading.Lock()
         self._flights: dict[Wanted, Flight] = {}
         self._negatives: dict[Wanted, _Negative] = {}
+        self._running = 0
 
     def join(self, wanted: Wanted, *, remembered: bool = True) -> Flight:
         """Look up, or wait for whoever does. Raises the lookup's error, also one that is `remembered`."""
@@ -70,14 +73,26 @@ class Flights:
                 raise negative.error
             flight = self._flights.get(wanted)
             if flight is None:
-                flight = self._flights[wanted] = Flight(wanted, self._clock())
-                threading.Thread(target=self._run, args=(flight,), name="lookup", daemon=True).start()
+                flight = self._flights[wanted] = self._started(wanted)
         if not flight.done.wait(self._deadline_seconds):
             late = f"{wanted.name}: no answer within {self._deadline_seconds:g} s"
             if self.finish(flight, errors.UnavailableError(late)) and flight.cancel is not None:
                 flight.cancel()
         if flight.error is not None:
             raise flight.error
+        return flight
+
+    def _started(self, wanted: Wanted) -> Flight:
+        """With the lock held."""
+        if self._running >= _MAX_LOOKUPS:
+            raise errors.UnavailableError(f"{wanted.name}: {_MAX_LOOKUPS} lookups wait for origins already")
+        flight = Flight(wanted, self._clock())
+        thread = threading.Thread(target=self._run, args=(flight,), name="lookup", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            raise errors.UnavailableError(f"{wanted.name}: no thread for a lookup: {exc}") from exc
+        self._running += 1
         return flight
 
     def finish(self, flight: Flight, error: errors.ImagefsError | None) -> bool:
@@ -108,6 +123,9 @@ class Flights:
             self.finish(flight, errors.ImagefsError(f"{flight.wanted.name}: lookup failed: {exc!r}"))
         else:
             self.finish(flight, None)
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def _remember(self, wanted: Wanted, error: errors.ImagefsError) -> None:
         now, seconds = self._clock(), self._negative_seconds

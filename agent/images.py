@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from agent import config, lookup, snapshots
@@ -119,8 +119,7 @@ class Images:
 
     def directory(self, block_digest: str, layer: int) -> Path:
         """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
-        row = self._table.row(block_digest)
-        found = row.layers[layer]
+        row, found = self._layer(block_digest, layer)
         path = self._mounts.find(found.mount_number, device_name(found.map_digest))
         if path is not None:
             return path
@@ -133,7 +132,7 @@ class Images:
 
     def root_attributes(self, block_digest: str, layer: int) -> RootAttributes | None:
         """The attributes of the layer's root directory; None when the layer does not say."""
-        found = self._table.row(block_digest).layers[layer]
+        _, found = self._layer(block_digest, layer)
         if found.map_digest not in self._roots:
             self._roots[found.map_digest] = self._read_root(block_digest, layer, found.map_digest)
         return self._roots[found.map_digest]
@@ -142,12 +141,16 @@ class Images:
         """Inodes of the layer, and how many bytes of it are on this machine's disk now. Nothing of an image
         that was not used since the node started: containerd asks for all there are, and must not wait for
         origins."""
-        found = self._table.row(block_digest).layers[layer]
+        _, found = self._layer(block_digest, layer)
         if block_digest not in self._attached:
             return snapshots.Usage(0, 0)
         if found.map_digest not in self._inodes:
-            with open(self.attach(block_digest)[layer], "rb") as device:
-                superblock = erofs.check_superblock(device.read(ondisk.BLOCK_BYTES))
+            device = self.attach(block_digest)[layer]
+            try:
+                with open(device, "rb") as file:
+                    superblock = erofs.check_superblock(file.read(ondisk.BLOCK_BYTES))
+            except OSError as exc:
+                raise errors.UnavailableError(f"{device}: cannot be read: {exc.strerror}") from exc
             self._inodes[found.map_digest] = superblock.inodes
         return snapshots.Usage(self._inodes[found.map_digest], self._cached_bytes(block_digest, found))
 
@@ -198,7 +201,16 @@ class Images:
 
     def tidy_maps(self) -> int:
         """Remove the block maps that no image has. How many."""
-        return self._maps.keep_only(layer.map_digest for row in self._table.rows() for layer in row.layers)
+        return self._maps.keep_only(self._table.maps())
+
+    def detach_orphan(self, owner: str) -> bool:
+        """Detach what `reconcile` has returned; False for an image that is being taken up meanwhile."""
+        digest = owner.removeprefix(_OWNER)
+        with self._if_free(digest) as free:
+            if not free or self._table.find(digest) is not None:
+                return False
+            self._devices.detach(owner)
+        return True
 
     def sweep(self) -> None:
         """Let go of every image that nothing keeps: what was found and never used, what `released` could not
@@ -235,6 +247,10 @@ class Images:
 
     def _take_up(self, flight: Flight, image: LazyImage) -> None:
         """Attach a new image's layers, and bring their metadata in. Undone when it fails, or comes late."""
+        with self._table.coming(layer.map_digest for layer in image.layers):
+            self._take_up_layers(flight, image)
+
+    def _take_up_layers(self, flight: Flight, image: LazyImage) -> None:
         started = self._clock()
         digest = image.manifest.digest
         for layer, data in zip(image.layers, image.map_bytes, strict=True):
@@ -288,7 +304,9 @@ class Images:
     def _release(self, row: ImageRow) -> None:
         """Forget an image, unless something keeps it."""
         digest = row.block_digest
-        with self._attaching_lock(digest):
+        with self._if_free(digest) as free:
+            if not free:
+                return  # somebody attaches it, and may be waiting for its origin: the next sweep sees it
             try:
                 if self._store.references(digest):
                     self._table.let_go(digest)
@@ -314,7 +332,27 @@ class Images:
         with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
             self._devices.detach(owner_of(block_digest))
 
+    @contextlib.contextmanager
+    def _if_free(self, block_digest: str) -> Iterator[bool]:
+        """The image's lock, if nobody has it: who deletes a pod, or sweeps, waits for no origin."""
+        lock = self._attaching_lock(block_digest)
+        free = lock.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                lock.release()
+
     # -- layers ------------------------------------------------------------------------------------
+
+    def _layer(self, block_digest: str, layer: int) -> tuple[ImageRow, LayerRow]:
+        row = self._table.row(block_digest)
+        if not 0 <= layer < len(row.layers):
+            raise errors.IntegrityError(
+                f"{row.reference}: the database names layer {layer} of {block_digest}, which has "
+                f"{len(row.layers)}; remove the image from containerd, and pull it again"
+            )
+        return row, row.layers[layer]
 
     def _cached_bytes(self, block_digest: str, layer: LayerRow) -> int:
         """kubelet asks for every snapshot in turn: one answer of the device server serves for all layers of

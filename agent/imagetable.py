@@ -10,8 +10,10 @@ places that list it, and of no others; unless the trust policy vouches for the b
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from agent.store import ImageRow
 from imagefs import errors
@@ -27,6 +29,7 @@ class ImageTable:
         self._by_source: dict[tuple[str, str], str] = {}
         self._places: dict[str, set[str]] = {}
         self._named: set[str] = set()
+        self._coming: collections.Counter[str] = collections.Counter()
         self._by_chain: dict[str, dict[str, int]] = {}
         self._held_until: dict[str, float] = {}
         for row in rows:
@@ -95,7 +98,7 @@ class ImageTable:
                 self._named.add(block_digest)
 
     def drop(self, row: ImageRow) -> set[str]:
-        """Remove. Returns the map digests of its layers that no other image has."""
+        """Remove. Returns the map digests of its layers that no other image has, or is about to have."""
         with self._lock:
             self._rows.pop(row.block_digest, None)
             self._held_until.pop(row.block_digest, None)
@@ -108,8 +111,25 @@ class ImageTable:
                 places.pop(row.block_digest, None)
                 if not places:
                     self._by_chain.pop(layer.chain_id, None)
-            left = {layer.map_digest for other in self._rows.values() for layer in other.layers}
-            return {layer.map_digest for layer in row.layers} - left
+            return {layer.map_digest for layer in row.layers} - self._maps()
+
+    @contextlib.contextmanager
+    def coming(self, map_digests: Iterable[str]) -> Iterator[None]:
+        """An image with these layers is being taken up: whoever drops another one leaves them alone."""
+        wanted = list(map_digests)
+        with self._lock:
+            self._coming.update(wanted)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming.subtract(wanted)
+                self._coming += collections.Counter()  # without those that are at zero
+
+    def maps(self) -> set[str]:
+        """The map digests of all images, and of those that are being taken up."""
+        with self._lock:
+            return self._maps()
 
     def hold(self, block_digest: str, until: float) -> None:
         """Keep an image that has no snapshots yet until this time of the caller's clock."""
@@ -128,6 +148,9 @@ class ImageTable:
             return self._held_until.get(block_digest, 0.0)
 
     # -- with the lock held ------------------------------------------------------------------------
+
+    def _maps(self) -> set[str]:
+        return {layer.map_digest for row in self._rows.values() for layer in row.layers} | set(self._coming)
 
     def _admit(self, row: ImageRow, place: str) -> None:
         self._places.setdefault(row.block_digest, set()).add(self._at(place))

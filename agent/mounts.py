@@ -78,13 +78,13 @@ class LayerMounts:
 
     def find(self, number: int, device_name: str) -> Path | None:
         """The mount point, if this layer is mounted there."""
-        return self.path(number) if self._mounted.get(number) == device_name else None
+        return self.path(number) if self._has(number, device_name) else None
 
     def ensure(self, number: int, name: str, device: Path) -> Path:
         """Mount a layer (`name` for messages) unless it is mounted. Raises what imagefs.mount raises."""
         target = self.path(number)
         with self._place(number):
-            if self._mounted.get(number) == device.name:
+            if self._has(number, device.name):
                 return target
             if number in self._mounted:
                 self._take_away(number)
@@ -102,6 +102,16 @@ class LayerMounts:
         with self._place(number):
             if number in self._mounted and device_name in (None, self._mounted[number]):
                 self._take_away(number)
+
+    def _has(self, number: int, device_name: str) -> bool:
+        """By our account, and by the kernel's: under a mount that somebody took away by hand lies an empty
+        directory, and a container would miss the layer's files without a word."""
+        if self._mounted.get(number) != device_name:
+            return False
+        try:
+            return os.stat(self.path(number)).st_dev != os.stat(self._directory).st_dev
+        except OSError:
+            return False
 
     def _place(self, number: int) -> threading.Lock:
         with self._lock:

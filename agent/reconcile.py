@@ -134,8 +134,8 @@ class Reconciler:
 
     def _clean_devices(self, owners: Iterable[str]) -> None:
         for owner in owners:
-            self._devices.detach(owner)
-            self._observer.event("orphan", f"detached {owner}: no image of that name is known")
+            if self._images.detach_orphan(owner):
+                self._observer.event("orphan", f"detached {owner}: no image of that name is known")
 
     def _clean_mounts(self) -> None:
         expected = {
@@ -197,7 +197,7 @@ class Reconciler:
 
     def _is_mounted(self, row: SnapshotRow) -> bool:
         image = next((each for each in self._images.rows() if each.block_digest == row.image), None)
-        if image is None or row.layer is None:
+        if image is None or row.layer is None or not 0 <= row.layer < len(image.layers):
             return False
         layer = image.layers[row.layer]
         return self._mounts.find(layer.mount_number, device_name(layer.map_digest)) is not None

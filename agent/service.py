@@ -33,6 +33,8 @@ MAX_MESSAGE_BYTES = 16 << 20
 """containerd's own limit on what it receives and sends."""
 
 _LIST_CHUNK = 100
+_MAX_STATUS_BYTES = 2 << 10
+"""Three times that on the wire, at worst; a client may refuse a header of more than 8 KiB."""
 _THREADS = 32
 """A Prepare may wait for a registry (images.lookup_deadline_seconds): as many images may start at once."""
 
@@ -203,7 +205,12 @@ class _Adapter:
         finally:
             self._observer.grpc(name, code.name, time.monotonic() - begun)
         if code is not grpc.StatusCode.OK:
-            context.abort(code, message)
+            context.abort(code, _sendable(message))
+
+
+def _sendable(message: str) -> str:
+    """A status goes into a header field, of bounded size and in UTF-8; a file's name need not be that."""
+    return message.encode(errors="backslashreplace")[:_MAX_STATUS_BYTES].decode(errors="ignore")
 
 
 def _mounts(made: Sequence[snapshots.Mount]) -> list[mount_pb2.Mount]:

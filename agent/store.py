@@ -153,7 +153,13 @@ class Store:
     @classmethod
     def open(cls, path: Path, now_ns: Callable[[], int] = time.time_ns) -> Store:
         """Open or create. Raises CorruptStoreError, ConfigurationError when a newer version wrote it."""
-        return cls(database.Database.open(path, _SCHEMA, SCHEMA_VERSION), now_ns)
+        store = cls(database.Database.open(path, _SCHEMA, SCHEMA_VERSION), now_ns)
+        try:
+            store.walk()  # a row that cannot be read would else stop every walk, and every start, from now on
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self) -> None:
         """Idempotent; nothing else may be under way."""
@@ -447,7 +453,10 @@ def _by_name(connection: sqlite3.Connection, name: str) -> SnapshotRow:
 
 def _snapshot(row: Sequence[object]) -> SnapshotRow:
     number, name, kind, parent_id, parent, labels, created, updated, inodes, size, image, layer, broken = row
-    assert isinstance(labels, str)
+    try:
+        decoded = json.loads(labels)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as exc:
+        raise CorruptStoreError(f"snapshot {name!r}: its labels are not JSON: {exc}") from exc
     usage = Usage(inodes, size) if isinstance(inodes, int) and isinstance(size, int) else None
     return SnapshotRow(  # the columns' types are the schema's
         number,  # type: ignore[arg-type]
@@ -455,7 +464,7 @@ def _snapshot(row: Sequence[object]) -> SnapshotRow:
         Kind(kind),  # type: ignore[arg-type]
         parent_id,  # type: ignore[arg-type]
         parent,  # type: ignore[arg-type]
-        json.loads(labels),
+        decoded,
         created,  # type: ignore[arg-type]
         updated,  # type: ignore[arg-type]
         usage,

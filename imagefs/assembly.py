@@ -162,7 +162,7 @@ def assemble(
 
 def root_attributes(device: Path) -> RootAttributes:
     """The attributes of a layer's root directory, read through its device file."""
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open(device, str(device))
     try:
         reader = erofs.Reader(lambda offset, length: _read_exactly(fd, offset, length, str(device)))
         inode = reader.root()
@@ -187,7 +187,7 @@ def _check_layer(image: LazyImage, number: int, device: Path) -> RootAttributes 
     """Check one superblock; the root's attributes unless the layer only implies them."""
     layer = image.layers[number]
     what = f"{image.reference}: layer {number} ({layer.map_digest})"
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open(device, what)
     try:
         superblock = erofs.check_superblock(_read_exactly(fd, 0, ondisk.BLOCK_BYTES, what))
     except errors.InvalidInputError as exc:
@@ -204,12 +204,19 @@ def _check_layer(image: LazyImage, number: int, device: Path) -> RootAttributes 
 
 def _read_span(image: LazyImage, number: int, device: Path, offset: int, length: int) -> None:
     what = f"{image.reference}: layer {number} ({image.layers[number].map_digest})"
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open(device, what)
     try:
         for start in range(offset, offset + length, _READ_BYTES):
             _read_exactly(fd, start, min(_READ_BYTES, offset + length - start), what)
     finally:
         os.close(fd)
+
+
+def _open(device: Path, what: str) -> int:
+    try:
+        return os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise errors.UnavailableError(f"{what}: {device} cannot be opened: {exc.strerror}") from exc
 
 
 def _read_exactly(fd: int, offset: int, length: int, what: str) -> bytes:

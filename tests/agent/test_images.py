@@ -6,20 +6,25 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent import config, lookup
+from agent import config, flights, lookup
 from agent.images import owner_of
 from agent.snapshots import Kind, Usage
 from agent.snapshotter import Found
+from agent.store import ImageRow
 from imagefs import artifact, errors
 from imagefs.origin import Origin
 from tests.agent.lazy_node import BASE, LazyNode
 from tests.agent.lazy_node import node as node
 from tests.fixtures import block_images, images, servers
+from tests.imagefs import scripted
 
 pytestmark = pytest.mark.root
 
@@ -337,3 +342,90 @@ def test_pull_says_what_led_to_the_image(node: LazyNode) -> None:
     assert row.source_digest == source.digest
     with pytest.raises(errors.NotFoundError):
         node.images.pull(node.push([BASE], converted=False).name)
+
+
+def test_a_mount_that_somebody_took_away_is_made_again(node: LazyNode) -> None:
+    """Or a container would get an empty directory for a layer, and nobody would say so."""
+    row = node.images.pull(node.push([BASE]).name)
+    path = node.images.directory(row.block_digest, 0)
+    subprocess.run(["umount", path], check=True)
+    assert os.listdir(path) == []
+    assert node.images.directory(row.block_digest, 0) == path
+    assert (path / "etc/motd").read_text() == "base\n"
+    assert len(node.mounted()) == 1
+
+
+def test_a_layer_that_the_image_does_not_have_is_an_error_of_that_snapshot(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    for layer in (1, -1):
+        for ask in (node.images.directory, node.images.usage, node.images.root_attributes):
+            with pytest.raises(errors.IntegrityError, match="the database names layer"):
+                ask(row.block_digest, layer)
+
+
+def test_a_device_that_cannot_be_read_is_unavailable(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    node.images._device_directory = node.settings.root / "nowhere"
+    node.images._roots.clear()
+    with pytest.raises(errors.UnavailableError):
+        node.images.usage(row.block_digest, 0)
+    with pytest.raises(errors.UnavailableError):
+        node.images.root_attributes(row.block_digest, 0)
+
+
+def test_who_deletes_a_pod_does_not_wait_for_who_attaches_its_image(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    node.clock.now += 1000
+    with node.images._attaching_lock(row.block_digest):
+        node.images.released(row.block_digest)
+        node.images.sweep()
+        assert not node.images.detach_orphan(owner_of(row.block_digest))
+        assert node.images.rows() == [row]
+    node.images.sweep()
+    assert node.images.rows() == []
+    assert not node.owners()
+
+
+def test_a_layer_of_an_image_that_goes_stays_for_one_that_comes(node: LazyNode) -> None:
+    """The second is not in the table yet while the first leaves it."""
+    one, other = node.push([BASE, layer_of(1)]), node.push([BASE, layer_of(2)])
+    first = node.images.pull(one.name)
+    path = node.images.directory(first.block_digest, 0)
+    put = node.store.put_image
+
+    def release_the_other(row: ImageRow) -> ImageRow:
+        stored = put(row)
+        node.clock.now += 1000
+        node.images.released(first.block_digest)
+        assert not node.store.image(first.block_digest)
+        return stored
+
+    node.store.put_image = release_the_other  # type: ignore[method-assign]
+    second = node.images.pull(other.name)
+    assert second.layers[0].mount_number == first.layers[0].mount_number
+    assert node.mounted() == [path], "it was not taken away under the second image"
+    maps = {layer.map_digest.partition(":")[2] for layer in second.layers}
+    assert set(os.listdir(node.settings.root / "maps")) == maps
+    node.images.released(second.block_digest)
+    node.clock.now += 1000
+    node.images.sweep()
+    assert not node.mounted()
+    assert os.listdir(node.settings.root / "maps") == []
+
+
+def test_lookups_that_hang_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An origin may drip bytes for longer than anybody waits: each retry would leave another thread."""
+    monkeypatch.setattr(flights, "_MAX_LOOKUPS", 3)
+    gate = threading.Event()
+    asked = flights.Flights(
+        0.01, 0.0, lambda flight: gate.wait() and None, lambda flight: None, time.monotonic
+    )
+    wanted = [lookup.from_text(f"r.example/image-{number}") for number in range(4)]
+    for each in wanted[:3]:
+        with pytest.raises(errors.UnavailableError, match="no answer within"):
+            asked.join(each)
+    with pytest.raises(errors.UnavailableError, match="wait for origins already"):
+        asked.join(wanted[3])
+    gate.set()
+    scripted.eventually(lambda: asked._running == 0)
+    assert asked.join(wanted[3]).error is None

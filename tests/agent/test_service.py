@@ -117,6 +117,23 @@ def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["x" * 60_000, "caf\udce9", "ü" * 5000])
+def test_any_message_reaches_containerd_with_its_code(served: Fixture, name: str) -> None:
+    """A status is a header field: one that is too long, or no UTF-8, would come as another code."""
+
+    def fail(chain_id: str, labels: Mapping[str, str]) -> None:
+        raise errors.NotFoundError(f"no such thing: {name}")
+
+    served.images.find_layer = fail  # type: ignore[method-assign,assignment]
+    labels = {"containerd.io/snapshot.ref": "sha256:1"}
+    parent = "gone"
+    code, text = refused(lambda: served.client.call("Prepare", key="k", parent=parent, labels=labels))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert text
+    code, text = refused(lambda: served.client.call("Stat", key="k" * 60_000))
+    assert code is grpc.StatusCode.NOT_FOUND
+
+
 def test_a_life(served: Fixture, tmp_path: Path) -> None:
     client = served.client
     (made,) = client.call("Prepare", key="a", parent="", labels={"l": "1"}).mounts

@@ -42,6 +42,18 @@ def committed(rows: store.Store, name: str, parent: str = "", labels: dict[str, 
     rows.commit(f"{name}-active", name, labels or {}, Usage(3, 4096))
 
 
+def test_a_row_that_cannot_be_read_is_damage_at_the_start(tmp_path: Path) -> None:
+    """And not an error of each walk after it."""
+    rows = store.Store.open(tmp_path / "agent.db")
+    committed(rows, "a", labels={"l": "1"})
+    rows.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as database:
+        database.execute("UPDATE snapshots SET labels = '{\"l\"'")
+        database.commit()
+    with pytest.raises(store.CorruptStoreError, match="labels are not JSON"):
+        store.Store.open(tmp_path / "agent.db")
+
+
 def test_a_life(rows: store.Store) -> None:
     active = rows.insert("a", Kind.ACTIVE, "", {"l": "1"})
     assert (active.name, active.kind, active.parent_id, active.parent) == ("a", Kind.ACTIVE, None, "")
