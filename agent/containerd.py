@@ -25,12 +25,11 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
 from agent import lookup, snapshots
+from agent.containerdconfig import SNAPSHOTTER
 from agent.proto import containerd_pb2 as messages
 from agent.proto import snapshots_pb2
 from imagefs import artifact, errors
 
-SNAPSHOTTER = "glowplug"
-"""The name of our proxy plugin in containerd's config."""
 _GC = "containerd.io/gc."
 _LEASE_HOURS = 1
 _DEADLINE_SECONDS = 60.0

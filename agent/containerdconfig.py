@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent import tomledit
-from agent.containerd import SNAPSHOTTER
 from imagefs import errors
 
+SNAPSHOTTER = "glowplug"
+"""The name of our proxy plugin."""
 HANDLER = "glowplug"
 """The runtime handler of mode "runtime-class"."""
 DROP_IN = Path("conf.d/glowplug.toml")

@@ -19,7 +19,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
 from agent import containerdconfig, tomledit
-from agent.containerd import SNAPSHOTTER
+from agent.containerdconfig import SNAPSHOTTER
 from agent.proto import snapshots_pb2
 from imagefs import errors
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent import config, containerdconfig, containerdprobe, host, hostfiles, store, tomledit
-from agent.containerd import SNAPSHOTTER
+from agent.containerdconfig import SNAPSHOTTER
 from agent.daemon import DEVICE_OWNER
 from agent.host import Change
 from agent.reconcile import DATABASE

@@ -87,9 +87,8 @@ def test_from_one_mode_to_the_other(machine: install_host.Machine) -> None:
 
 
 def test_a_containerd_that_does_not_come_back_gets_its_old_configuration(
-    any_machine: install_host.Machine, monkeypatch: pytest.MonkeyPatch
+    machine: install_host.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = any_machine
     before = machine.files()
     machine.services.after_containerd = lambda: monkeypatch.setattr(host, "WAIT_SECONDS", 0.5)
     monkeypatch.setattr(containerdprobe, "reaches_us", lambda _: "there is no snapshotter")

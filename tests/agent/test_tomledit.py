@@ -67,10 +67,11 @@ def test_a_file_without_a_last_newline() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["plugins.a.b = 1\n", "plugins = {a = {b = 1}}\n", "[plugins]\na = {b = 1}\n", "[plugins]\na.b = 1\n"]
+    "text",
+    ["plugins.a.b = 1\n", "plugins = {a = {b = 1}}\n", "[plugins]\na = {b = 1}\n", "[plugins]\na.b = 1\n"],
 )
 def test_what_cannot_be_extended_is_refused_and_says_what_to_write(text: str) -> None:
-    with pytest.raises(errors.ConfigurationError, match=r"(?s)config.toml: cannot be extended.*\[plugins.a\]"):
+    with pytest.raises(errors.ConfigurationError, match=r"(?s)cannot be extended.*\[plugins.a\]"):
         tomledit.apply(text, {"plugins": {"a": {"c": 2}}}, "config.toml")
 
 
