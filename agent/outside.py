@@ -29,8 +29,6 @@ _SHOWN_EVENTS = 100
 
 Check = Callable[[], "str | None"]
 """None when all is well, else what is wrong."""
-Section = Callable[[], Any]
-"""A part's own account of itself, as JSON values."""
 
 
 class Outside:
@@ -53,17 +51,8 @@ class Outside:
             "snapshotter socket": lambda: _listens(settings.socket),
             "device server": lambda: self.feed.status().error,
         }
-        self._sections: dict[str, Section] = {}
         self._store: _StoreView | None = None
         self._started_at = time.monotonic()
-
-    def add_check(self, name: str, check: Check) -> None:
-        """One more thing that /readyz asks for."""
-        self._checks[name] = check
-
-    def add_section(self, name: str, section: Section) -> None:
-        """One more part of /api/v1/status ("peers", "fill")."""
-        self._sections[name] = section
 
     def show(self, store: Store, routes: api.Routes) -> None:
         """Register the routes, and read from this store."""
@@ -111,11 +100,6 @@ class Outside:
             "mounts": self._mounts(),
             **(self._store.to_json() if self._store else {}),
         }
-        for name, section in self._sections.items():
-            try:
-                document[name] = section()
-            except (errors.ImagefsError, OSError) as exc:
-                document[name] = {"error": str(exc)}
         return document
 
     def not_ready(self) -> dict[str, str]:

@@ -9,13 +9,13 @@ def printable(text: str) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, rounded, with a binary unit."""
-    value = float(count)
+    """Bytes for people: three digits and a binary unit."""
+    amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} TiB"
 
 
 def duration(seconds: float) -> str:

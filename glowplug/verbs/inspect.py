@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glowplug import opening, settings
+from glowplug import opening, settings, terminal
 from imagefs import bootpack
 
 if TYPE_CHECKING:
@@ -225,19 +225,19 @@ def _table(
     )
     rows = [head]
     for layer in layers:
-        block = size(layer.block_bytes)
+        block = terminal.size(layer.block_bytes)
         if layer.frame_bytes != layer.block_bytes:
-            block += f"/{size(layer.frame_bytes)}"
+            block += f"/{terminal.size(layer.frame_bytes)}"
         rows.append(
             (
                 str(layer.number),
                 _short(layer.diff_id),
                 _short(layer.blob_digest),
-                size(layer.compressed_bytes),
-                size(layer.image_bytes),
+                terminal.size(layer.compressed_bytes),
+                terminal.size(layer.image_bytes),
                 str(layer.blocks),
                 str(layer.holes),
-                size(layer.metadata_bytes),
+                terminal.size(layer.metadata_bytes),
                 block,
                 str(layer.compression_level),
                 layer.key,
@@ -249,11 +249,11 @@ def _table(
             "total",
             "",
             "",
-            size(totals["compressed_bytes"]),
-            size(totals["image_bytes"]),
+            terminal.size(totals["compressed_bytes"]),
+            terminal.size(totals["image_bytes"]),
             str(totals["blocks"]),
             str(totals["holes"]),
-            size(totals["metadata_bytes"]),
+            terminal.size(totals["metadata_bytes"]),
             "",
             "",
             "",
@@ -284,24 +284,17 @@ def _boot_pack(pack: PackFacts | None) -> str:
     if pack.page_bytes is None:
         return f"cannot be used, `glowplug check` says why ({pack.table_digest})"
     return (
-        f"{size(pack.page_bytes)} in {pack.records} records ({size(pack.data_bytes)} compressed, "
-        f"{pack.frames} frames), generation {pack.generation}"
+        f"{terminal.size(pack.page_bytes)} in {pack.records} records "
+        f"({terminal.size(pack.data_bytes)} compressed, {pack.frames} frames), generation {pack.generation}"
     )
 
 
 def _blocks(value: Shared) -> str:
-    return f"{value.blocks} blocks, {size(value.image_bytes)} ({size(value.compressed_bytes)} compressed)"
+    return (
+        f"{value.blocks} blocks, {terminal.size(value.image_bytes)} "
+        f"({terminal.size(value.compressed_bytes)} compressed)"
+    )
 
 
 def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
-
-
-def size(value: int) -> str:
-    """Bytes for people: three digits and a binary unit."""
-    amount = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1000:
-            return f"{value} B" if unit == "B" else f"{amount:.3g} {unit}"
-        amount /= 1024
-    return f"{amount:.3g} TiB"

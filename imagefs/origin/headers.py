@@ -21,7 +21,6 @@ _TOKEN68 = re.compile(r"\s*[A-Za-z0-9._~+/-]+=*\s*(?:,|\Z)")
 _LINK = re.compile(rf"\s*<([^<>]*)>((?:\s*;\s*{_WORD}\s*(?:=\s*(?:{_QUOTED}|[^\s,;\"]*))?)*)\s*(?:,|\Z)")
 _LINK_PARAMETER = re.compile(rf";\s*({_WORD})\s*(?:=\s*({_QUOTED}|[^\s,;\"]*))?")
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\s*\Z", re.ASCII | re.IGNORECASE)
-_UNSATISFIED = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*\Z", re.ASCII | re.IGNORECASE)
 _UPLOAD_RANGE = re.compile(r"\s*(?:bytes\s*[=\s])?\s*(\d{1,19})-(\d{1,19})\s*\Z", re.ASCII | re.IGNORECASE)
 _SECONDS = re.compile(r"\s*(\d{1,9})(?:\.\d{0,9})?\s*\Z", re.ASCII)
 
@@ -86,12 +85,6 @@ def content_range(field: str | None) -> ContentRange | None:
     if last < first or (total is not None and last >= total):
         return None
     return ContentRange(first, last, total)
-
-
-def unsatisfied_total(field: str | None) -> int | None:
-    """The size of the blob in the `bytes */TOTAL` of a 416."""
-    match = _UNSATISFIED.match(field or "")
-    return int(match[1]) if match else None
 
 
 def upload_offset(field: str | None) -> int | None:

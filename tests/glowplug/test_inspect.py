@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from glowplug import cli
-from glowplug.verbs import inspect
 from imagefs import errors
 from tests.fixtures import block_images, images
 
@@ -75,11 +74,3 @@ def test_an_image_without_block_image(tmp_path: Path) -> None:
     ref = block_images.layout(tmp_path / "image", images.make([BIG]))
     with pytest.raises(errors.NotFoundError, match="glowplug convert"):
         run(ref)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (4 * MEBI, "4 MiB"), (1500 * MEBI, "1.46 GiB")],
-)
-def test_sizes_for_people(value: int, text: str) -> None:
-    assert inspect.size(value) == text

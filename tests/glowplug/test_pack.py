@@ -95,7 +95,9 @@ def test_a_pack_whose_pages_are_not_the_images(glowplug: Command, tmp_path: Path
     for kind, blob in ((artifact.PACK_TABLE_MEDIA_TYPE, table), (artifact.PACK_DATA_MEDIA_TYPE, data)):
         descriptors.append(artifact.Descriptor(kind, artifact.digest_of(blob), len(blob)))
         opened.origin.put_blob(descriptors[-1].digest, len(blob), BytesSource(blob))
-    forged = dataclasses.replace(honest.block_image, boot_pack=artifact.BootPack(descriptors[0], descriptors[1], 2))
+    forged = dataclasses.replace(
+        honest.block_image, boot_pack=artifact.BootPack(descriptors[0], descriptors[1], 2)
+    )
     opened.origin.put_manifest(artifact.encode(forged), artifact.OCI_MANIFEST)
     message = glowplug("check", ref, code=6).stderr
     assert f"boot pack {descriptors[0].digest}: its page 17 of layer {opened.layers[1].map_digest}" in message

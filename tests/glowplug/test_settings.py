@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from glowplug import settings, terminal
+from glowplug import settings
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,3 @@ def test_the_floor_is_of_the_filesystem_that_will_hold_the_cache(tmp_path: Path)
     none = storage(["--cache", str(tmp_path), "--free-floor", "0"], {})
     assert settings.free_floor_bytes(half) > 0
     assert settings.free_floor_bytes(none) == 0
-
-
-def test_messages_do_not_drive_the_terminal() -> None:
-    assert terminal.printable("a\x1b[2Jb\nc\udcff é") == "a\\x1b[2Jb\\nc\\udcff é"

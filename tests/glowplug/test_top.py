@@ -43,7 +43,7 @@ def test_one_frame_and_the_status_of_a_running_agent(tmp_path: Path) -> None:
         world.outside.observer.event("quarantined", "[red]no[/] \x1b[2Jmarkup", level="warning")
         frame = _glowplug("top", "--once", "--state", str(tmp_path))
         assert frame.returncode == 0, frame.stderr
-        for part in (REFERENCE, "3.0 GiB of 20.0 GiB", "2 demand, 5 read_ahead", "[red]no[/]", "from peers"):
+        for part in (REFERENCE, "3 GiB of 20 GiB", "2 demand, 5 read_ahead", "[red]no[/]", "from peers"):
             assert part in frame.stdout
         assert "\x1b" not in frame.stdout
         document = json.loads(_glowplug("status", "--json", "--state", str(tmp_path)).stdout)
@@ -51,7 +51,7 @@ def test_one_frame_and_the_status_of_a_running_agent(tmp_path: Path) -> None:
         assert "server" not in document["agent"]
         text = _glowplug("status", "--state", str(tmp_path)).stdout
         assert "agent      pid" in text
-        assert f"{REFERENCE}  3 layers, 150.0 MiB compressed" in text
+        assert f"{REFERENCE}  3 layers, 150 MiB compressed" in text
     server.close()
     gone = _glowplug("status", "--state", str(tmp_path))
     assert "no agent listens" in gone.stdout + gone.stderr
@@ -75,7 +75,7 @@ def _drawn(frame: Any, columns: int = 110) -> str:
 
 def test_rates_are_of_the_time_between_two_looks() -> None:
     before, now = _sample(10.0, 1 << 20), _sample(12.0, 5 << 20)
-    assert "5.0 MiB  2.0 MiB/s" in _drawn(top.frame(now, before, 110, None))
+    assert "5 MiB  2 MiB/s" in _drawn(top.frame(now, before, 110, None))
     replaced = _sample(14.0, 0)
     assert "0 B  0 B/s" in _drawn(top.frame(replaced, now, 110, None))
 
