@@ -2,14 +2,15 @@
 
 Called by the verbs `trace` and `convert --trace-run`, on their main thread. What is recorded must be what the
 command touches, so each trace has a device server of its own below STATE/traces/<pid>-<start>/: nothing else
-is served by it, no page is cached in its mounts yet, and they read ahead one page. The block cache is the
-usual one. What a trace that was killed left there, the next one takes away.
+is served by it, no page is cached in its mounts yet, and they read ahead as little as those of a start with
+a boot pack will (mount.START_READ_AHEAD_KIB). The block cache is the usual one. What a trace that was killed
+left there, the next one takes away.
 
     this process       attaches, records, watches, ends the command
       child            `mounting.run`: namespaces, mounts, the command
 
 What is in a trace beyond what was touched: the metadata of all layers, which every mount reads whole, and of
-a read(2) all that was asked for.
+a read(2) all that was asked for, and what the kernel reads ahead of either.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from glowplug import mounting, readiness, settings
-from imagefs import assembly, errors, mount, mounts, privatedirectory, trace
-from imagefs.fuse import control, statedirectory
+from imagefs import assembly, errors, mounts, privatedirectory, trace
+from imagefs.fuse import control
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,11 +66,9 @@ def record(
         raise errors.BusyError(f"{until.address} answers already, without {spec.argv[0]}: end what does")
     if not image.layers:
         raise errors.InvalidInputError(f"{ref} has no layers: its start reads nothing")
-    options = dataclasses.replace(options, read_ahead_kib=mount.NO_READ_AHEAD_KIB)
+    options = dataclasses.replace(options, traced=True)
     with _own_server(storage, origins) as (own, client):
         client.attach(_OWNER, assembly.layer_specs(image), origins)
-        for device in statedirectory.mounted(statedirectory.device_directory(own.state_dir)):
-            mount.set_read_ahead(device, mount.NO_READ_AHEAD_KIB)
         client.start_recording(_OWNER)
 
         def run() -> int:

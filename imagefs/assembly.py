@@ -31,13 +31,14 @@ _PARALLEL_READS = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for. `mode` None chooses. `read_ahead_kib` is that of the layers' mounts."""
+    """What the user asked for. `mode` None chooses. `traced`: the layers are mounted as for a start with a
+    boot pack, which is to be made."""
 
     mode: Mode | None = None
     writable: bool = False
     suid: bool = False
     dev: bool = False
-    read_ahead_kib: int = mount.READ_AHEAD_KIB
+    traced: bool = False
 
     def mount_flags(self) -> int:
         """Flags of the assembled mount."""
@@ -142,7 +143,9 @@ def assemble(
             f"--mode {options.mode} needs the right to mount: {exc.strerror}"
         ) from exc
     try:
-        choice, mounted = mount.mount_layers(options.mode, names, folder, options.read_ahead_kib)
+        packed = options.traced or image.boot_pack is not None
+        read_ahead_kib = mount.START_READ_AHEAD_KIB if packed else mount.READ_AHEAD_KIB
+        choice, mounted = mount.mount_layers(options.mode, names, folder, read_ahead_kib)
         if choice is None:
             return None
         if options.writable and root is None:
@@ -213,10 +216,13 @@ def _read_span(image: LazyImage, number: int, device: Path, offset: int, length:
 
 
 def _open(device: Path, what: str) -> int:
+    """For reads of what is asked for and no more: what the kernel reads ahead here is in no boot pack."""
     try:
-        return os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         raise errors.UnavailableError(f"{what}: {device} cannot be opened: {exc.strerror}") from exc
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
 
 
 def _read_exactly(fd: int, offset: int, length: int, what: str) -> bytes:
