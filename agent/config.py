@@ -176,7 +176,6 @@ class Settings:
     root: Path = Path("/var/lib/glowplug/agent")
     state: Path = Path("/run/glowplug")
     socket: Path = Path("/run/glowplug/snapshotter.sock")
-    containerd_socket: Path = Path("/run/containerd/containerd.sock")
     cache: Cache = dataclasses.field(default_factory=Cache)
     reads: Reads = dataclasses.field(default_factory=Reads)
     images: Images = dataclasses.field(default_factory=Images)

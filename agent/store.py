@@ -314,14 +314,6 @@ class Store:
             connection.execute("DELETE FROM snapshots WHERE id = ?", (row.id,))
             return row
 
-    def set_usage(self, number: int, usage: Usage) -> None:
-        """Keep what a snapshot takes; of one that is gone, nothing."""
-        with self._database.writing() as connection:
-            connection.execute(
-                "UPDATE snapshots SET inodes = ?, size_bytes = ? WHERE id = ?",
-                (usage.inodes, usage.size_bytes, number),
-            )
-
     def set_broken(self, number: int, why: str | None) -> None:
         """Put a snapshot in quarantine, saying why, or take it out (None)."""
         with self._database.writing() as connection:
