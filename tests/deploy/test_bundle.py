@@ -70,6 +70,8 @@ def test_it_brings_everything(bare_host: Path) -> None:
     loaded = _inside(bare_host, [python, "-I", "-c", script])
     assert loaded.stderr == ""
     assert loaded.stdout == "set()\n"
+    # What `agent install` writes to the host travels with the package.
+    assert list((bare_host / "opt/glowplug").rglob("agent/units/glowplug-agent.service"))
     assert {"libc6", "libssl3"} <= {
         path.name for path in (bare_host / "opt/glowplug/current/licences").iterdir()
     }
