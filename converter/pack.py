@@ -41,7 +41,6 @@ from imagefs.trace import Trace
 
 DEFAULT_LEVEL: Final = 9
 """Where more work stops to pay: docs/format.md has the figures."""
-_MAX_GRAIN_BYTES = 4 * 1024 * 1024
 _BLOCK_PLACES = ("docker", "oci", "s3")
 _RUN_BLOCKS = 8
 """Neighbouring blocks that one request brings at most, so that the threads share the work evenly."""
@@ -57,13 +56,11 @@ done, from any thread."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parameters:
-    """`jobs`: blocks fetched, and frames compressed, at once. `grain_bytes`: what lies around a traced read,
-    up to multiples of this, comes with it."""
+    """`jobs`: blocks fetched, and frames compressed, at once."""
 
     frame_bytes: int
     compression_level: int
     jobs: int
-    grain_bytes: int = PAGE_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def pack(image: LazyImage, traces: Sequence[Trace], parameters: Parameters, stag
     """Make the pack of these traces and publish it. InvalidInputError for traces of anything but this block
     image's layers, and for traces that read nothing that would be fetched."""
     started = time.monotonic()
-    records = wanted(image, traces, parameters.grain_bytes)
+    records = wanted(image, traces)
     with tempfile.TemporaryDirectory(prefix="glowplug-pack-", ignore_cleanup_errors=True) as work:
         try:
             made = _Making(image, records, parameters, Path(work), stage).run()
@@ -116,12 +113,8 @@ def pack(image: LazyImage, traces: Sequence[Trace], parameters: Parameters, stag
         return _publish(image, made, started)
 
 
-def wanted(image: LazyImage, traces: Sequence[Trace], grain_bytes: int = PAGE_BYTES) -> tuple[Record, ...]:
+def wanted(image: LazyImage, traces: Sequence[Trace]) -> tuple[Record, ...]:
     """What a pack of these traces holds. Raises as `pack`."""
-    if grain_bytes % PAGE_BYTES or not PAGE_BYTES <= grain_bytes <= _MAX_GRAIN_BYTES:
-        raise errors.InvalidInputError(
-            f"grain {grain_bytes} is not a multiple of {PAGE_BYTES} up to {_MAX_GRAIN_BYTES}"
-        )
     layers = bootpack.distinct(layer.map_digest for layer in image.layers)
     for found in traces:
         if bootpack.distinct(found.map_digests) != layers:
@@ -131,9 +124,7 @@ def wanted(image: LazyImage, traces: Sequence[Trace], grain_bytes: int = PAGE_BY
                 f"{image.source_digest}, with other layers: trace it again"
             )
     maps = {layer.map_digest: layer.block_map for layer in image.layers}
-    sizes = [layer.block_map.image_bytes for layer in image.layers]
-    widened = [trace.widened(found, grain_bytes, sizes) for found in traces]
-    records = bootpack.without_zero_blocks(trace.merge(widened), [maps[digest] for digest in layers])
+    records = bootpack.without_zero_blocks(trace.merge(traces), [maps[digest] for digest in layers])
     if not records:
         raise errors.InvalidInputError("the traces read zero blocks only: there is nothing to pack")
     return records

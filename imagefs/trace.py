@@ -126,18 +126,6 @@ def _read(line: bytes, number: int, layers: int) -> Read:
     return Read(layer, offset, length, microseconds)
 
 
-def widened(trace: Trace, grain_bytes: int, layer_bytes: Sequence[int]) -> Trace:
-    """The trace with each read widened to multiples of `grain_bytes`, inside its layer image, whose sizes
-    `layer_bytes` are. A read beyond the end stays, for others to refuse."""
-    reads = []
-    for read in trace.reads:
-        end = read.offset + read.length
-        start = read.offset - read.offset % grain_bytes
-        stop = max(end, min(layer_bytes[read.layer], end + -end % grain_bytes))
-        reads.append(dataclasses.replace(read, offset=start, length=stop - start))
-    return dataclasses.replace(trace, reads=tuple(reads))
-
-
 def merge(traces: Sequence[Trace]) -> list[Record]:
     """What a pack of these traces holds: their pages, each once, in the order that the module states.
 

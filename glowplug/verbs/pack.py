@@ -37,12 +37,6 @@ if TYPE_CHECKING:
     default=bootpack.DEFAULT_FRAME_BYTES,
     help="Unit that arrives and is verified (default 1MiB).",
 )
-@click.option(
-    "--grain",
-    type=settings.SIZE,
-    default=bootpack.PAGE_BYTES,
-    help="What lies around a read, up to multiples of this, comes with it (default 4KiB: nothing).",
-)
 @click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 9).")
 @click.option("--jobs", type=click.IntRange(1), help="Threads (default: one per processor, up to 8).")
 @settings.origin_options
@@ -53,7 +47,6 @@ def command(
     ref: str,
     traces: tuple[Path, ...],
     frame_size: int,
-    grain: int,
     level: int | None,
     jobs: int | None,
     origins: Options,
@@ -73,7 +66,6 @@ def command(
         frame_bytes=frame_size,
         compression_level=level or pack.DEFAULT_LEVEL,
         jobs=jobs or min(os.cpu_count() or 1, 8),
-        grain_bytes=grain,
     )
     recorded = [pack.read_trace(path) for path in traces]
     packed = pack.pack(open_image(ref), recorded, parameters, progress.total)

@@ -106,22 +106,6 @@ def test_the_same_layer_twice_in_an_image() -> None:
     assert trace.merge([found]) == [Record(0, 0, 1), Record(2, 0, 1), Record(0, 1, 1)]
 
 
-@hypothesis.given(traces(), st.integers(1, 5))
-def test_widened_to_a_grain(value: Trace, pages: int) -> None:
-    """The same first reads in units of the grain, but for what lies beyond the end of a layer image."""
-    grain = pages * PAGE_BYTES
-    sizes = [70 * PAGE_BYTES, 75 * PAGE_BYTES, 80 * PAGE_BYTES]
-    found = trace.widened(value, grain, sizes)
-    assert trace.widened(found, grain, sizes) == found
-    expected = {
-        (layer, page)
-        for layer, first in first_pages(value)
-        for page in range(first - first % pages, first - first % pages + pages)
-        if page * PAGE_BYTES < sizes[layer]
-    }
-    assert set(first_pages(found)) == expected
-
-
 def test_what_does_not_merge() -> None:
     read = Read(0, 0, 1, 0)
     with pytest.raises(errors.InvalidInputError, match="2 traces of 2 different images"):
