@@ -22,7 +22,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from imagefs import blockmap, errors, fetchlog, frames, plan
@@ -104,6 +104,13 @@ class Fetcher:
             else:
                 known.count += 1
                 known.origins[layer.origin.name] = layer.origin
+
+    def replace_origins(self, map_digest: str, origins: Iterable[Origin]) -> None:
+        """The origins that a layer has from now on, if these are any; fetches under way keep theirs."""
+        with self._lock:
+            known = self._layers.get(map_digest)
+            if known is not None:
+                known.origins = {origin.name: origin for origin in origins} or known.origins
 
     def detach(self, map_digest: str) -> None:
         """Undo one `attach`. After the last one, pending requests get NotFoundError at once."""
@@ -447,6 +454,7 @@ class Fetcher:
                             block_map, index, pieces, layer.map_digest, buffer, draft.write
                         )
                     except errors.IntegrityError as exc:
+                        origin.doubt(layer.blob_digest, exc)
                         self._fail(fetch, index, exc, more_origins=False)
                     except Exception as exc:
                         for unread in missing[number:]:

@@ -92,9 +92,11 @@ class Layers:
         self._packs = Packs(self._cache, self._fetcher, settings.read_deadline_seconds * _FRAME_SHARE)
         for record in table.records():
             try:
-                self._serve(
-                    record, self._read_map(record.spec, self._origin(next(iter(record.owners.values()))))
+                block_map, data = self._read_map(
+                    record.spec, self._origin(next(iter(record.owners.values())))
                 )
+                self._serve(record, block_map)
+                self._keep_map(record.spec.map_digest, data)
             except errors.ImagefsError as exc:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
         for owner, pack in table.packs().items():
@@ -187,14 +189,18 @@ class Layers:
         origins = connect.Options.from_json(request.get("origins") or {}).to_json()
         owner = control.string(request, "owner")
         maps: dict[str, blockmap.BlockMap] = {}
+        encoded: dict[str, bytes] = {}
         for spec in specs:
-            # Outside the lock: it may ask the origin for the map.
-            origin = self._origin(Source(spec.origin_ref, origins))
-            known = maps.get(spec.map_digest)
-            maps[spec.map_digest] = self._checked_blob(spec, known) if known else self._read_map(spec, origin)
+            if spec.map_digest not in maps:
+                # Outside the lock: it may ask the origin for the map.
+                origin = self._origin(Source(spec.origin_ref, origins))
+                maps[spec.map_digest], encoded[spec.map_digest] = self._read_map(spec, origin)
+            self._check_blob(spec, maps[spec.map_digest])
         with self._lock:
             if self._closed:
                 raise control.StoppingError("the device server is stopping")
+            for map_digest, data in encoded.items():
+                self._keep_map(map_digest, data)
             for record in self._table.attach(specs, origins, owner, pack):
                 self._serve(record, maps[record.spec.map_digest], owner)
         return self._start_pack(owner, pack, origins) if pack is not None else []
@@ -215,22 +221,29 @@ class Layers:
                     self._by_node.pop(record.node, None)
                     self._by_name.pop(device_name(record.spec.map_digest).encode(), None)
                 self._fetcher.detach(record.spec.map_digest)
+                left = [self._origins.get(_key(source)) for source in record.owners.values()]
+                self._fetcher.replace_origins(record.spec.map_digest, [each for each in left if each])
                 if not record.owners:
                     map_path(self._settings.state_dir, record.spec.map_digest).unlink(missing_ok=True)
+            self._close_unused_origins()
             if not self._table.records():
                 self._forget_all()
         self._filler.stop(owner)
         return changed, gone + stopped.nodes
 
     def _forget_all(self) -> None:
-        """With the last device gone: maps that failed attaches left behind, and connections."""
+        """With the last device gone: maps that failed attaches left behind."""
         for path in map_path(self._settings.state_dir, "").iterdir():
             if not path.name.startswith("."):  # a client is writing that one, for an attach to come
                 path.unlink(missing_ok=True)
         self._last_errors.clear()
-        origins, self._origins = self._origins, {}
-        for origin in origins.values():
-            origin.close()
+
+    def _close_unused_origins(self) -> None:
+        """A node that always runs something would else keep connections to every place it ever read from."""
+        used = {_key(source) for record in self._table.records() for source in record.owners.values()}
+        used |= {_key(Source(pack.spec.origin_ref, pack.origins)) for pack in self._table.packs().values()}
+        for key in [key for key in list(self._origins) if key not in used]:
+            self._origins.pop(key).close()
 
     def hold(self, owner: str) -> None:
         """Stay, also without a device, until `owner` is detached."""
@@ -441,7 +454,7 @@ class Layers:
         return table
 
     def _origin(self, source: Source) -> Origin:
-        key = json.dumps([source.origin_ref, source.origins], sort_keys=True)
+        key = _key(source)
         origin = self._origins.get(key)
         if origin is None:
             options = connect.Options.from_json(source.origins)
@@ -449,28 +462,41 @@ class Layers:
             origin = self._origins.setdefault(key, origin)
         return origin
 
-    def _read_map(self, spec: LayerSpec, origin: Origin) -> blockmap.BlockMap:
-        """The map from the state directory, where the client put it, or from the origin. Verified."""
+    def _read_map(self, spec: LayerSpec, origin: Origin) -> tuple[blockmap.BlockMap, bytes]:
+        """The map from the state directory, where the client put it, or from the origin; and its bytes.
+        Verified."""
         path = map_path(self._settings.state_dir, spec.map_digest)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             data = origin.read_blob(spec.map_digest, min(spec.map_size, blockmap.MAX_MAP_BYTES))
-            write_atomically(path, data)
         if "sha256:" + hashlib.sha256(data).hexdigest() != spec.map_digest:
             path.unlink(missing_ok=True)
             raise errors.IntegrityError(f"{path}: the block map's bytes are not {spec.map_digest}")
         block_map = blockmap.decode(data)
         frames.check_sizes(block_map, spec.map_digest)
-        return self._checked_blob(spec, block_map)
+        self._check_blob(spec, block_map)
+        return block_map, data
 
-    def _checked_blob(self, spec: LayerSpec, block_map: blockmap.BlockMap) -> blockmap.BlockMap:
+    def _keep_map(self, map_digest: str, data: bytes) -> None:
+        """For a successor. With the lock held: until then another owner's detach may remove it."""
+        path = map_path(self._settings.state_dir, map_digest)
+        try:
+            if not path.exists():
+                write_atomically(path, data)
+        except OSError as exc:
+            raise errors.ConfigurationError(f"cannot write {path}: {exc.strerror}") from exc
+
+    def _check_blob(self, spec: LayerSpec, block_map: blockmap.BlockMap) -> None:
         if "sha256:" + block_map.blob_digest.hex() != spec.blob_digest:
             raise errors.IntegrityError(
                 f"block map {spec.map_digest} is of blob sha256:{block_map.blob_digest.hex()}, "
                 f"not of {spec.blob_digest}"
             )
-        return block_map
+
+
+def _key(source: Source) -> str:
+    return json.dumps([source.origin_ref, source.origins], sort_keys=True)
 
 
 def map_path(state_dir: Path, digest: str) -> Path:

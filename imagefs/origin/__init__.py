@@ -24,6 +24,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # whoever names an origin's options loads this, before it can start the device server
+    from imagefs import errors
     from imagefs.artifact import Descriptor, Manifest
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -54,6 +55,10 @@ class Origin(Protocol):
         come, none empty: exactly `length` bytes, or an error after some of them. Resumes where a connection
         broke. Gives up (UnavailableError) once time.monotonic() passes `deadline`; without one, after the
         origin's own number of attempts. Who stops before the end closes the iterator."""
+
+    def doubt(self, digest: str, why: errors.IntegrityError) -> None:
+        """A range of this blob was not what its reader has a digest of. Where the origin has other copies
+        (mirrors), the next read asks one of those; otherwise nothing changes."""
 
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         """The blob's bytes in order, in pieces of at most 1 MiB; resumes where a connection broke.

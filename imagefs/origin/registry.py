@@ -133,6 +133,10 @@ class RegistryOrigin:
     ) -> Generator[bytes, None, None]:
         return self._ranges.stream_range(digest, offset, length, deadline)
 
+    def doubt(self, digest: str, why: errors.IntegrityError) -> None:
+        self._forget_location(digest)
+        self._places.doubt(why)
+
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         return self._ranges.stream_blob(digest, size)
 

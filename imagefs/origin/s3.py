@@ -159,6 +159,9 @@ class S3Origin:
     ) -> Generator[bytes, None, None]:
         return self._ranges.stream_range(digest, offset, length, deadline)
 
+    def doubt(self, digest: str, why: errors.IntegrityError) -> None:
+        """There is one copy."""
+
     def stream_blob(self, digest: str, size: int) -> Iterator[bytes]:
         return self._ranges.stream_blob(digest, size)
 

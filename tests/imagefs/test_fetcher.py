@@ -310,6 +310,22 @@ def test_wrong_bytes_are_fetched_again_and_never_served(tmp_path: pathlib.Path) 
         assert made.fetcher.stats().corrupt_blocks == 2
 
 
+def test_an_origin_is_told_that_its_bytes_were_wrong(tmp_path: pathlib.Path) -> None:
+    """It may have another copy: a mirror that keeps sending them is no reason for EIO."""
+    doubted: list[str] = []
+
+    def spoil(call: scripted.Call, buffer: memoryview) -> None:
+        if not doubted:
+            buffer[len(buffer) // 2] ^= 1
+
+    with bench(tmp_path) as made:
+        made.origin.spoil = spoil
+        made.origin.doubt = lambda digest, why: doubted.append(digest)  # type: ignore[method-assign]
+        made.ask(0)
+        assert content(made.answers.wait([0])[0], 0)
+        assert doubted == [made.layer.blob_digest]
+
+
 def test_bytes_that_stay_wrong_are_an_error_for_that_block_alone(tmp_path: pathlib.Path) -> None:
     with bench(tmp_path) as made:
         bad = made.layer.block_map.blocks[4].offset

@@ -255,6 +255,16 @@ class TestFallingOver:
         assert origin.read_manifest(made).digest == made
         assert origin.read_blob(digest, len(DATA)) == DATA
 
+    def test_a_mirror_that_lies_in_a_range_is_passed_over_once_its_reader_says_so(
+        self, server: FaultProxy, mirror: FaultProxy, tmp_path: Path
+    ) -> None:
+        origin = origin_at(server.host, configure(tmp_path, server.host, table(mirror.host)))
+        digest = put(origin)
+        mirror.add(Fault(flip=True, times=None))
+        assert b"".join(origin.stream_range(digest, 0, 5000)) != DATA[:5000]
+        origin.doubt(digest, errors.IntegrityError("not what the block map says"))
+        assert b"".join(origin.stream_range(digest, 0, 5000)) == DATA[:5000]
+
     def test_what_is_not_there_is_not_there(
         self, server: FaultProxy, mirror: FaultProxy, tmp_path: Path
     ) -> None:

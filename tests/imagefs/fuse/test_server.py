@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,42 @@ def test_reading_what_was_detached_fails(tmp_path: Path, blobs: stack.BlobServer
             assert caught.value.errno == errno.EIO
         finally:
             os.close(fd)
+
+
+def test_a_map_stays_for_who_attaches_while_its_last_owner_goes(
+    tmp_path: Path, blobs: stack.BlobServer
+) -> None:
+    """Else a successor of the server would have to ask the origin for it, which may be dead by then."""
+    shared, slow = (stack.make_layer(stack.random_image(8192, seed)) for seed in (40, 41))
+    values = stack.settings(tmp_path)
+    blobs.add(slow)
+    with stack.running(values) as client:
+        (device,) = client.attach("first", [blobs.add(shared)], stack.OPTIONS)
+        blobs.open.clear()
+        specs = [shared.spec(blobs.ref()), slow.spec(blobs.ref(), with_map=False)]
+        second = threading.Thread(target=client.attach, args=("second", specs, stack.OPTIONS))
+        second.start()
+        assert blobs.arrived.acquire(timeout=30)  # the shared layer's map was read by then
+        client.detach("first")
+        blobs.open.set()
+        second.join()
+        assert device.read_bytes() == shared.image
+        maps = {path.name for path in (values.state_dir / "maps").iterdir()}
+        assert {f"sha256:{name}" for name in maps} == {shared.map_digest, slow.map_digest}
+
+
+def test_origins_that_nobody_has_layers_of_are_closed(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """Also while something else is attached: on a node something always is."""
+    kept = stack.make_layer(stack.random_image(8192, 50))
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("kept", [blobs.add(kept)], stack.OPTIONS)
+        descriptors = Path(f"/proc/{client.status()['processes']['server']}/fd")
+        before = len(list(descriptors.iterdir()))
+        for number in range(20):
+            layer = stack.make_layer(stack.random_image(8192, 60 + number))
+            blobs.add(layer)
+            spec = layer.spec(blobs.ref(f"team/image-{number}"), with_map=False)
+            client.attach("passing", [spec, kept.spec(spec.origin_ref)], stack.OPTIONS)
+            client.detach("passing")
+        stack.eventually(lambda: len(list(descriptors.iterdir())) <= before + 4, "descriptors are given back")
+        assert device.read_bytes() == kept.image
