@@ -152,7 +152,7 @@ class Agent:
             self._observer.event(
                 "settings_kept",
                 f"the device server of {wanted.state_dir} goes on as it was started, with another "
-                f"{', '.join(named)}: the new ones count when it is started anew, say by a reboot",
+                f"{', '.join(named)}: `glowplug agent upgrade` makes the new ones count",
                 level="warning",
             )
 
@@ -253,6 +253,16 @@ def server_settings(settings: config.Settings, origins: connect.Options) -> cont
         connections=settings.reads.connections,
         origins=origins,
     )
+
+
+def hand_over(settings: config.Settings) -> bool:
+    """Have this build's device server take over from the one that runs, whoever started it; it takes up
+    these settings. False if none runs. Containers see a pause; raises what DeviceClient.hand_over does."""
+    try:
+        DeviceClient(server_settings(settings, origin_options(settings))).hand_over()
+    except errors.NotFoundError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import importlib.resources
 import os
 from pathlib import Path
 
-from agent import config, containerdconfig, containerdprobe, host, hostfiles
+from agent import config, containerdconfig, containerdprobe, daemon, host, hostfiles
 from agent.host import Change, Host
 from imagefs import errors
 
@@ -103,6 +103,8 @@ def _start_agent(change: Change, settings: config.Settings, *, new: bool) -> Non
     change.services("enable", host.KEEPER_UNIT, host.AGENT_UNIT)
     change.services("start", host.KEEPER_UNIT)
     # Also when nothing changed: behind the same path there may be another version by now.
+    if not new and daemon.hand_over(settings):
+        change.say("the device server is this version's; containers read on")
     change.services("restart", host.AGENT_UNIT)
     host.wait(f"the agent does not serve {settings.socket}", lambda: _not_there(settings.socket))
     change.say(f"the agent serves {settings.socket}")

@@ -13,6 +13,7 @@ _SUBCOMMANDS = {
     "install": ("agent_install", "install", "Install the agent on this host, for its containerd."),
     "keeper": ("agent_keeper", "command", "Start the device server apart from the agent."),
     "run": ("agent", "run", "Serve containerd's snapshots from block images."),
+    "upgrade": ("agent_upgrade", "command", "Have this version take over from the one that runs."),
     "uninstall": ("agent_install", "uninstall", "Undo `install`."),
 }
 

@@ -6,127 +6,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
 
-from agent import client, lookup
-from agent.proto import snapshots_pb2 as messages
-from imagefs import errors, reference
+from imagefs import errors
 from imagefs.fuse.control import DeviceClient
-from imagefs.origin import connect
-from tests.agent.lazy_node import BASE, Source
-from tests.fixtures import block_images, images, servers
+from tests.agent.agent_process import Agent, agent, source
+from tests.agent.lazy_node import Source
+from tests.fixtures import block_images
+
+__all__ = ["agent", "source"]
 
 pytestmark = pytest.mark.root
-
-_START_SECONDS = 30.0
-_PREPARE = "/containerd.services.snapshots.v1.Snapshots/Prepare"
-
-
-class Agent:
-    """`glowplug agent run` in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.root, self.state = folder / "root", folder / "state"
-        self.socket = self.state / "snapshotter.sock"
-        self.config = folder / "agent.toml"
-        self.config.write_text(
-            f'root = "{self.root}"\nstate = "{self.state}"\nsocket = "{self.socket}"\n'
-            f'[cache]\ndirectory = "{folder}/cache"\nfree_floor_percent = 0\n'
-            "[reads]\ndeadline_seconds = 5\n"
-            '[http]\nlisten = "127.0.0.1:0"\n'
-        )
-        self.log = folder / "log"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.socket.unlink(missing_ok=True)
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [block_images.GLOWPLUG, "agent", "run", "--config", self.config], stdout=log, stderr=log
-            )
-        until = time.monotonic() + _START_SECONDS
-        while not self.socket.exists():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < until, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self, signum: int = signal.SIGTERM) -> int:
-        assert self.process is not None
-        self.process.send_signal(signum)
-        code = self.process.wait(30)
-        self.process = None
-        return code
-
-    @property
-    def api(self) -> client.AgentClient:
-        return client.AgentClient(self.state / "agent.sock")
-
-    def prepare(self, key: str, parent: str, labels: dict[str, str]) -> messages.PrepareSnapshotResponse:
-        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
-            call = channel.unary_unary(
-                _PREPARE,
-                request_serializer=messages.PrepareSnapshotRequest.SerializeToString,
-                response_deserializer=messages.PrepareSnapshotResponse.FromString,
-            )
-            request = messages.PrepareSnapshotRequest(key=key, parent=parent, labels=labels)
-            return call(request, timeout=30)  # type: ignore[no-any-return]
-
-    def prepare_image(self, source: Source, key: str) -> None:
-        """Every layer, as containerd's unpacker asks for it, and an active snapshot on top."""
-        parent = ""
-        for chain_id in source.chain_ids:
-            with pytest.raises(grpc.RpcError) as refusal:
-                self.prepare(
-                    f"extract {chain_id}", parent, {**source.labels, "containerd.io/snapshot.ref": chain_id}
-                )
-            assert refusal.value.code() is grpc.StatusCode.ALREADY_EXISTS
-            parent = chain_id
-        self.prepare(key, parent, {})
-
-    def layer_mounts(self) -> list[str]:
-        """Mount ids and places of the layers that are mounted."""
-        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        return [f"{line[0]} {line[4]}" for line in lines if line[4].startswith(f"{self.root}/layers/")]
-
-    def events(self) -> list[str]:
-        """The kinds of what happened."""
-        return [event["kind"] for event in self.api.get("/api/v1/events")["events"]]
-
-    def message_of_the_day(self) -> str:
-        """A file of the image's first layer, wherever that is mounted."""
-        found = [Path(line.split()[1]) / "etc/motd" for line in self.layer_mounts()]
-        return next(path for path in found if path.exists()).read_text()
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(tmp_path)
-    made.start()
-    yield made
-    if made.process is not None:
-        made.end()
-    for place in reversed(made.layer_mounts()):
-        subprocess.run(["umount", "-l", place.split()[1]], check=False)
-    devices = DeviceClient.connect(made.state)
-    if devices is not None:
-        devices.stop()
-
-
-@pytest.fixture
-def source(registry: servers.RegistryServer) -> Source:
-    """An image of two layers with its block image."""
-    tars = [BASE, images.tar_of([("top", b"t" * 100_000)])]
-    repository = servers.unique_name("daemon")
-    name = f"{registry.host}/{repository}:v1"
-    image = images.make(tars)
-    image.push(connect.connect(reference.parse(f"docker://{name}"), connect.Options()), "v1")
-    block_images.convert(f"docker://{name}")
-    return Source(name, image.top, lookup.chain_ids([images.digest(tar) for tar in tars]))
 
 
 def test_lazily_over_grpc_and_through_a_restart(agent: Agent, source: Source) -> None:
