@@ -25,6 +25,7 @@ COPY_SUFFIX = ".before-glowplug"
 UNIT_PROGRAM = "/opt/glowplug/current/bin/glowplug"
 """The program that the units name, where the bundle is; replaced by the one that installs."""
 
+_NO_SYSTEMD = "without systemd, start the units' programs yourself and use --no-restart"
 WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 
@@ -76,12 +77,11 @@ class Systemctl:
                 check=False,
             )
         except OSError as exc:
-            raise errors.ConfigurationError(
-                f"{self._program}: {exc.strerror}; the host needs systemd, or start the units' programs "
-                "yourself and use --no-restart"
-            ) from exc
+            raise errors.ConfigurationError(f"{self._program}: {exc.strerror}; {_NO_SYSTEMD}") from exc
         if result.returncode:
             said = (result.stderr or result.stdout).strip()[-1000:]
+            if "not been booted with systemd" in said:
+                raise errors.ConfigurationError(f"systemd does not run here; {_NO_SYSTEMD}")
             raise errors.ConfigurationError(f"{self._program} {' '.join(arguments)}: {said}")
 
 
@@ -98,6 +98,8 @@ class Change:
     @contextlib.contextmanager
     def undone_on_failure(self) -> Iterator[None]:
         """Inside, a failure puts files and services back: ConfigurationError says why, and what is left."""
+        if self.restart:
+            self.services("daemon-reload")  # a host that cannot be told anything is not changed
         try:
             yield
         except (errors.ImagefsError, OSError, KeyboardInterrupt) as exc:

@@ -21,7 +21,7 @@ from agent.host import Change, Host
 from imagefs import errors
 
 _DEFAULT_SETTINGS = """\
-# Settings of the Glowplug agent. What is not here has its default; docs/install.md has the list.
+# Settings of the Glowplug agent. What is not here has its default; docs/agent.md has the list.
 """
 
 
