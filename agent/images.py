@@ -28,13 +28,13 @@ from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.snapshotter import Found
-from agent.store import ImageRow, LayerRow, Store
-from imagefs import assembly, blockmap, erofs, errors
+from agent.store import BootPackRow, ImageRow, LayerRow, Store
+from imagefs import assembly, blockmap, erofs, errors, mount
 from imagefs.erofs import ondisk
 from imagefs.fuse import statedirectory
 from imagefs.fuse.control import DeviceClient
 from imagefs.fuse.coverage import Coverage
-from imagefs.fuse.devices import LayerSpec, device_name
+from imagefs.fuse.devices import LayerSpec, PackSpec, device_name
 from imagefs.image import LazyImage
 from imagefs.mount import RootAttributes
 from imagefs.origin import connect
@@ -126,7 +126,8 @@ class Images:
         started = self._clock()
         device = self.attach(block_digest)[layer]
         name = f"{row.reference}: layer {layer} ({found.map_digest})"
-        path = self._mounts.ensure(found.mount_number, name, device)
+        read_ahead_kib = mount.START_READ_AHEAD_KIB if row.boot_pack else mount.READ_AHEAD_KIB
+        path = self._mounts.ensure(found.mount_number, name, device, read_ahead_kib)
         self._observer.phase(row.reference, "mount", self._clock() - started)
         return path
 
@@ -188,7 +189,7 @@ class Images:
         with self._attaching_lock(block_digest):
             if block_digest not in self._attached:
                 specs = [self._spec(row, layer) for layer in row.layers]
-                self._devices.attach(owner_of(block_digest), specs, self._origins)
+                self._devices.attach(owner_of(block_digest), specs, self._origins, self._pack_spec(row))
                 self._attached.add(block_digest)
         return [self._device_directory / device_name(layer.map_digest) for layer in row.layers]
 
@@ -247,15 +248,19 @@ class Images:
 
     def _take_up(self, flight: Flight, image: LazyImage) -> None:
         """Attach a new image's layers, and bring their metadata in. Undone when it fails, or comes late."""
-        with self._table.coming(layer.map_digest for layer in image.layers):
-            self._take_up_layers(flight, image)
+        pack = assembly.pack_spec(image)
+        maps = [layer.map_digest for layer in image.layers]
+        with self._table.coming([*maps, pack.table_digest] if pack is not None else maps):
+            self._take_up_layers(flight, image, pack)
 
-    def _take_up_layers(self, flight: Flight, image: LazyImage) -> None:
+    def _take_up_layers(self, flight: Flight, image: LazyImage, pack: PackSpec | None) -> None:
         started = self._clock()
         digest = image.manifest.digest
         for layer, data in zip(image.layers, image.map_bytes, strict=True):
             self._maps.keep(layer.map_digest, data)
-        devices = self._devices.attach(owner_of(digest), assembly.layer_specs(image), self._origins)
+        if pack is not None and pack.table_bytes is not None:
+            self._maps.keep(pack.table_digest, pack.table_bytes)
+        devices = self._devices.attach(owner_of(digest), assembly.layer_specs(image), self._origins, pack)
         flight.cancel = lambda: self._cancel(flight, digest)
         try:
             self._commit(flight, None)
@@ -317,10 +322,11 @@ class Images:
             except errors.ImagefsError:
                 return  # a snapshot was made of it meanwhile, or the disk is full: the next sweep sees it
             gone = self._table.drop(row)
+            for file in gone:
+                self._maps.remove(file)
             for layer in row.layers:
                 if layer.map_digest in gone:
                     self._mounts.unmount(layer.mount_number, device_name(layer.map_digest))
-                    self._maps.remove(layer.map_digest)
                     self._roots.pop(layer.map_digest, None)
                     self._inodes.pop(layer.map_digest, None)
             self._coverage.pop(digest, None)
@@ -382,6 +388,19 @@ class Images:
             map_bytes=self._maps.read(layer.map_digest),
         )
 
+    def _pack_spec(self, row: ImageRow) -> PackSpec | None:
+        pack = row.boot_pack
+        if pack is None:
+            return None
+        return PackSpec(
+            origin_ref=row.origin_ref,
+            table_digest=pack.table_digest,
+            table_size=pack.table_size,
+            data_digest=pack.data_digest,
+            data_size=pack.data_size,
+            table_bytes=self._maps.read(pack.table_digest),
+        )
+
     def _read_root(self, block_digest: str, layer: int, map_digest: str) -> RootAttributes | None:
         device = self.attach(block_digest)[layer]
         data = self._maps.read(map_digest)
@@ -415,4 +434,11 @@ def _row(wanted: Wanted, image: LazyImage) -> ImageRow:
             for chain_id, each in zip(chain, layers, strict=True)
         ),
         created_ns=time.time_ns(),
+        boot_pack=_pack_row(assembly.pack_spec(image)),
     )
+
+
+def _pack_row(spec: PackSpec | None) -> BootPackRow | None:
+    if spec is None:
+        return None
+    return BootPackRow(spec.table_digest, spec.table_size, spec.data_digest, spec.data_size)

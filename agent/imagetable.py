@@ -98,7 +98,8 @@ class ImageTable:
                 self._named.add(block_digest)
 
     def drop(self, row: ImageRow) -> set[str]:
-        """Remove. Returns the map digests of its layers that no other image has, or is about to have."""
+        """Remove. Returns the digests of its layers' maps and of its boot pack's table that no other image
+        has, or is about to have."""
         with self._lock:
             self._rows.pop(row.block_digest, None)
             self._held_until.pop(row.block_digest, None)
@@ -111,11 +112,12 @@ class ImageTable:
                 places.pop(row.block_digest, None)
                 if not places:
                     self._by_chain.pop(layer.chain_id, None)
-            return {layer.map_digest for layer in row.layers} - self._maps()
+            return _files(row) - self._maps()
 
     @contextlib.contextmanager
     def coming(self, map_digests: Iterable[str]) -> Iterator[None]:
-        """An image with these layers is being taken up: whoever drops another one leaves them alone."""
+        """An image with these maps (and table) is being taken up: whoever drops another one leaves them
+        alone."""
         wanted = list(map_digests)
         with self._lock:
             self._coming.update(wanted)
@@ -127,7 +129,7 @@ class ImageTable:
                 self._coming += collections.Counter()  # without those that are at zero
 
     def maps(self) -> set[str]:
-        """The map digests of all images, and of those that are being taken up."""
+        """The digests of the maps and tables of all images, and of those that are being taken up."""
         with self._lock:
             return self._maps()
 
@@ -150,7 +152,7 @@ class ImageTable:
     # -- with the lock held ------------------------------------------------------------------------
 
     def _maps(self) -> set[str]:
-        return {layer.map_digest for row in self._rows.values() for layer in row.layers} | set(self._coming)
+        return {digest for row in self._rows.values() for digest in _files(row)} | set(self._coming)
 
     def _admit(self, row: ImageRow, place: str) -> None:
         self._places.setdefault(row.block_digest, set()).add(self._at(place))
@@ -165,3 +167,9 @@ class ImageTable:
     def _at(self, place: str) -> str:
         """The place that counts: any is as good as another where the place does not matter."""
         return place if self._place_matters else ""
+
+
+def _files(row: ImageRow) -> set[str]:
+    """The digests of what is kept in root/maps for an image."""
+    tables = {row.boot_pack.table_digest} if row.boot_pack is not None else set()
+    return {layer.map_digest for layer in row.layers} | tables

@@ -1,4 +1,5 @@
-"""The block maps of this node's images: root/maps/<hex of the digest>, so that a reboot needs no registry.
+"""The block maps of this node's images, and the tables of their boot packs: root/maps/<hex of the digest>, so
+that a reboot needs no registry.
 
 Owned by images.py; any thread. Not synced: what a crash leaves damaged is noticed by its name, removed, and
 fetched again by the device server.

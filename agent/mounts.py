@@ -80,7 +80,9 @@ class LayerMounts:
         """The mount point, if this layer is mounted there."""
         return self.path(number) if self._has(number, device_name) else None
 
-    def ensure(self, number: int, name: str, device: Path) -> Path:
+    def ensure(
+        self, number: int, name: str, device: Path, read_ahead_kib: int = mount.READ_AHEAD_KIB
+    ) -> Path:
         """Mount a layer (`name` for messages) unless it is mounted. Raises what imagefs.mount raises."""
         target = self.path(number)
         with self._place(number):
@@ -92,7 +94,7 @@ class LayerMounts:
                 target.mkdir(mode=0o700, exist_ok=True)
             except OSError as exc:
                 raise errors.ConfigurationError(f"cannot make {target}: {exc.strerror}") from exc
-            self._mode = mount.mount_layer(self._mode, name, device, target).mode
+            self._mode = mount.mount_layer(self._mode, name, device, target, read_ahead_kib).mode
             with self._lock:
                 self._mounted[number] = device.name
         return target

@@ -70,6 +70,13 @@ CREATE TABLE layers (
     PRIMARY KEY (image, number)
 );
 CREATE INDEX layers_map ON layers (map_digest);
+CREATE TABLE boot_packs (
+    image        TEXT    PRIMARY KEY REFERENCES images (block_digest) ON DELETE CASCADE,
+    table_digest TEXT    NOT NULL,
+    table_size   INTEGER NOT NULL,
+    data_digest  TEXT    NOT NULL,
+    data_size    INTEGER NOT NULL
+);
 CREATE VIEW snapshot_rows AS
     SELECT s.id, s.name, s.kind, s.parent AS parent_id, coalesce(p.name, '') AS parent, s.labels,
            s.created_ns, s.updated_ns, s.inodes, s.size_bytes, s.image, s.layer, s.broken
@@ -101,6 +108,16 @@ class LayerRow:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BootPackRow:
+    """Where the boot pack of a block image is, in the image's origin."""
+
+    table_digest: str
+    table_size: int
+    data_digest: str
+    data_size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ImageRow:
     """A block image that is in use, wanted or prefetched. `block_digest` (of its manifest) is the key,
     `source_digest` the ordinary image's manifest, `reference` what was asked for, `origin_ref` the REF where
@@ -114,6 +131,7 @@ class ImageRow:
     created_ns: int
     pinned: bool = False
     prefetched: bool = False
+    boot_pack: BootPackRow | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -368,6 +386,10 @@ class Store:
                 ],
             )
             _drop_unused_numbers(connection)
+            connection.execute("DELETE FROM boot_packs WHERE image = ?", (image.block_digest,))
+            if image.boot_pack is not None:
+                values = (image.block_digest, *dataclasses.astuple(image.boot_pack))
+                connection.execute("INSERT INTO boot_packs VALUES (?, ?, ?, ?, ?)", values)
             return _images(connection, image.block_digest)[0]
 
     def image(self, block_digest: str) -> ImageRow | None:
@@ -484,8 +506,24 @@ def _images(connection: sqlite3.Connection, block_digest: str | None) -> list[Im
         (block_digest,),
     ):
         layers.setdefault(image, []).append(LayerRow(*values))
+    packs = {
+        image: BootPackRow(*values)
+        for image, *values in connection.execute(
+            "SELECT * FROM boot_packs WHERE ?1 IS NULL OR image = ?1", (block_digest,)
+        )
+    }
     return [
-        ImageRow(key, source, reference, origin, tuple(layers.get(key, ())), created, bool(pin), bool(early))
+        ImageRow(
+            key,
+            source,
+            reference,
+            origin,
+            tuple(layers.get(key, ())),
+            created,
+            bool(pin),
+            bool(early),
+            packs.get(key),
+        )
         for key, source, reference, origin, created, pin, early in connection.execute(
             "SELECT block_digest, source_digest, reference, origin_ref, created_ns, pinned, prefetched"
             " FROM images WHERE ?1 IS NULL OR block_digest = ?1 ORDER BY created_ns, block_digest",

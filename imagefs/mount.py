@@ -77,15 +77,19 @@ class RootAttributes:
 _DEFAULT_CHOICE = Choice(Mode.EROFS, "the kernel mounts EROFS from plain files")
 
 
-def mount_layer(wanted: Mode | None, name: str, device: Path, target: Path) -> Choice:
+def mount_layer(
+    wanted: Mode | None, name: str, device: Path, target: Path, read_ahead_kib: int = READ_AHEAD_KIB
+) -> Choice:
     """Mount one layer image (name for messages) where it stays, at `target`. `wanted` is the mode of an
     earlier choice. ConfigurationError when this machine can mount no EROFS at all."""
-    with _read_ahead(READ_AHEAD_KIB):
+    with _read_ahead(read_ahead_kib):
         choice = _mount_or_fall_back(
             wanted, Choice(wanted, "as before") if wanted else _DEFAULT_CHOICE, name, device, target
         )
     if choice.mode is Mode.FUSE:
         raise errors.ConfigurationError(f"{name}: {choice.why}; layers cannot be mounted on this machine")
+    if choice.mode is Mode.LOOP and read_ahead_kib != READ_AHEAD_KIB:
+        _set_loop_read_ahead(target, read_ahead_kib)
     return choice
 
 
