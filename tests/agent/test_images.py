@@ -19,12 +19,14 @@ from agent.images import owner_of
 from agent.snapshots import Kind, Usage
 from agent.snapshotter import Found
 from agent.store import ImageRow
-from imagefs import artifact, errors
+from converter import pack
+from imagefs import artifact, errors, image, reference, trace
 from imagefs.origin import Origin
 from tests.agent.lazy_node import BASE, LazyNode
 from tests.agent.lazy_node import node as node
 from tests.fixtures import block_images, images, servers
 from tests.imagefs import scripted
+from tests.imagefs.fuse.stack import eventually
 
 pytestmark = pytest.mark.root
 
@@ -122,6 +124,7 @@ def test_wrong_bytes_are_an_ordinary_pull_and_leave_nothing(node: LazyNode) -> N
     assert node.images.find_layer(source.chain_ids[0], source.labels) is None
     assert not node.owners()
     assert node.store.images() == []
+    assert os.listdir(node.settings.root / "maps") == []
     assert "lookup_failed" in node.kinds()
 
 
@@ -312,6 +315,35 @@ def test_after_a_reboot_nothing_is_asked_of_a_registry_that_is_down(node: LazyNo
     attributes = node.images.root_attributes(row.block_digest, 0)
     assert attributes is not None
     assert attributes.mode & 0o7777 == 0o755
+
+
+def test_a_boot_pack_comes_at_once_and_is_there_after_a_reboot(node: LazyNode) -> None:
+    """Without any mount or reader, and then without the registry: blocks never came."""
+    source = node.push([BASE, layer_of(1)])
+    name = f"docker://{source.name.replace(node.proxy.host, node.registry.host)}"
+    opened = image.open_image(reference.parse(name))
+    reads = [
+        trace.Read(number, 0, layer.block_map.image_bytes, 1) for number, layer in enumerate(opened.layers)
+    ]
+    digests = tuple(layer.map_digest for layer in opened.layers)
+    made = trace.Trace(opened.source_digest, opened.manifest.digest, digests, ("true",), tuple(reads))
+    pack.pack(opened, [made], pack.Parameters(65536, 1, 2))
+
+    found = node.images.find_layer(source.chain_ids[0], source.labels)
+    assert found is not None
+
+    def streamed() -> bool:
+        (status,) = node.devices.status()["boot_packs"]
+        return bool(status["present_frames"] == status["frames"])
+
+    eventually(streamed, "the pack is here")
+    blobs = {layer.blob_digest for layer in opened.layers}
+    asked = {request.path.rpartition("/")[2] for request in node.proxy.seen("GET", "/blobs/")}
+    assert not blobs & asked
+    node.reboot()
+    node.proxy.close()
+    assert (node.images.directory(found.block_digest, 0) / "etc/motd").read_text() == "base\n"
+    assert (node.images.directory(found.block_digest, 0) / "data").read_bytes() == b"d" * 200_000
 
 
 def test_usage_is_what_the_cache_holds(node: LazyNode) -> None:
