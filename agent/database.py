@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imagefs import errors
@@ -33,13 +33,13 @@ class Database:
         self._writer = self._connect()
 
     @classmethod
-    def open(cls, path: Path, schema: str, version: int) -> Database:
-        """Open, or create with these statements. CorruptStoreError; ConfigurationError when the file has a
-        higher version than this."""
+    def open(cls, path: Path, schemas: Sequence[str]) -> Database:
+        """Open or create; the statements of each version that the file lacks are carried out. There are as
+        many versions as `schemas`. CorruptStoreError; ConfigurationError when the file has a higher one."""
         with _errors(path):
             database = cls(path)
             try:
-                database._check(schema, version)
+                database._check(schemas)
             except BaseException:
                 database.close()
                 raise
@@ -91,21 +91,21 @@ class Database:
         connection.execute("PRAGMA cache_size = -512")
         return connection
 
-    def _check(self, schema: str, version: int) -> None:
+    def _check(self, schemas: Sequence[str]) -> None:
         for (verdict,) in self._writer.execute("PRAGMA quick_check(1)"):
             if verdict != "ok":
                 raise CorruptStoreError(f"{self._path} is damaged: {verdict}")
         (found,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if found > version:
+        if found > len(schemas):
             raise errors.ConfigurationError(
                 f"{self._path} was written by a newer version of glowplug (schema {found}, this one knows "
-                f"{version}); install that version again"
+                f"{len(schemas)}); install that version again"
             )
         self._writer.execute("PRAGMA journal_mode = WAL")
-        if found == 0:
-            self._writer.executescript(f"BEGIN; {schema} PRAGMA user_version = {version}; COMMIT;")
-        elif not self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        if found and not self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone():
             raise CorruptStoreError(f"{self._path} is damaged: it has a version and no tables")
+        for version, schema in enumerate(schemas[found:], found + 1):
+            self._writer.executescript(f"BEGIN; {schema} PRAGMA user_version = {version}; COMMIT;")
 
     def _refuse_closed(self) -> None:
         if self._closed:

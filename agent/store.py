@@ -26,9 +26,7 @@ from agent.database import CorruptStoreError as CorruptStoreError
 from agent.snapshots import Kind, Usage
 from imagefs import errors
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
+_FIRST = """
 CREATE TABLE snapshots (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     name       TEXT    NOT NULL UNIQUE,
@@ -70,6 +68,12 @@ CREATE TABLE layers (
     PRIMARY KEY (image, number)
 );
 CREATE INDEX layers_map ON layers (map_digest);
+CREATE VIEW snapshot_rows AS
+    SELECT s.id, s.name, s.kind, s.parent AS parent_id, coalesce(p.name, '') AS parent, s.labels,
+           s.created_ns, s.updated_ns, s.inodes, s.size_bytes, s.image, s.layer, s.broken
+    FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent;
+"""
+_BOOT_PACKS = """
 CREATE TABLE boot_packs (
     image        TEXT    PRIMARY KEY REFERENCES images (block_digest) ON DELETE CASCADE,
     table_digest TEXT    NOT NULL,
@@ -77,11 +81,9 @@ CREATE TABLE boot_packs (
     data_digest  TEXT    NOT NULL,
     data_size    INTEGER NOT NULL
 );
-CREATE VIEW snapshot_rows AS
-    SELECT s.id, s.name, s.kind, s.parent AS parent_id, coalesce(p.name, '') AS parent, s.labels,
-           s.created_ns, s.updated_ns, s.inodes, s.size_bytes, s.image, s.layer, s.broken
-    FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent;
 """
+SCHEMAS = (_FIRST, _BOOT_PACKS)
+"""What each version of the schema adds to the one before: a node keeps its database over an upgrade."""
 
 _CHAIN = """
 WITH RECURSIVE line (id, depth) AS (
@@ -171,7 +173,7 @@ class Store:
     @classmethod
     def open(cls, path: Path, now_ns: Callable[[], int] = time.time_ns) -> Store:
         """Open or create. Raises CorruptStoreError, ConfigurationError when a newer version wrote it."""
-        store = cls(database.Database.open(path, _SCHEMA, SCHEMA_VERSION), now_ns)
+        store = cls(database.Database.open(path, SCHEMAS), now_ns)
         try:
             store.walk()  # a row that cannot be read would else stop every walk, and every start, from now on
         except BaseException:

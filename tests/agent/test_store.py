@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import database as databases
 from agent import errors as agent_errors
 from agent import store
 from agent.snapshots import Kind, Usage
@@ -220,10 +221,24 @@ def test_damage_is_seen_when_opening(tmp_path: Path, damage: str) -> None:
         store.Store.open(path)
 
 
+def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "agent.db"
+    old = databases.Database.open(path, store.SCHEMAS[:1])
+    with old.writing() as connection:
+        row = (7, "old", Kind.COMMITTED, None, "{}", 1, 1, 0, 0, None, None, None)
+        connection.execute(f"INSERT INTO snapshots VALUES ({', '.join('?' * len(row))})", row)
+    old.close()
+    rows = store.Store.open(path)
+    assert rows.get("old").id == 7
+    assert rows.put_image(image("i1", "m1")) == rows.image("i1")
+    rows.close()
+    store.Store.open(path).close()
+
+
 def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "agent.db"
     with sqlite3.connect(path) as database:
-        database.execute(f"PRAGMA user_version = {store.SCHEMA_VERSION + 1}")
+        database.execute(f"PRAGMA user_version = {len(store.SCHEMAS) + 1}")
     with pytest.raises(errors.ConfigurationError, match="newer version"):
         store.Store.open(path)
 
