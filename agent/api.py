@@ -227,7 +227,7 @@ class Api:
                 plain = Request(
                     request.method, request.path, dict(request.match_info), dict(request.query), body
                 )
-                return _response(await self._loop.run_in_executor(threads.pool, handler, plain))
+                return response(await self._loop.run_in_executor(threads.pool, handler, plain))
 
         return answer
 
@@ -255,7 +255,8 @@ class _Threads:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _response(result: Response | dict[str, Any]) -> web.Response:
+def response(result: Response | dict[str, Any]) -> web.Response:
+    """What a handler answered, as aiohttp sends it."""
     if isinstance(result, dict):
         return web.json_response(result)
     return web.Response(body=result.body, status=result.status, headers={"Content-Type": result.content_type})

@@ -30,6 +30,7 @@ from agent import (
     config,
     credentials,
     fill,
+    guests,
     kubernetes,
     logs,
     membership,
@@ -124,14 +125,15 @@ class Agent:
         # The API first: who mounts what is missing may have to ask it for credentials.
         routes = api.Api(settings.api_socket, settings.http.listen, [outside.node])
         outside.show(store, routes)
-        warm.Warm(self._images, store, self._devices, self._fills, self._observer).register(routes)
+        warmth = warm.Warm(self._images, store, self._devices, self._fills, self._observer)
+        warmth.register(routes)
         self._give_credentials(routes, client)
         routes.add("POST", "/api/v1/pull", self._pull)
         routes.start()
         self._exit.callback(routes.stop)
         outside.start()
         self._exit.callback(outside.stop)
-        self._share(origins, client)
+        self._share(origins, client, warmth)
         self._reconciler = reconcile.Reconciler(
             store,
             self._images,
@@ -164,8 +166,8 @@ class Agent:
         agentcredentials.answer_here(self._settings.api_socket, chain.look_up)
         self._exit.callback(agentcredentials.answer_here, self._settings.api_socket, None)
 
-    def _share(self, origins: connect.Options, client: kubernetes.Client | None) -> None:
-        """Blocks with other nodes, if the settings say so."""
+    def _share(self, origins: connect.Options, client: kubernetes.Client | None, warmth: warm.Warm) -> None:
+        """Blocks with other nodes, if the settings say so; and what they may have us prepare."""
         settings = self._settings
         if settings.peers.listen is None:
             return
@@ -174,6 +176,7 @@ class Agent:
         sharing = peers.Sharing(
             settings.peers, settings.state, lambda: self._devices, origins, discovery, self._observer
         )
+        warmth.register_cluster(sharing, lambda place: guests.check_origin(settings.peers, place))
         sharing.start()
         self._exit.callback(sharing.stop)
 

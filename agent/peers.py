@@ -9,6 +9,8 @@ is, now and whenever it was replaced.
         200 with the uncompressed block; 400; 401 without the token; 403 and 404 for a layer that we do not
         fetch or cannot find; 503 for a block that did not come in time, or too many requests
     GET /peer/v1/health    204
+    what `add` registered (agent/warm.py: prefetch, pin, unpin, warm), as on the agent's own socket, for the
+        cluster: never without authentication; an error is {"error": class, "message": ...}
 
 Rules: no peer is listened to without authentication unless `insecure` was said; the token is compared in
 constant time; connections, requests at a time, in all and from one address, header sizes and the time that a
@@ -19,17 +21,18 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import hmac
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
-from agent import blockchannel, config, guests, membership
+from agent import api, blockchannel, config, guests, membership
 from agent.observer import Observer
 from imagefs import errors, peerhttp, peersettings, plan
 from imagefs.fuse import control, peering
@@ -46,6 +49,8 @@ _WAIT_SECONDS = 8.0
 _SEND_SECONDS = 30.0
 _KEEP_ALIVE_SECONDS = 75.0
 _MAX_TOKENS_BYTES = 16 << 10
+_MAX_BODY_BYTES = 16 << 10
+_ACTING_THREADS = 4
 
 
 class Sharing:
@@ -70,7 +75,12 @@ class Sharing:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="peers", daemon=True)
         self._listener: _Listener | None = None
+        self._routes: list[tuple[str, str, api.Handler]] = []
         self._tasks: list[asyncio.Task[None]] = []
+
+    def add(self, method: str, path: str, handler: api.Handler, *, public: bool = False) -> None:
+        """api.Routes, for whoever authenticates as a member of the cluster; before `start`."""
+        self._routes.append((method, path, handler))
 
     def start(self) -> None:
         """Listen, and tell the device server who the peers are."""
@@ -112,7 +122,7 @@ class Sharing:
 
     async def _open(self) -> None:
         channel = blockchannel.BlockChannel(self._state_dir, self._device_server_is_new)
-        self._listener = _Listener(self._settings, channel, self._guests)
+        self._listener = _Listener(self._settings, channel, self._guests, self._routes)
         await self._listener.open()
         self._tasks = [asyncio.create_task(channel.run()), asyncio.create_task(self._guests.sweep())]
 
@@ -139,9 +149,15 @@ class _Listener:
     """The HTTP side."""
 
     def __init__(
-        self, settings: config.Peers, channel: blockchannel.BlockChannel, guests_: guests.Guests
+        self,
+        settings: config.Peers,
+        channel: blockchannel.BlockChannel,
+        guests_: guests.Guests,
+        routes: Sequence[tuple[str, str, api.Handler]],
     ) -> None:
         self._settings = settings
+        self._routes = routes
+        self._acting = concurrent.futures.ThreadPoolExecutor(_ACTING_THREADS, "peers-acting")
         self._channel = channel
         self._guests = guests_
         self._tls = _TlsFiles(settings) if settings.tls_ca is not None else None
@@ -155,6 +171,8 @@ class _Listener:
         application = web.Application(client_max_size=0)
         application.router.add_get(peerhttp.PROBE_TARGET, self._health, allow_head=False)
         application.router.add_get("/peer/v1/blocks/{layer}/{index}", self._block, allow_head=False)
+        for method, path, handler in self._routes:
+            application.router.add_route(method, path, self._answering(handler))
         self._runner = web.AppRunner(
             application,
             access_log=None,
@@ -185,6 +203,22 @@ class _Listener:
             self._server.close()
         if self._runner is not None:
             await self._runner.cleanup()
+        self._acting.shutdown(wait=False, cancel_futures=True)
+
+    def _answering(self, handler: api.Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            self._admit(request)
+            if self._tokens is None and self._tls is None:
+                raise web.HTTPForbidden(text="peers.insecure: only blocks are given to strangers\n")
+            with self._place(request):
+                try:
+                    plain = await _plain(request)
+                    loop = asyncio.get_running_loop()
+                    return api.response(await loop.run_in_executor(self._acting, handler, plain))
+                except errors.ImagefsError as exc:
+                    return web.json_response(control.encode_error(exc), status=api.status_code(exc))
+
+        return answer
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         self._admit(request)
@@ -255,6 +289,19 @@ async def _send(request: web.Request, file: object, length: int) -> web.StreamRe
         raise
     await response.write_eof()
     return response
+
+
+async def _plain(request: web.Request) -> api.Request:
+    body = b""
+    try:
+        async with asyncio.timeout(_WAIT_SECONDS):
+            while piece := await request.content.readany():
+                body += piece
+                if len(body) > _MAX_BODY_BYTES:
+                    raise errors.InvalidInputError(f"{request.path}: a body of over {_MAX_BODY_BYTES} bytes")
+    except TimeoutError as exc:
+        raise errors.InvalidInputError(f"{request.path}: the body did not arrive") from exc
+    return api.Request(request.method, request.path, dict(request.match_info), dict(request.query), body)
 
 
 class _Refusal(asyncio.Protocol):

@@ -7,6 +7,8 @@ layers' metadata is here; the blocks come in the background, `is_warm` says how 
     POST /api/v1/prefetch {"image"}    POST /api/v1/pin {"image"}    POST /api/v1/unpin {"image"}
     GET  /api/v1/warm[?image=]         GET  /api/v1/cache            POST /api/v1/cache/gc
 
+Others in the cluster have the same on the port for peers, but for the cache (`register_cluster`).
+
 An image is a reference as containerd writes it (or docker://...), the digest of its manifest, or that of its
 block image.
 """
@@ -14,6 +16,7 @@ block image.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from agent import api, lookup
@@ -121,6 +124,22 @@ class Warm:
         routes.add("GET", "/api/v1/warm", self._answer_warm, public=True)
         routes.add("GET", "/api/v1/cache", lambda request: self.cache(), public=True)
         routes.add("POST", "/api/v1/cache/gc", lambda request: {**self._devices.collect()})
+
+    def register_cluster(self, routes: api.Routes, permit: Callable[[str], None]) -> None:
+        """Add what others in the cluster may ask. `permit` raises DeniedError for a place (a REF without tag)
+        that they may not have this node fetch from; what is here already may be named all the same."""
+
+        def permitted(request: api.Request) -> str:
+            image = _image(request)
+            if self._find(image) is None:
+                place = lookup.from_text(image).reference
+                permit(str(dataclasses.replace(place, tag=None, digest=None)))
+            return image
+
+        routes.add("POST", "/api/v1/prefetch", lambda request: self.prefetch(permitted(request)).to_json())
+        routes.add("POST", "/api/v1/pin", lambda request: self.pin(permitted(request)).to_json())
+        routes.add("POST", "/api/v1/unpin", self._answer_unpin)
+        routes.add("GET", "/api/v1/warm", self._answer_warm)
 
     def prefetch(self, image: str) -> Warmth:
         """Have an image here before anybody starts it: its metadata when this returns, its blocks in the
