@@ -41,6 +41,7 @@ _RESTART_SECONDS = 15.0
 """How long a client waits for a server that its keeper is starting again."""
 _ATTEMPTS = 3
 _LOG_TAIL_BYTES = 2000
+_UNKNOWN_OPERATION = "control: unknown operation"
 _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
 
@@ -290,7 +291,14 @@ class DeviceClient:
         if reply is None:
             raise ConnectionResetError("the device server went away")
         if "error" in reply:
-            raise decode_error(reply)
+            error = decode_error(reply)
+            if isinstance(error, errors.InvalidInputError) and _UNKNOWN_OPERATION in str(error):
+                raise errors.ConfigurationError(
+                    f"the device server of {self._settings.state_dir} is of an earlier version, which does not "
+                    f"know {request['op']!r}: `glowplug agent upgrade` replaces it; where that cannot, end what "
+                    "uses it, and its processes"
+                )
+            raise error
         return reply.get("ok")
 
     def _checked_request(self, request: Mapping[str, Any]) -> Any:
