@@ -250,8 +250,14 @@ class Images:
         """Attach a new image's layers, and bring their metadata in. Undone when it fails, or comes late."""
         pack = assembly.pack_spec(image)
         maps = [layer.map_digest for layer in image.layers]
-        with self._table.coming([*maps, pack.table_digest] if pack is not None else maps):
-            self._take_up_layers(flight, image, pack)
+        wanted = [*maps, pack.table_digest] if pack is not None else maps
+        try:
+            with self._table.coming(wanted):
+                self._take_up_layers(flight, image, pack)
+        except BaseException:
+            for map_digest in set(wanted) - self._table.maps():
+                self._maps.remove(map_digest)
+            raise
 
     def _take_up_layers(self, flight: Flight, image: LazyImage, pack: PackSpec | None) -> None:
         started = self._clock()
@@ -260,9 +266,10 @@ class Images:
             self._maps.keep(layer.map_digest, data)
         if pack is not None and pack.table_bytes is not None:
             self._maps.keep(pack.table_digest, pack.table_bytes)
-        devices = self._devices.attach(owner_of(digest), assembly.layer_specs(image), self._origins, pack)
-        flight.cancel = lambda: self._cancel(flight, digest)
         try:
+            specs = assembly.layer_specs(image)
+            devices = self._devices.attach(owner_of(digest), specs, self._origins, pack)
+            flight.cancel = lambda: self._cancel(flight, digest)
             self._commit(flight, None)
             roots = assembly.prepare_layers(image, devices)
             self._commit(flight, digest)

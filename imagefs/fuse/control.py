@@ -39,6 +39,9 @@ _LENGTH = struct.Struct(">I")
 _START_SECONDS = 20.0
 _RESTART_SECONDS = 15.0
 """How long a client waits for a server that its keeper is starting again."""
+_ANSWER_SECONDS = 120
+"""More than an origin may take that is asked for a block map; a server that hangs must not hold up for good
+who watches it, or is to stop."""
 _ATTEMPTS = 3
 _LOG_TAIL_BYTES = 2000
 _UNKNOWN_OPERATION = "control: unknown operation"
@@ -285,9 +288,18 @@ class DeviceClient:
 
     def _request(self, request: Mapping[str, Any]) -> Any:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.connect(os.fspath(self._settings.state_dir / "control.sock"))
-            send(connection, request)
-            reply = receive(connection, MAX_REPLY_BYTES)
+            # Not settimeout: a connect would fail at once when many connect at the same moment.
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _ANSWER_SECONDS, 0))
+            try:
+                connection.connect(os.fspath(self._settings.state_dir / "control.sock"))
+                send(connection, request)
+                reply = receive(connection, MAX_REPLY_BYTES)
+            except BlockingIOError as exc:
+                raise errors.UnavailableError(
+                    f"the device server of {self._settings.state_dir} did not answer {request['op']} within "
+                    f"{_ANSWER_SECONDS} s: is it stopped, or its disk hanging?"
+                ) from exc
         if reply is None:
             raise ConnectionResetError("the device server went away")
         if "error" in reply:

@@ -292,3 +292,19 @@ def test_origins_that_nobody_has_layers_of_are_closed(tmp_path: Path, blobs: sta
             client.detach("passing")
         stack.eventually(lambda: len(list(descriptors.iterdir())) <= before + 4, "descriptors are given back")
         assert device.read_bytes() == kept.image
+
+
+def test_a_server_that_hangs_holds_nobody_up_for_good(
+    tmp_path: Path, blobs: stack.BlobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_ANSWER_SECONDS", 1)
+    with stack.running(stack.settings(tmp_path)) as client:
+        server = client.status()["processes"]["server"]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            with pytest.raises(errors.UnavailableError, match="did not answer status within 1 s"):
+                client.status()
+        finally:
+            os.kill(server, signal.SIGCONT)
+        monkeypatch.setattr(control, "_ANSWER_SECONDS", 60)
+        assert client.status()["devices"] == []
