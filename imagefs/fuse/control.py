@@ -306,9 +306,9 @@ class DeviceClient:
             error = decode_error(reply)
             if isinstance(error, errors.InvalidInputError) and _UNKNOWN_OPERATION in str(error):
                 raise errors.ConfigurationError(
-                    f"the device server of {self._settings.state_dir} is of an earlier version, which does not "
-                    f"know {request['op']!r}: `glowplug agent upgrade` replaces it; where that cannot, end what "
-                    "uses it, and its processes"
+                    f"the device server of {self._settings.state_dir} is of an earlier version, which does "
+                    f"not know {request['op']!r}: `glowplug agent upgrade` replaces it; if that cannot, end "
+                    "what uses it, and its processes"
                 )
             raise error
         return reply.get("ok")
