@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glowplug import opening, settings
-from imagefs import bootpack
+from imagefs import bootpack, errors
 
 if TYPE_CHECKING:
     from converter.pack import Packed
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     "--trace",
     "traces",
     metavar="FILE",
-    required=True,
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A trace of a start, as `glowplug trace` writes it; several are merged.",
+)
+@click.option(
+    "--trace-from-registry", "published", is_flag=True, help="Use the traces that agents have published, too."
 )
 @click.option(
     "--frame-size",
@@ -46,6 +48,7 @@ def command(
     *,
     ref: str,
     traces: tuple[Path, ...],
+    published: bool,
     frame_size: int,
     level: int | None,
     jobs: int | None,
@@ -58,8 +61,11 @@ def command(
     The pack is stored beside the block image, with a new manifest for the same source image, which counts
     from then on. Traces of other layers than REF has now are refused.
     """
+    if not traces and not published:
+        raise click.UsageError("nothing to pack: give --trace FILE or --trace-from-registry")
     from converter import pack
     from glowplug import progress
+    from imagefs import tracestore
 
     bootpack.check_frame_bytes(frame_size)
     parameters = pack.Parameters(
@@ -68,7 +74,14 @@ def command(
         jobs=jobs or min(os.cpu_count() or 1, 8),
     )
     recorded = [pack.read_trace(path) for path in traces]
-    packed = pack.pack(open_image(ref), recorded, parameters, progress.total)
+    image = open_image(ref)
+    if published:
+        recorded += tracestore.read_all(image)
+        if not recorded:
+            raise errors.NotFoundError(
+                f"{ref}: no trace of {image.manifest.digest} is in {image.origin.name}"
+            )
+    packed = pack.pack(image, recorded, parameters, progress.total)
     if as_json:
         click.echo(json.dumps({"reference": ref, **dataclasses.asdict(packed)}, indent=2))
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imagefs import image, reference, trace
+from imagefs import image, reference, trace, tracestore
 from tests.fixtures import block_images, images
 from tests.fixtures.block_images import Command
 from tests.glowplug.test_run import shell_layer
@@ -248,6 +248,21 @@ def test_convert_trace_and_pack_in_one_step(glowplug: Command, tmp_path: Path) -
     assert opened.block_image.boot_pack is not None
     assert again[-1].strip() == f"oci:{tmp_path}/image@{opened.manifest.digest}"
     assert _left(glowplug) == []
+
+
+def test_pack_takes_published_traces(glowplug: Command, tmp_path: Path) -> None:
+    files = images.tar_of([("data/a", _A), ("data/b", _B)], root=False)
+    ref = block_images.make(tmp_path / "image", [shell_layer(), files])
+    assert "no trace of sha256:" in glowplug("pack", ref, "--trace-from-registry", code=4).stderr
+    for name in ("a", "b"):
+        glowplug("trace", ref, "-o", tmp_path / name, "--", "ls", "-l", f"/data/{name}")
+        found = trace.decode((tmp_path / name).read_bytes())
+        tracestore.publish(image.open_image(reference.parse(ref)).origin, found)
+    packed = json.loads(glowplug("pack", ref, "--trace-from-registry", "--json").stdout)
+    assert packed["page_bytes"] // 4096 == len(_pages(tmp_path / "a") | _pages(tmp_path / "b"))
+    # What was traced on the block image without a pack holds for the one with it.
+    again = json.loads(glowplug("pack", ref, "--trace-from-registry", "--json").stdout)
+    assert not again["changed"]
 
 
 @pytest.mark.parametrize(
