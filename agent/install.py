@@ -39,9 +39,8 @@ def install(change: Change, mode: containerdconfig.Mode) -> None:
         if change.restart:
             _start_agent(change, settings, new=new)
         changed = _write_containerd(change, line, plan, wanted)
-        if change.restart and (changed or not _is_seen(change.host)):
-            change.restart_containerd(containerdprobe.reaches_us)
-            change.say("containerd was restarted, and reaches the agent")
+        if change.restart:
+            _have_containerd_reach_us(change, changed)
     change.say("installed" if change.restart else "written; nothing was restarted")
 
 
@@ -139,9 +138,15 @@ def _write_containerd(
     return changed
 
 
-def _is_seen(place: Host) -> bool:
-    effective = containerdprobe.effective(place.containerd, place.containerd_config)
-    return containerdprobe.knows_us(containerdprobe.socket_of(effective)) is None
+def _have_containerd_reach_us(change: Change, changed: bool) -> None:
+    effective = containerdprobe.effective(change.host.containerd, change.host.containerd_config)
+    socket = containerdprobe.socket_of(effective)
+    if changed or containerdprobe.knows_us(socket) is not None:
+        change.restart_containerd(containerdprobe.reaches_us)
+        change.say("containerd was restarted, and reaches the agent")
+    else:
+        # Its connection to the agent that was restarted comes back within seconds; until then calls fail.
+        host.wait("containerd does not reach the agent", lambda: containerdprobe.reaches_us(socket))
 
 
 def _difference(path: Path, text: str | None) -> str:
