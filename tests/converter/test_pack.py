@@ -66,6 +66,10 @@ def test_the_pages_of_a_trace_in_its_order(
     assert pages == expected_pages(before, *traces)
     assert len(pages) == packed.page_bytes
     assert after.boot_pack.records == pack.wanted(before, traces)
+    for seed in (3, 4):
+        later = pack.pack(open_image(ref, options), [some_trace(before, seed=seed)], PARAMETERS)
+        assert (later.changed, later.generation) == (True, seed - 1)
+        assert open_image(ref, options).manifest.digest == later.block_image_digest
 
 
 def test_zero_blocks_are_left_out(tmp_path: Path) -> None:

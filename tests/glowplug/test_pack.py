@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,22 @@ def test_wrong_input(glowplug: Command, tmp_path: Path) -> None:
     )
     new = block_images.make(tmp_path / "new", LAYERS[:1])
     assert "trace it again" in glowplug("pack", new, "--trace", good, code=3).stderr
+
+
+def test_a_disk_that_is_full(glowplug: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = block_images.make(tmp_path / "layout", LAYERS)
+    opened = open_image(ref)
+    (tmp_path / "trace").write_bytes(trace.encode(some_trace(opened)))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    message = glowplug("pack", ref, "--trace", tmp_path / "trace", code=8, preexec_fn=limit).stderr
+    assert "File too large; free some space or choose another (TMPDIR)" in message
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert len(opened.origin.referrers(opened.source_digest)) == 1
 
 
 def test_a_pack_whose_pages_are_not_the_images(glowplug: Command, tmp_path: Path) -> None:
