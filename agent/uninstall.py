@@ -28,7 +28,12 @@ def uninstall(change: Change, *, force: bool) -> None:
     """See the module. BusyError while containers use the snapshotter, unless forced."""
     place = change.host
     settings = config.load(place.settings_file) if place.settings_file.exists() else config.Settings()
-    used = _used(settings)
+    try:
+        used = _used(settings)
+    except errors.ConfigurationError as exc:
+        if not force:
+            raise
+        used = [str(exc)]
     if used and not force:
         shown = ", ".join(used[:_SHOWN_KEYS]) + (", ..." if len(used) > _SHOWN_KEYS else "")
         raise errors.BusyError(
@@ -45,8 +50,9 @@ def uninstall(change: Change, *, force: bool) -> None:
         change.files.remove(place.place(host.UNIT_DIRECTORY) / name)
     if change.restart:
         change.services("daemon-reload")
-    for reference in sorted({row.reference for row in _rows(settings, store.Store.images)}):
-        change.say(f"not whole on this node, remove it and pull it again if it is wanted: {reference}")
+    with contextlib.suppress(errors.ConfigurationError):
+        for reference in sorted({row.reference for row in _rows(settings, store.Store.images)}):
+            change.say(f"not whole on this node, remove it and pull it again if it is wanted: {reference}")
     change.say(f"uninstalled; left: {place.settings_file}, {settings.root}, {settings.cache.directory}")
 
 
@@ -62,14 +68,17 @@ def _used(settings: config.Settings) -> list[str]:
 
 
 def _rows(settings: config.Settings, read: Callable[[store.Store], list[Any]]) -> list[Any]:
-    """From the database of an agent that does not run; nothing if there is none that can be read."""
+    """From the database of an agent that does not run; nothing if there is none. ConfigurationError if it
+    cannot be read."""
     path = settings.root / DATABASE
     if not path.exists():
         return []
     try:
         opened = store.Store.open(path)
-    except errors.ImagefsError:
-        return []
+    except errors.ImagefsError as exc:
+        raise errors.ConfigurationError(
+            f"whether containers use the snapshotter cannot be told without the agent: {exc}; --force goes on"
+        ) from exc
     with contextlib.closing(opened):
         return read(opened)
 
@@ -93,6 +102,9 @@ def _write_containerd(change: Change) -> bool:
         )
     if changed:
         change.say(f"{place.containerd_config} is as it was without us")
+    link = containerdprobe.image_filesystem(effective)
+    if link.is_symlink():
+        link.unlink()
     return changed
 
 
