@@ -26,6 +26,7 @@ from imagefs import errors
 _PROGRAM_SECONDS = 30.0
 _CALL_SECONDS = 10.0
 _CHECK_KEY = "glowplug-install-check"
+_SNAPSHOTTERS = "io.containerd.snapshotter.v1."
 _SNAPSHOTS = "/containerd.services.snapshots.v1.Snapshots/"
 _PLACES = ("/usr/local/bin", "/usr/bin", "/usr/local/sbin", "/usr/sbin", "/opt/bin")
 
@@ -57,6 +58,12 @@ def socket_of(effective_config: Mapping[str, Any]) -> Path:
     found = effective_config.get("grpc")
     address = found.get("address") if isinstance(found, Mapping) else None
     return Path(str(address or "/run/containerd/containerd.sock"))
+
+
+def image_filesystem(effective_config: Mapping[str, Any]) -> Path:
+    """Where containerd 1.6 tells kubelet that our images lie: in a folder of its own, which it makes for
+    built-in snapshotters only. kubelet looks up the filesystem of that path."""
+    return Path(str(effective_config.get("root") or "/var/lib/containerd")) / f"{_SNAPSHOTTERS}{SNAPSHOTTER}"
 
 
 def knows_us(socket: Path) -> str | None:

@@ -6,6 +6,7 @@ restarted only when its configuration changed. If any step fails, every file is 
 runs with its old configuration, and the error says which step and why.
 
     settings -> units -> keeper, agent -> containerd's files, read back by its own `config dump`
+    -> for 1.6, a link from where it says that our images lie
     -> containerd restarted -> asked whether it reaches the agent, and whether kubelet still reaches it
 """
 
@@ -39,6 +40,8 @@ def install(change: Change, mode: containerdconfig.Mode) -> None:
         if change.restart:
             _start_agent(change, settings, new=new)
         changed = _write_containerd(change, line, plan, wanted)
+        if line < (1, 7):
+            _link_image_filesystem(change, settings)
         if change.restart:
             _have_containerd_reach_us(change, changed)
     change.say("installed" if change.restart else "written; nothing was restarted")
@@ -136,6 +139,16 @@ def _write_containerd(
             + "; ".join(lacking)
         )
     return changed
+
+
+def _link_image_filesystem(change: Change, settings: config.Settings) -> None:
+    """Else kubelet fails to find the filesystem of the images, and neither reports nor collects any."""
+    effective = containerdprobe.effective(change.host.containerd, change.host.containerd_config)
+    link = containerdprobe.image_filesystem(effective)
+    if not os.path.lexists(link):
+        link.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        link.symlink_to(settings.root)
+        change.say(f"made {link}, where kubelet looks for the filesystem of the images")
 
 
 def _have_containerd_reach_us(change: Change, changed: bool) -> None:

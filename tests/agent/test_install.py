@@ -32,6 +32,9 @@ def test_from_nothing_to_a_snapshotter_that_containerd_uses_and_back(
     assert machine.host.settings_file.stat().st_mode & 0o777 == 0o600
     assert config.load(machine.host.settings_file).root == machine.root
 
+    for filesystem in machine.daemon.cri.image_filesystems():
+        assert Path(filesystem.fs_id.mountpoint).is_dir(), "kubelet looks up its filesystem"
+
     installed = machine.files()
     machine.install()
     assert machine.files() == installed
