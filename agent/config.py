@@ -125,6 +125,16 @@ class Fill:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Traces:
+    """Traces of real starts, for boot packs: of the first starts here of images without one, this `share` is
+    recorded (0: none, 1: all) for `seconds`, and published beside the block image: which ranges were read, no
+    data. The node's credentials must be allowed to push."""
+
+    share: float = 0.0
+    seconds: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Peers:
     """Sharing blocks with the agents of other nodes. `listen` is "ADDRESS:PORT", None for no sharing.
     `discovery`: "static" (`members`, "host:port"), "dns" (`dns_name` and the port of `listen`) or
@@ -183,6 +193,7 @@ class Settings:
     credentials: Credentials = dataclasses.field(default_factory=Credentials)
     kubernetes: Kubernetes = dataclasses.field(default_factory=Kubernetes)
     fill: Fill = dataclasses.field(default_factory=Fill)
+    traces: Traces = dataclasses.field(default_factory=Traces)
     peers: Peers = dataclasses.field(default_factory=Peers)
     http: Http = dataclasses.field(default_factory=Http)
     log: Log = dataclasses.field(default_factory=Log)

@@ -36,11 +36,13 @@ from agent import (
     membership,
     peers,
     reconcile,
+    sampling,
     service,
     trust,
     warm,
 )
 from agent.images import Images
+from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.outside import Outside
@@ -117,8 +119,22 @@ class Agent:
         self._mounts = LayerMounts(settings.root / "layers", settings.state)
         if not self._mounts.open():
             self._observer.event("remounting", "the device server was replaced: layers are mounted anew")
+        self._sampler = sampling.Sampler(
+            settings.traces,
+            MapFiles(settings.root / "maps"),
+            self._devices,
+            self._observer,
+            sampling.publisher(origins),
+        )
         self._images = Images(
-            settings, store, self._devices, self._mounts, self._observer, origins, trust.check
+            settings,
+            store,
+            self._devices,
+            self._mounts,
+            self._observer,
+            origins,
+            trust.check,
+            sampler=self._sampler,
         )
         snapshotter = Snapshotter(settings.root, store, self._images, self._observer)
         self._fills = fill.Fills(settings.fill, self._images, store, self._devices, self._observer)
@@ -190,6 +206,7 @@ class Agent:
             self._images.sweep()
             self._reconciler.heal()
             self._fills.tick()
+            self._sampler.tick()
             reconcile.keep_copy(self._settings.root)
         except errors.ImagefsError as exc:
             _log.warning("upkeep: %s", exc)

@@ -27,6 +27,7 @@ from agent.lookup import Trust, Wanted
 from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
+from agent.sampling import Sampler
 from agent.snapshotter import Found
 from agent.store import BootPackRow, ImageRow, LayerRow, Store
 from imagefs import assembly, blockmap, erofs, errors, mount
@@ -60,7 +61,9 @@ class Images:
         origins: connect.Options,
         trust: Trust | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sampler: Sampler | None = None,
     ) -> None:
+        self._sampler = sampler
         self._settings = settings.images
         self._device_directory = statedirectory.device_directory(settings.state)
         self._store = store
@@ -126,10 +129,17 @@ class Images:
         started = self._clock()
         device = self.attach(block_digest)[layer]
         name = f"{row.reference}: layer {layer} ({found.map_digest})"
-        read_ahead_kib = mount.START_READ_AHEAD_KIB if row.boot_pack else mount.READ_AHEAD_KIB
+        little = row.boot_pack is not None or self._is_recorded(row)
+        read_ahead_kib = mount.START_READ_AHEAD_KIB if little else mount.READ_AHEAD_KIB
         path = self._mounts.ensure(found.mount_number, name, device, read_ahead_kib)
         self._observer.phase(row.reference, "mount", self._clock() - started)
         return path
+
+    def _is_recorded(self, row: ImageRow) -> bool:
+        if self._sampler is None:
+            return False
+        points = [(each.mount_number, device_name(each.map_digest)) for each in row.layers]
+        return self._sampler.recorded(row, lambda: not any(self._mounts.find(*each) for each in points))
 
     def root_attributes(self, block_digest: str, layer: int) -> RootAttributes | None:
         """The attributes of the layer's root directory; None when the layer does not say."""
