@@ -11,6 +11,7 @@ Plugins that want a pod's service account token are left out: a node's agent has
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -146,6 +147,15 @@ class _Kept:
     until: float
 
 
+@dataclasses.dataclass(slots=True)
+class _Question:
+    """What is asked of a program now."""
+
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    askers: int = 0
+    failure: errors.ImagefsError | None = None
+
+
 class Plugins:
     """The plugins of one configuration, as a credentials.Part. The configuration is read again when its files
     change. `now` is a monotonic clock in seconds."""
@@ -162,7 +172,7 @@ class Plugins:
         self._timeout_seconds = timeout_seconds
         self._now = now
         self._lock = threading.Lock()
-        self._running: dict[str, threading.Lock] = {}
+        self._questions: dict[tuple[str, str], _Question] = {}
         self._stamp: object = None
         self._providers: tuple[Provider, ...] = ()
         self._kept: dict[tuple[str, str], _Kept] = {}
@@ -188,15 +198,19 @@ class Plugins:
             raise failure
 
     def _answer(self, provider: Provider, host: str, image: str, refused: Set[str]) -> Response:
-        with self._lock:
-            running = self._running.setdefault(provider.name, threading.Lock())
-        with running:
+        with self._asking(provider.name, image) as question:
+            if question.failure is not None:
+                raise question.failure
             keys = {"Image": image, "Registry": host, "Global": ""}
             for kind, key in keys.items():
                 kept = self._kept.get((provider.name, f"{kind} {key}"))
                 if kept is not None and self._counts(kept, image, refused):
                     return kept.response
-            response = self._run(provider, image)
+            try:
+                response = self._run(provider, image)
+            except errors.ImagefsError as exc:
+                question.failure = exc
+                raise
             life = (
                 provider.default_cache_seconds if response.cache_seconds is None else response.cache_seconds
             )
@@ -207,6 +221,22 @@ class Plugins:
                 key = f"{response.cache_key} {keys[response.cache_key]}"
                 self._kept[provider.name, key] = _Kept(response, now, now + life)
             return response
+
+    @contextlib.contextmanager
+    def _asking(self, name: str, image: str) -> Iterator[_Question]:
+        """One at a time for one question: who waited has the answer, or the failure, of who went first. A
+        program that hangs for one image holds up no other."""
+        with self._lock:
+            question = self._questions.setdefault((name, image), _Question())
+            question.askers += 1
+        try:
+            with question.turn:
+                yield question
+        finally:
+            with self._lock:
+                question.askers -= 1
+                if not question.askers:
+                    del self._questions[name, image]
 
     def _counts(self, kept: _Kept, image: str, refused: Set[str]) -> bool:
         now = self._now()

@@ -352,6 +352,37 @@ class TestPlugins:
         assert answers == [[Credential("u", "p")]] * 32
         assert node.runs() == 1
 
+    def test_a_program_that_hangs_for_one_image_holds_up_no_other(self, node: Node) -> None:
+        gate, waits = node.directory / "gate", node.directory / "waits"
+        wait = f"touch {waits}; while [ ! -e {gate} ]; do sleep 0.05; done"
+        node.install(f"if grep -q slow {node.directory}/request; then {wait}; fi; {node.answering()}")
+        plugins = node.plugins()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(ask, plugins, "slow.reg.example")
+            try:
+                while not waits.exists():
+                    assert not slow.done()
+                assert ask(plugins) == [Credential("u", "p")]
+                assert not slow.done()
+            finally:
+                gate.touch()
+            assert slow.result(30) == [Credential("u", "p")]
+
+    def test_who_waited_for_a_program_that_failed_does_not_wait_for_it_again(self, node: Node) -> None:
+        gate = node.directory / "gate"
+        node.install(f"while [ ! -e {gate} ]; do sleep 0.05; done; exit 3")
+        plugins = node.plugins()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, plugins) for _ in range(8)]
+            while sum(question.askers for question in plugins._questions.values()) < 8:
+                assert not any(each.done() for each in asked)
+            gate.touch()
+            for each in asked:
+                with pytest.raises(errors.UnavailableError, match="status 3"):
+                    each.result(30)
+        assert node.runs() == 1
+        assert not plugins._questions
+
     @pytest.mark.parametrize(
         ("script", "error", "said"),
         [
