@@ -89,6 +89,20 @@ class Containerd:
             self._call("leases.v1.Leases/Delete", messages.DeleteLeaseRequest(id=name))
 
     def _make_snapshots(self, image: Image) -> None:
+        self._prepare(image)
+        # An agent that lost its database knows nothing of what containerd still counts as there.
+        lost = [chain_id for chain_id in image.chain_ids if not self._is_there(chain_id)]
+        for chain_id in reversed(lost):
+            request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=SNAPSHOTTER, key=chain_id)
+            self._call("snapshots.v1.Snapshots/Remove", request, allowed=grpc.StatusCode.NOT_FOUND)
+        if lost:
+            self._prepare(image)
+
+    def _is_there(self, chain_id: str) -> bool:
+        request = snapshots_pb2.StatSnapshotRequest(snapshotter=SNAPSHOTTER, key=chain_id)
+        return self._call("snapshots.v1.Snapshots/Stat", request, allowed=grpc.StatusCode.NOT_FOUND)
+
+    def _prepare(self, image: Image) -> None:
         chain_ids = image.chain_ids
         which = {lookup.REFERENCE_LABEL: image.name, lookup.MANIFEST_LABEL: image.manifests[-1].digest}
         for number, chain_id in enumerate(chain_ids):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 
+import grpc
 import pytest
+from google.protobuf import empty_pb2
 
+from agent.proto import snapshots_pb2
 from tests.fixtures import block_images, filetree, node, pause
 
 pytestmark = pytest.mark.root
 
-_LAZY, _ORDINARY = 201, 202
+_LAZY, _ORDINARY, _LOST = 201, 202, 203
 
 
 def _glowplug_pull(on_node: node.Node, image: str, namespace: str) -> None:
@@ -61,6 +64,36 @@ def test_two_containerd_namespaces_share_the_layers(on_node: node.Node) -> None:
     assert len(on_node.agent.mounted()) == 3
     on_node.containerd.ctr("images", "rm", "--sync", image, namespace="one")
     _compare(on_node, image, "two")
+
+
+def _lose(on_node: node.Node, names: set[str]) -> None:
+    """Have the agent forget snapshots without containerd's knowledge, as it does with its database."""
+    with grpc.insecure_channel(f"unix:{on_node.agent.socket}") as channel:
+        remove = channel.unary_unary(
+            "/containerd.services.snapshots.v1.Snapshots/Remove",
+            request_serializer=snapshots_pb2.RemoveSnapshotRequest.SerializeToString,
+            response_deserializer=empty_pb2.Empty.FromString,
+        )
+        while names:
+            for name in sorted(names):
+                try:
+                    remove(snapshots_pb2.RemoveSnapshotRequest(key=name), timeout=30)
+                except grpc.RpcError as exc:
+                    if exc.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # it has children yet
+                        raise
+                else:
+                    names = names - {name}
+
+
+def test_a_pull_mends_what_the_agent_has_lost(on_node: node.Node) -> None:
+    image = on_node.registry.push(pause.application(_LOST), convert=True)
+    before = on_node.containerd.snapshots("glowplug", namespace="lost")
+    _glowplug_pull(on_node, image, "lost")
+    layers = set(on_node.containerd.snapshots("glowplug", namespace="lost")) - set(before)
+    assert len(layers) == 3
+    _lose(on_node, layers)
+    _glowplug_pull(on_node, image, "lost")
+    _compare(on_node, image, "lost")
 
 
 @pytest.mark.parametrize("any_node", ["2.1"], indirect=True)  # since containerd 2
