@@ -134,7 +134,7 @@ class Child:
                 return True
 
     def _pass_on(self, fd: int) -> bool:
-        """What the child wrote, up to now; whether the line that is waited for was in it."""
+        """What the child wrote, up to now; whether the line that is waited for ended in it."""
         found = False
         while True:
             try:
@@ -143,15 +143,18 @@ class Child:
                 return found
             if not data:
                 self._forget(fd)
-                return found
+                return found or self._matches(self._tails.pop(fd, b""))
             with contextlib.suppress(OSError):  # nobody may be listening any more
                 view = memoryview(data)
                 while view:
                     view = view[os.write(2, view) :]
             *lines, tail = (self._tails.get(fd, b"") + data).split(b"\n")
             self._tails[fd] = tail[-_MAX_LINE_BYTES:]
-            pattern = self._until.log
-            found = found or (pattern is not None and any(pattern.search(line) for line in [*lines, tail]))
+            found = found or any(map(self._matches, lines))
+
+    def _matches(self, line: bytes) -> bool:
+        pattern = self._until.log
+        return pattern is not None and pattern.search(line.removesuffix(b"\r")) is not None
 
     def _open(self) -> list[int]:
         return [key.fd for key in self._selector.get_map().values()]

@@ -97,9 +97,12 @@ def test_two_processes_of_one_workload_give_one_trace(glowplug: Command, ref: st
 
 def test_until_a_line_is_printed(glowplug: Command, ref: str, tmp_path: Path) -> None:
     path = tmp_path / "out.trace"
-    script = "cat /data/a > /dev/null; echo now ready >&2; sleep 600; cat /data/b > /dev/null"
-    said = glowplug("trace", ref, "-o", path, "--until-log", "^now r.*y$", "--", "sh", "-c", script)
-    assert said.stderr == "now ready\n"
+    script = (
+        "printf 'now r'; sleep 0.2; echo 'ather early'; cat /data/a > /dev/null;"
+        "printf 'now ready\\r\\n' >&2; sleep 600; cat /data/b > /dev/null"
+    )
+    said = glowplug("trace", ref, "-o", path, "--until-log", "^now r(eady)?$", "--", "sh", "-c", script)
+    assert said.stderr == "now rather early\nnow ready\n"
     held, all_pages = _touched(ref, path, _A)
     assert held == all_pages
     assert _touched(ref, path, _B)[0] == 0
@@ -142,6 +145,11 @@ def test_until_a_port_takes_connections(glowplug: Command, ref: str, tmp_path: P
     with socket.create_server(("127.0.0.1", port)):
         assert process.wait(30) == 0
     process.stderr.close()
+    assert trace.decode((tmp_path / "1").read_bytes()).reads
+
+
+def test_a_last_line_needs_no_end(glowplug: Command, ref: str, tmp_path: Path) -> None:
+    glowplug("trace", ref, "-o", tmp_path / "1", "--until-log", "^ready$", "--", "sh", "-c", "printf ready")
     assert trace.decode((tmp_path / "1").read_bytes()).reads
 
 
@@ -260,6 +268,9 @@ def test_pack_takes_published_traces(glowplug: Command, tmp_path: Path) -> None:
         tracestore.publish(image.open_image(reference.parse(ref)).origin, found)
     packed = json.loads(glowplug("pack", ref, "--trace-from-registry", "--json").stdout)
     assert packed["page_bytes"] // 4096 == len(_pages(tmp_path / "a") | _pages(tmp_path / "b"))
+    # What the pack brings was read from it, and is in a trace all the same.
+    glowplug("trace", ref, "-o", tmp_path / "packed", "--", "ls", "-l", "/data/a")
+    assert _pages(tmp_path / "packed") == _pages(tmp_path / "a")
     # What was traced on the block image without a pack holds for the one with it.
     again = json.loads(glowplug("pack", ref, "--trace-from-registry", "--json").stdout)
     assert not again["changed"]

@@ -95,6 +95,22 @@ def test_file_backed_layers_are_cached_once_and_read_ahead(devices: list[Path], 
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("mode", [Mode.EROFS, Mode.LOOP])
+def test_read_ahead_of_a_start(devices: list[Path], folder: Path, mode: Mode) -> None:
+    before = {path.name for path in Path("/sys/class/bdi").glob("erofs-*")}
+    _, done = mount.mount_layers(mode, named(devices), folder, 12)
+    try:
+        names = {path.name for path in Path("/sys/class/bdi").glob("erofs-*")} - before
+        if mode is Mode.LOOP:
+            points = [os.stat(path).st_dev for path in done]
+            names = {f"{os.major(device)}:{os.minor(device)}" for device in points}
+        found = [Path(f"/sys/class/bdi/{name}/read_ahead_kb").read_text().strip() for name in names]
+        assert found.count("12") >= len(done)
+    finally:
+        mount.unmount_all(done)
+
+
+@pytest.mark.root
 def test_a_kernel_without_directio(
     monkeypatch: pytest.MonkeyPatch, devices: list[Path], folder: Path
 ) -> None:
