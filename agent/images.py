@@ -74,9 +74,14 @@ class Images:
         self._trust = trust
         self._clock = clock
         self._maps = MapFiles(settings.root / "maps")
-        self._table = ImageTable(store.images(), place_matters=settings.images.trust == "repository")
+        self._table = ImageTable(
+            store.images(),
+            place_matters=settings.images.trust == "repository",
+            is_trusted=lambda row: _still_holds(settings.images, row),
+        )
         self._lock = threading.Lock()
         self._attached: set[str] = set()
+        self._told: set[str] = set()
         self._attaching: dict[str, threading.Lock] = {}
         self._roots: dict[str, RootAttributes | None] = {}
         self._inodes: dict[str, int] = {}
@@ -106,7 +111,7 @@ class Images:
                 text = f"{row.reference}: its block image has no layer {chain_id}: ordinary unpack of it"
                 self._observer.event("layer_missing", text, level="warning", image=row.reference)
             return None
-        if known is not None and place == (known.block_digest, 0):
+        if known is not None and place == (known.block_digest, 0) and not self._was_told(known.block_digest):
             self._observer.pulled(
                 known.reference, lazy=True, seconds=0.0, layers=len(known.layers), reason=None
             )
@@ -184,6 +189,7 @@ class Images:
         assert flight.image is not None
         row = self._table.row(flight.image.manifest.digest)
         self._table.name(row.block_digest)
+        self._told.add(row.block_digest)
         self._hold(row.block_digest, PULL_HOLD_SECONDS)
         return row, flight.image
 
@@ -320,6 +326,12 @@ class Images:
 
     # -- letting go --------------------------------------------------------------------------------
 
+    def _was_told(self, block_digest: str) -> bool:
+        """Whether the pull that a Prepare is part of began with one by name, which the observer was told."""
+        told = block_digest in self._told
+        self._told.discard(block_digest)
+        return told
+
     def _hold(self, block_digest: str, seconds: float) -> None:
         self._table.hold(block_digest, self._clock() + seconds)
 
@@ -352,6 +364,7 @@ class Images:
 
     def _detach(self, block_digest: str) -> None:
         self._attached.discard(block_digest)
+        self._told.discard(block_digest)
         with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
             self._devices.detach(owner_of(block_digest))
 
@@ -429,6 +442,12 @@ class Images:
 def owner_of(block_digest: str) -> str:
     """The name under which an image's layers are attached to the device server."""
     return _OWNER + block_digest
+
+
+def _still_holds(settings: config.Images, row: ImageRow) -> bool:
+    from agent import trust  # with all of cryptography: only who opens images pays for it
+
+    return trust.still_holds(settings, row.origin_ref, row.source_digest, row.block_digest)
 
 
 def _row(wanted: Wanted, image: LazyImage) -> ImageRow:

@@ -292,6 +292,35 @@ def test_where_the_policy_vouches_for_the_block_image_its_repository_does_not_ma
         assert node.images.find_layer(other.chain_ids[0], other.labels) == Found(row.block_digest, 0)
 
 
+def test_an_image_of_yesterday_gives_layers_if_todays_policy_takes_it(node: LazyNode) -> None:
+    source = node.push([BASE])
+    row = node.images.pull(source.name)
+    node.store.set_pinned(row.block_digest, True)
+    other = "sha256:" + "0" * 64
+    policies: list[tuple[bool, dict[str, object]]] = [
+        (True, {}),
+        (True, {"repositories": (row.origin_ref,)}),
+        (False, {"repositories": ("docker://elsewhere.example/",)}),
+        (True, {"trust": "pinned", "pins": (config.Pin(source.digest, row.block_digest),)}),
+        (False, {"trust": "pinned", "pins": (config.Pin(source.digest, other),)}),
+        (False, {"trust": "pinned"}),
+        (False, {"trust": "signed"}),
+    ]
+    before = node.settings
+    for expected, policy in policies:
+        changed = dataclasses.replace(before.images, **policy)  # type: ignore[arg-type]
+        node.settings = dataclasses.replace(before, images=changed)
+        node.store.close()
+        node.start()
+        assert node.images.may_serve(row.block_digest, source.labels) is expected, policy
+        assert node.images.may_serve(row.block_digest, {}) is expected, policy
+        node.images.refresh(row.block_digest)
+        assert node.images.may_serve(row.block_digest, source.labels) is expected, "a mark is no acceptance"
+    # Found anew, and accepted: by whatever `trust` says.
+    assert node.images.find_layer(source.chain_ids[0], source.labels) == Found(row.block_digest, 0)
+    assert node.images.may_serve(row.block_digest, source.labels)
+
+
 def test_who_does_not_name_the_image_gets_layers_of_what_was_asked_for_by_name(node: LazyNode) -> None:
     source = node.push([BASE])
     found = node.images.find_layer(source.chain_ids[0], source.labels)
@@ -372,6 +401,10 @@ def test_pull_says_what_led_to_the_image(node: LazyNode) -> None:
     row, opened = node.images.pull_opened(f"docker://{source.name}")
     assert [manifest.digest for manifest in opened.sources] == [source.digest]
     assert row.source_digest == source.digest
+    for pulls in (1, 2):
+        # What `glowplug pull` has containerd ask is part of the pull that was told; the next pull is another.
+        assert node.images.find_layer(source.chain_ids[0], source.labels) is not None
+        assert node.kinds().count("lazy_pull") == pulls
     with pytest.raises(errors.NotFoundError):
         node.images.pull(node.push([BASE], converted=False).name)
 
