@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from agent.store import ImageRow
 from imagefs import errors
@@ -22,7 +22,12 @@ from imagefs import errors
 class ImageTable:
     """See the module."""
 
-    def __init__(self, rows: Iterable[ImageRow], *, place_matters: bool) -> None:
+    def __init__(
+        self, rows: Iterable[ImageRow], *, place_matters: bool, is_trusted: Callable[[ImageRow], bool]
+    ) -> None:
+        """`is_trusted`: whether the policy of today still takes an image of yesterday. One that it does not
+        stays for the snapshots that it has, and gives layers to others once it was found, and accepted, anew.
+        """
         self._place_matters = place_matters
         self._lock = threading.Lock()
         self._rows: dict[str, ImageRow] = {}
@@ -33,7 +38,9 @@ class ImageTable:
         self._by_chain: dict[str, dict[str, int]] = {}
         self._held_until: dict[str, float] = {}
         for row in rows:
-            self.put(row)
+            self._put(row)
+            if is_trusted(row):
+                self._admit(row, row.origin_ref)
 
     def rows(self) -> list[ImageRow]:
         """All of them."""
@@ -77,15 +84,15 @@ class ImageTable:
             return self._may_serve(block_digest, place)
 
     def put(self, row: ImageRow) -> None:
-        """Add or replace."""
+        """Add one that was just accepted, or replace what is known of it."""
         with self._lock:
-            self._rows[row.block_digest] = row
-            self._admit(row, row.origin_ref)
-            for number, layer in enumerate(row.layers):
-                self._by_chain.setdefault(layer.chain_id, {})[row.block_digest] = number
+            known = row.block_digest in self._rows
+            self._put(row)
+            if not known:
+                self._admit(row, row.origin_ref)
 
     def admit(self, block_digest: str, place: str) -> None:
-        """This place lists the block image, too, and it may be used. Of one that is not known, nothing."""
+        """This place lists the block image, and it may be used. Of one that is not known, nothing."""
         with self._lock:
             row = self._rows.get(block_digest)
             if row is not None:
@@ -154,6 +161,11 @@ class ImageTable:
     def _maps(self) -> set[str]:
         return {digest for row in self._rows.values() for digest in _files(row)} | set(self._coming)
 
+    def _put(self, row: ImageRow) -> None:
+        self._rows[row.block_digest] = row
+        for number, layer in enumerate(row.layers):
+            self._by_chain.setdefault(layer.chain_id, {})[row.block_digest] = number
+
     def _admit(self, row: ImageRow, place: str) -> None:
         self._places.setdefault(row.block_digest, set()).add(self._at(place))
         self._by_source[self._at(place), row.source_digest] = row.block_digest
@@ -162,7 +174,9 @@ class ImageTable:
         if place is not None:
             return self._at(place) in self._places.get(block_digest, ())
         row = self._rows.get(block_digest)
-        return row is not None and (row.pinned or row.prefetched or block_digest in self._named)
+        if row is None or block_digest not in self._places:
+            return False
+        return row.pinned or row.prefetched or block_digest in self._named
 
     def _at(self, place: str) -> str:
         """The place that counts: any is as good as another where the place does not matter."""

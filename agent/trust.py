@@ -75,6 +75,15 @@ def check(images: config.Images, origin: Origin, source_digest: str, block_image
         _check_signed(load_keys(images.signature_keys), origin, block_image.digest)
 
 
+def still_holds(images: config.Images, origin_name: str, source_digest: str, digest: str) -> bool:
+    """Whether a block image that was accepted once, under whatever policy, may be used without being looked
+    at again. Not by a signature: the key may be gone from the settings."""
+    pin = pin_for(images, source_digest)
+    if pin is not None:
+        return pin == digest
+    return images.trust == "repository" and _is_believed(images.repositories, origin_name)
+
+
 def _is_believed(places: Sequence[str], name: str) -> bool:
     return not places or any(
         name == each or (each.endswith("/") and name.startswith(each)) for each in places
