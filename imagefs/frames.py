@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 import zstandard
 
-from imagefs import blockmap, bootpack, errors, zstdframe
+from imagefs import blockmap, errors, zstdframe
 
 _local = threading.local()
 
@@ -108,27 +108,6 @@ def decode_block(
         raise _damaged(block_map, index, layer, str(exc)) from exc
     if hasher.digest() != block.digest:
         raise _damaged(block_map, index, layer, "the bytes differ from the block's digest")
-    return out
-
-
-def decode_pack_frame(
-    frame: bootpack.Frame, number: int, pieces: Pieces, pack: str, buffer: memoryview
-) -> memoryview:
-    """The content of frame `number` of a boot pack, in the front of `buffer`, from `pieces`, which stand at
-    its first byte. Takes no byte beyond its last one.
-
-    Raises IntegrityError, naming `pack`, frame and offset, unless it is one frame of the size and digest
-    that the pack's table says; and what `pieces` raises.
-    """
-    out = buffer[: frame.uncompressed_bytes]
-    hasher = hashlib.sha256()
-    place = f"boot pack {pack}: frame {number} (bytes {frame.offset}+{frame.compressed_bytes})"
-    try:
-        _decode_frame(pieces, frame.compressed_bytes, out, hasher.update)
-    except (ValueError, zstandard.ZstdError) as exc:
-        raise errors.IntegrityError(f"{place}: {exc}") from exc
-    if hasher.digest() != frame.digest:
-        raise errors.IntegrityError(f"{place}: the bytes differ from the frame's digest")
     return out
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 
-from imagefs import bootpack, erofs, errors, frames, seektable
+from imagefs import bootpack, bootstream, erofs, errors, frames, seektable
 from imagefs.artifact import Descriptor
 from imagefs.bootpack import PAGE_BYTES, Record
 from imagefs.lazylayer import LazyLayer
@@ -83,11 +83,15 @@ def verify_boot_pack(
     progress: Callable[[int], None] = lambda read_bytes: None,
 ) -> PackedPages:
     """Read a boot pack's data and verify its frames. Raises IntegrityError naming frame and offset."""
+    block_map = bootstream.block_map(table)  # to decode, a frame is a block like any other
     pieces = frames.Pieces(origin.stream_blob(table.data_digest, table.data_bytes))
-    buffer = memoryview(bytearray(bootpack.MAX_FRAME_BYTES))
+    buffer = memoryview(bytearray(block_map.block_bytes))
     digests = bytearray()
     for number, frame in enumerate(table.frames):
-        data = frames.decode_pack_frame(frame, number, pieces, table_digest, buffer)
+        try:
+            data = frames.decode_block(block_map, number, pieces, table_digest, buffer)
+        except errors.IntegrityError as exc:
+            raise errors.IntegrityError(f"boot pack, frame {number}: {exc}") from exc
         for at in range(0, len(data), PAGE_BYTES):
             digests += hashlib.sha256(data[at : at + PAGE_BYTES]).digest()
         progress(frame.compressed_bytes)
