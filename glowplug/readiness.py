@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import ssl
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -193,7 +193,8 @@ def answers_now(address: str) -> bool:
     if not address.startswith("http"):
         host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host or "127.0.0.1", int(port)), _ANSWER_SECONDS).close()
+            place = (host.strip("[]") or "127.0.0.1", int(port))
+            socket.create_connection(place, _ANSWER_SECONDS).close()
         except OSError:
             return False
         return True
@@ -206,7 +207,7 @@ def answers_now(address: str) -> bool:
     try:
         with opener.open(address, timeout=_ANSWER_SECONDS) as response:
             return 200 <= int(response.status) < 300
-    except (OSError, ValueError):  # URLError and HTTPException's kin; a server may say anything at first
+    except (OSError, ValueError, http.client.HTTPException):  # it may say anything at first
         return False
 
 

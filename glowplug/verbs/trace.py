@@ -99,6 +99,8 @@ def command(
     it read of which layer: what `glowplug pack` makes a boot pack of. What CMD prints goes to stderr."""
     if os.geteuid() != 0:
         raise errors.ConfigurationError("trace needs root, as run does")
+    if not output.absolute().parent.is_dir():  # said before the start, not after it
+        raise errors.InvalidInputError(f"--output {output}: its folder does not exist")
     from glowplug import process, tracing
     from imagefs import assembly, trace
 
