@@ -1,4 +1,4 @@
-"""docs/agent.md against the code: every setting with its default, and every test file that it points to."""
+"""docs/agent.md against the code: settings and their defaults, events, the tests that it points to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from agent import config
+from agent import config, observer
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _DOCUMENT = (_ROOT / "docs/agent.md").read_text()
@@ -39,6 +39,19 @@ def _shown(name: str, value: object) -> str:
 def test_every_setting_is_there_with_its_default() -> None:
     section = _DOCUMENT.partition("## Settings")[2].partition("\n## ")[0]
     assert dict(_ROW.findall(section)) == dict(_defaults(config.Settings()))
+
+
+def _event_kinds() -> Iterator[str]:
+    for file in (_ROOT / "agent").rglob("*.py"):
+        yield from re.findall(r'\.event\(\s*"(\w+)"', file.read_text())
+    yield observer.ORDINARY_PULL
+
+
+def test_what_an_event_means_is_there() -> None:
+    section = _DOCUMENT.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    kinds = set(_event_kinds())
+    assert len(kinds) > 15
+    assert {kind for kind in kinds if f"`{kind}`" not in section} == set()
 
 
 def test_what_shows_something_exists() -> None:
