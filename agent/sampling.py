@@ -85,13 +85,15 @@ class Sampler:
             self._seen.add(digest)
             if self._chance() >= self._settings.share or not fresh():
                 return False
-            try:
-                self._devices.start_recording(_OWNER + digest)
-            except errors.ImagefsError as exc:
-                _log.warning("%s: its start is not traced: %s", row.reference, exc)
-                return False
             self._running = row, self._clock()
-            return True
+        try:  # without the lock: the device server may be on its way up, and others want to start
+            self._devices.start_recording(_OWNER + digest)
+        except errors.ImagefsError as exc:
+            _log.warning("%s: its start is not traced: %s", row.reference, exc)
+            with self._lock:
+                self._running = None
+            return False
+        return True
 
     def tick(self) -> None:
         """End the recording that is due, and have it published."""
