@@ -308,7 +308,7 @@ def _sole_agent(settings: config.Settings) -> Iterator[None]:
 def _locked(file: Path, what: Path, option: str) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise errors.ConfigurationError(f"cannot use {what}: {file}: {exc.strerror}") from exc
     try:

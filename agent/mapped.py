@@ -33,7 +33,8 @@ class MappedLowers:
     """See the module."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        # As the kernel names it: the root may be a link to another disk.
+        self._directory = Path(os.path.realpath(directory))
         self._lock = threading.Lock()
 
     def place(self, number: int, lower: Sequence[Path], mapping: IdMapping) -> list[Path]:

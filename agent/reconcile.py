@@ -69,6 +69,8 @@ def keep_copy(root: Path) -> None:
         new.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(root / DATABASE, timeout=10)) as database:
             database.execute("VACUUM INTO ?", (os.fspath(new),))
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())  # or a crash could leave half a copy in the place of a whole one
         os.replace(new, root / _COPY)
     except (OSError, sqlite3.Error) as exc:
         raise errors.UnavailableError(f"{root / _COPY}: cannot be written: {exc}") from exc

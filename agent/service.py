@@ -20,7 +20,7 @@ import grpc
 from google.protobuf import empty_pb2
 
 from agent import errors as agent_errors
-from agent import snapshots
+from agent import logs, snapshots
 from agent.observer import Observer
 from agent.proto import mount_pb2
 from agent.proto import snapshots_pb2 as messages
@@ -205,7 +205,7 @@ class _Adapter:
         finally:
             self._observer.grpc(name, code.name, time.monotonic() - begun)
         if code is not grpc.StatusCode.OK:
-            context.abort(code, _sendable(message))
+            context.abort(code, _sendable(logs.masked(message)))
 
 
 def _sendable(message: str) -> str:

@@ -24,7 +24,8 @@ def device_directory(state_dir: Path) -> Path:
 def mounted(path: Path) -> list[str]:
     """The "major:minor" of each mount on `path` in our mount namespace. Never touches the mount itself: a
     dead one would answer with errors, a waiting one not at all."""
-    target = os.fspath(path).replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")
+    place = os.path.join(os.path.realpath(path.parent), path.name)  # the kernel's name of it, links followed
+    target = place.replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")
     target = target.replace("\n", r"\012")
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         lines = [line.split() for line in file]

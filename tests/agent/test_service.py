@@ -134,6 +134,19 @@ def test_any_message_reaches_containerd_with_its_code(served: Fixture, name: str
     assert code is grpc.StatusCode.NOT_FOUND
 
 
+def test_what_containerd_shows_in_a_pods_events_holds_no_secret(served: Fixture) -> None:
+    def fail(chain_id: str, labels: Mapping[str, str]) -> None:
+        raise errors.UnavailableError("GET https://user:hunter22@r.example/v2/?token=abcdefghijkl: 503")
+
+    served.images.find_layer = fail  # type: ignore[method-assign,assignment]
+    labels = {"containerd.io/snapshot.ref": "sha256:1"}
+    code, text = refused(lambda: served.client.call("Prepare", key="k", labels=labels))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "r.example" in text
+    assert "hunter22" not in text
+    assert "abcdefghijkl" not in text
+
+
 def test_a_life(served: Fixture, tmp_path: Path) -> None:
     client = served.client
     (made,) = client.call("Prepare", key="a", parent="", labels={"l": "1"}).mounts

@@ -623,6 +623,27 @@ def test_a_lazy_layer_in_a_user_namespace(node: Node, tmp_path: Path) -> None:
     assert list(mapped.iterdir()) == []
 
 
+def test_mapped_layers_below_a_root_that_is_a_link(tmp_path: Path) -> None:
+    """To another disk, say. The kernel names their mounts by where it leads: they must be known as ours."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "content").mkdir()
+    (tmp_path / "root").symlink_to("real")
+    labels = {snapshots.UID_MAPPING_LABEL: "0:100000:65536", snapshots.GID_MAPPING_LABEL: "0:200000:65536"}
+    with contextlib.closing(Node(tmp_path / "root")) as node:
+        node.images.offer("sha256:1", tmp_path / "content", mount.RootAttributes())
+        node.lazy("sha256:1", "")
+        node.snapshotter.prepare("pod", "sha256:1", labels)
+        node.snapshotter.mounts("pod")
+
+        def mapped() -> list[str]:
+            found = [point.directory for point in holders.mount_points()]
+            return [each for each in found if each.startswith(f"{tmp_path}/real/mapped/")]
+
+        assert len(mapped()) == 1, "it was not mounted twice"
+        node.snapshotter.remove("pod")
+        assert not mapped()
+
+
 # --- usage, removal, crashes -----------------------------------------------------------------------------
 
 

@@ -294,6 +294,16 @@ def test_origins_that_nobody_has_layers_of_are_closed(tmp_path: Path, blobs: sta
         assert device.read_bytes() == kept.image
 
 
+def test_a_state_directory_behind_a_link(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """As /var/run is one on every host: the kernel names the mount without it."""
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("real")
+    layer = stack.make_layer(stack.random_image(8192, 90))
+    with stack.running(stack.settings(tmp_path / "link")) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
+        assert device.read_bytes() == layer.image
+
+
 def test_a_server_that_hangs_holds_nobody_up_for_good(
     tmp_path: Path, blobs: stack.BlobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
