@@ -1,9 +1,9 @@
 """`make bench`: what the figures in README.md and docs/benchmarks.md come from.
 
 Five parts, each measured against something in the same run, so that a noisy or slow machine falls on both
-sides: `ready` (containerd against lazy, at 1 Gbit/s), `warm` (the mount against the same EROFS files on local
-disk), `convert`, `metadata`, `cri` (the agent under containerd against containerd alone). Prints a table and
-writes results/bench.json. Nothing is asserted. Needs root.
+sides: `ready` (containerd against lazy, without and with a boot pack, at 1 Gbit/s), `warm` (the mount against
+the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent under containerd against
+containerd alone). Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import containerd, cri, demo, lazy, link, machine, plain, registry, workloads
+from e2e import containerd, cri, demo, lazy, link, machine, plain, registry, timeline, workloads
 
 PARTS = ("ready", "warm", "convert", "metadata", "cri")
 
@@ -66,35 +66,62 @@ class Bench:
 
 
 def ready(bench: Bench) -> Result:
-    """Cold start at the link's speed: containerd and lazy in turns."""
-    name = bench.registry.push(bench.workload)
-    pulled, started = [], []
+    """Start at the link's speed, in turns: containerd, lazily by blocks, by blocks that are here already
+    (warm), and lazily with a boot pack."""
+    name, packed_name = bench.registry.push(bench.workload), bench.registry.push(bench.workload, "packed")
+    command = bench.workload.command
+    starts: dict[str, list[timeline.Start]] = {}
+    misses: list[float] = []
+
+    def cold(who: str, image: str) -> list[dict[str, Any]]:
+        machine.drop_page_cache()
+        start, events = glowplug.start(image, command)
+        starts.setdefault(who, []).append(start)
+        return events
+
     with (
         lazy.use(bench.link, bench.folder / "glowplug") as glowplug,
         containerd.serve(bench.link, bench.folder / "containerd") as daemon,
     ):
         glowplug.convert(name)
+        glowplug.convert(packed_name)
+        pack = glowplug.pack(packed_name, command)
         for _ in range(bench.runs):
             machine.drop_page_cache()
-            pulled.append(daemon.start(name, bench.workload.command))
+            starts.setdefault("containerd", []).append(daemon.start(name, command))
             daemon.forget(name)
-            machine.drop_page_cache()
-            started.append(glowplug.start(name, bench.workload.command)[0])
+            cold("glowplug", name)
+            cold("warm", name)
             glowplug.forget()
-    rows: Result = []
-    for who, starts in (("containerd", pulled), ("glowplug", started)):
-        for mark in starts[0].seconds:
-            rows.append(_row("ready", f"{who}: to {mark}", "s", [start.seconds[mark] for start in starts]))
-        rows.append(_row("ready", f"{who}: moved", "MB", [start.moved_bytes / 1e6 for start in starts]))
-    rows.append(
-        _ratio(
-            "ready",
-            "glowplug is ready sooner by",
-            _find(rows, "containerd: to ready"),
-            _find(rows, "glowplug: to ready"),
-        )
-    )
+            misses.append(_misses(cold("boot pack", packed_name)))
+            glowplug.forget()
+    rows: Result = [
+        _row("ready", f"{who}: to {mark}", "s", [each.seconds[mark] for each in measured])
+        for who, measured in starts.items()
+        for mark in measured[0].seconds
+    ]
+    moved: dict[str, Row] = {
+        who: _row("ready", f"{who}: moved", "MB", [each.moved_bytes / 1e6 for each in measured])
+        for who, measured in starts.items()
+    }
+    rows += moved.values()
+    rows.append(_row("ready", "boot pack: its size", "MB", [pack["data_bytes"] / 1e6]))
+    rows.append(_row("ready", "boot pack: blocks that a reader waited for", "", misses))
+    pulled, by_blocks, warm_start, by_pack = (_find(rows, f"{who}: to ready") for who in starts)
+    image = _row("ready", "gzip image", "MB", [bench.workload.compressed_bytes / 1e6])
+    rows += [
+        _ratio("ready", "glowplug is ready sooner by", pulled, by_blocks),
+        _ratio("ready", "with a boot pack sooner by", pulled, by_pack),
+        _ratio("ready", "with a boot pack takes, of a warm start", by_pack, warm_start),
+        _ratio("ready", "with a boot pack moves, of the gzip image", moved["boot pack"], image),
+    ]
     return rows
+
+
+def _misses(events: Sequence[dict[str, Any]]) -> float:
+    """Reads that had to wait for a block which was not on its way in the pack."""
+    waited = [each for each in events if each["priority"] == "demand" and each["outcome"] != "cache"]
+    return float(sum(each["reason"] != "boot" for each in waited))
 
 
 def warm(bench: Bench) -> Result:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import link, machine, timeline
+from e2e import link, machine, timeline, workloads
 from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
@@ -37,6 +37,21 @@ class Glowplug:
         (converted,) = json.loads(machine.check_call(self.link.server.command(command)))["images"]
         out: dict[str, Any] = converted
         return out
+
+    def pack(self, image: str, command: Sequence[str]) -> dict[str, Any]:
+        """Trace a start until it is ready, and give the block image a boot pack, from the registry's side of
+        the link; what `glowplug pack --json` says."""
+        folder = self.folder / "tracing"
+        folder.mkdir()
+        storage = ["--state", str(folder / "state"), "--cache", str(folder / "cache")]
+        what = ["--plain-http", f"docker://{image}"]
+        recorded = ["--output", str(folder / "trace"), "--until-log", f"^{workloads.READY}"]
+        trace = [str(COMMAND), "trace", *storage, *recorded, *what, "--", *command]
+        machine.check_call(self.link.server.command(trace))
+        pack = [str(COMMAND), "pack", "--json", "--trace", str(folder / "trace"), *what]
+        packed: dict[str, Any] = json.loads(machine.check_call(self.link.server.command(pack)))
+        shutil.rmtree(folder)
+        return packed
 
     def start(self, image: str, command: Sequence[str]) -> tuple[timeline.Start, list[dict[str, Any]]]:
         """`glowplug run`, as one start, and the device server's fetch events until it was ready."""

@@ -46,9 +46,9 @@ class Registry:
         """HOST:PORT in a REF."""
         return f"{link.SERVER_ADDRESS}:{PORT}"
 
-    def push(self, workload: workloads.Workload) -> str:
+    def push(self, workload: workloads.Workload, folder: str = "demo") -> str:
         """Copy a workload's image in, from the server's side; its REF without the transport."""
-        name = f"{self.host}/demo/{workload.name}:{workloads.TAG}"
+        name = f"{self.host}/{folder}/{workload.name}:{workloads.TAG}"
         copy = ["skopeo", "copy", "-q", "--dest-tls-verify=false", workload.source, f"docker://{name}"]
         machine.check_call(self.link.server.command(copy))
         return name
