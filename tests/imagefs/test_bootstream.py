@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagefs import blockmap, bootpack, bootstream, errors
+from imagefs import blockmap, bootpack, bootstream
 from imagefs.bootpack import Record
 from tests.imagefs.fuse import packing, stack
 
@@ -71,13 +68,6 @@ def test_the_data_is_a_layer_of_frames(runs: list[tuple[int, int, int]]) -> None
     assert sorted(position for records in found.values() for _, position in records) == sorted(
         sum(record.pages for record in table.records[:n]) for n in range(len(table.records))
     )
-
-
-def test_frames_of_several_sizes_are_refused() -> None:
-    table = packing.make(_LAYERS, [(0, 0, 40)]).table
-    uneven = dataclasses.replace(table, frames=(table.frames[-1], *table.frames[:-1]))
-    with pytest.raises(errors.InvalidInputError, match="several sizes"):
-        bootstream.block_map(uneven)
 
 
 def test_positions_count_pages() -> None:
