@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,6 +99,8 @@ class Reconciler:
         self._observer = observer
         self._wait_seconds = wait_seconds
         self._quarantined: set[int] = set()
+        self._mounting: set[str] = set()
+        self._lock = threading.Lock()  # of what is being mounted
 
     def restore(self, *, rebuilt: bool) -> None:
         """Everything, once, at start: `mounts` and `images` are open, the device server runs. With a
@@ -165,15 +168,22 @@ class Reconciler:
 
     def _mount_used(self, rows: list[SnapshotRow], *, wait_seconds: float) -> None:
         """Mount the lazy layers below active snapshots and views, images in parallel. What is not there in
-        time goes on by itself."""
-        wanted = _used_layers(rows)
-        if not wanted:
+        time goes on by itself; an image that is still at it is not begun once more."""
+        by_image: dict[str, list[SnapshotRow]] = {}
+        for row in _used_layers(rows):
+            by_image.setdefault(row.image or "", []).append(row)
+        with self._lock:
+            by_image = {image: group for image, group in by_image.items() if image not in self._mounting}
+            self._mounting.update(by_image)
+        if not by_image:
             return
         pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL_MOUNTS, "mount")
-        by_image: dict[str, list[SnapshotRow]] = {}
-        for row in wanted:
-            by_image.setdefault(row.image or "", []).append(row)
-        pending = {pool.submit(self._mount_image, group): group for group in by_image.values()}
+        try:
+            pending = {pool.submit(self._mount_image, group): group for group in by_image.values()}
+        except RuntimeError as exc:
+            with self._lock:
+                self._mounting.difference_update(by_image)
+            raise errors.UnavailableError(f"no thread to mount layers: {exc}") from exc
         done, late = concurrent.futures.wait(pending, wait_seconds)
         pool.shutdown(wait=False)
         for future in late if wait_seconds else ():
@@ -184,6 +194,13 @@ class Reconciler:
             future.result()
 
     def _mount_image(self, rows: list[SnapshotRow]) -> None:
+        try:
+            self._mount_layers(rows)
+        finally:
+            with self._lock:
+                self._mounting.discard(rows[0].image or "")
+
+    def _mount_layers(self, rows: list[SnapshotRow]) -> None:
         for row in rows:
             assert row.image is not None
             assert row.layer is not None

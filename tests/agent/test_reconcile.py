@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from imagefs import blockmap, errors
 from tests.agent.lazy_node import BASE, LazyNode, Source
 from tests.agent.lazy_node import node as node
 from tests.fixtures import images, servers
+from tests.imagefs import scripted
 
 pytestmark = pytest.mark.root
 
@@ -227,3 +229,31 @@ def _until_healed(node: LazyNode) -> None:
         assert time.monotonic() < until
         node.reconciler.heal()
         time.sleep(0.1)
+
+
+def test_an_image_that_hangs_is_tried_by_one_thread(node: LazyNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`heal` comes every few seconds: in a night without a registry it would start thousands."""
+    snapshotter = started(node)
+    lazy_chain(node, snapshotter, node.push([BASE]), "active")
+    (row,) = [row for row in node.store.walk() if row.image is not None]
+    node.reconciler._quarantine(row, "for the test")
+    gate, calls = threading.Event(), []
+    directory = node.images.directory
+
+    def hang(block_digest: str, layer: int) -> Path:
+        calls.append(layer)
+        gate.wait()
+        return directory(block_digest, layer)
+
+    monkeypatch.setattr(node.images, "directory", hang)
+    try:
+        for _ in range(20):
+            node.reconciler.heal()
+        assert len(calls) <= 1
+    finally:
+        gate.set()
+    scripted.eventually(lambda: node.store.by_id(row.id).broken is None)
+    node.reconciler._quarantine(row, "once more")
+    node.reconciler.heal()
+    scripted.eventually(lambda: node.store.by_id(row.id).broken is None)
+    assert len(calls) == 2
