@@ -105,6 +105,16 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("glowplug: interrupted", err=True)
         _leave(130)
+    except ModuleNotFoundError as exc:
+        missing = (exc.name or "").partition(".")[0]
+        if missing in ("", "agent", "converter", "glowplug", "imagefs"):
+            raise
+        click.echo(
+            f"glowplug: this needs the Python package {missing!r}, which is not installed: "
+            "pip install 'glowplug[agent]' on a node, 'glowplug[converter]' where images are converted",
+            err=True,
+        )
+        sys.exit(8)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
