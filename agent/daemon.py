@@ -200,18 +200,22 @@ class Agent:
 
     def upkeep(self) -> None:
         """One round: a device server that is gone is started, images that nothing keeps are let go, what is
-        quarantined is tried again. Failures are logged, and tried again in the next round."""
-        try:
-            self._watch_devices()
-            self._images.sweep()
-            self._reconciler.heal()
-            self._fills.tick()
-            self._sampler.tick()
-            reconcile.keep_copy(self._settings.root)
-        except errors.ImagefsError as exc:
-            _log.warning("upkeep: %s", exc)
-        except Exception:
-            _log.exception("upkeep failed")
+        quarantined is tried again, and more. What fails is logged, keeps nothing else from being done, and is
+        tried again in the next round."""
+        for step in (
+            self._watch_devices,
+            self._images.sweep,
+            self._reconciler.heal,
+            self._fills.tick,
+            self._sampler.tick,
+            lambda: reconcile.keep_copy(self._settings.root),
+        ):
+            try:
+                step()
+            except errors.ImagefsError as exc:
+                _log.warning("upkeep: %s", exc)
+            except Exception:
+                _log.exception("upkeep failed")
 
     def _watch_devices(self) -> None:
         DeviceClient.ensure(server_settings(self._settings, origin_options(self._settings)))

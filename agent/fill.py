@@ -75,10 +75,11 @@ class Fills:
         self._devices = devices
         self._observer = observer
         self._states: dict[str, str] = {}
+        self._failing: set[str] = set()
 
     def tick(self) -> None:
-        """Begin and end copies; tell the observer of those that changed. Raises what the device server
-        raises: the next tick tries again."""
+        """Begin and end copies; tell the observer of those that changed. One that cannot begin keeps no other
+        from it. Raises what the device server raises: the next tick tries again."""
         rows = {row.block_digest: row for row in self._images.rows()}
         if not rows and not self._states:
             return
@@ -86,8 +87,15 @@ class Fills:
         self._tell(rows, copies)
         copying = {str(copy["owner"]).removeprefix(OWNER_PREFIX) for copy in copies}
         decision = fillpolicy.decide(self._settings, self._candidates(rows, copying), copying)
+        failing = set()
         for digest in decision.begin:
-            self.begin(rows[digest])
+            try:
+                self.begin(rows[digest])
+            except errors.ImagefsError as exc:
+                failing.add(digest)
+                if digest not in self._failing:
+                    _log.warning("no full copy of %s yet: %s", rows[digest].reference, exc)
+        self._failing = failing
         for digest in decision.end:
             self._devices.stop_fill(OWNER_PREFIX + digest)
 

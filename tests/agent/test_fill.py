@@ -182,3 +182,27 @@ def test_the_cap_is_handed_on_and_a_vanishing_image_is_no_error(monkeypatch: pyt
     monkeypatch.setattr(gone, "attach", lambda digest: None)
     fills(NOW, gone).tick()
     assert gone.devices.states == {}
+
+
+def test_an_image_that_cannot_be_attached_keeps_no_other_from_being_copied(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its origin may be dead for as long as the node lives."""
+    where = node()
+    where.images.append(dataclasses.replace(where.images[0], block_digest="other"))
+    attach = where.attach
+
+    def fail(block_digest: str) -> None:
+        if block_digest == "digest":
+            raise errors.UnavailableError("its registry is gone")
+        attach(block_digest)
+
+    monkeypatch.setattr(where, "attach", fail)
+    copying = fills(NOW, where)
+    for _ in range(3):
+        copying.tick()
+    assert where.devices.states == {"image:other": "filling"}
+    assert caplog.text.count("its registry is gone") == 1, "said once, not in each round"
+    monkeypatch.setattr(where, "attach", attach)
+    copying.tick()
+    assert where.devices.states == {"image:other": "filling", "image:digest": "filling"}
