@@ -353,13 +353,14 @@ class Images:
             gone = self._table.drop(row)
             for file in gone:
                 self._maps.remove(file)
+            # Before the unmounts: the last one of a filesystem waits for its reads, and this fails them.
+            self._detach(digest)
             for layer in row.layers:
                 if layer.map_digest in gone:
                     self._mounts.unmount(layer.mount_number, device_name(layer.map_digest))
                     self._roots.pop(layer.map_digest, None)
                     self._inodes.pop(layer.map_digest, None)
             self._coverage.pop(digest, None)
-            self._detach(digest)
         self._observer.event("image_released", f"{row.reference} is not used any more", image=row.reference)
 
     def _detach(self, block_digest: str) -> None:
