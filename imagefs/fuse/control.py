@@ -10,6 +10,7 @@ devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, handove
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib
@@ -257,7 +258,8 @@ class DeviceClient:
             importlib.import_module(name)  # what cannot even be loaded is found before anything is touched
         settings = json.loads(encode_settings(self._settings))
         try:
-            self._request({"op": "hand_over", "python": python, "settings": settings})
+            request = {"op": "hand_over", "python": python, "settings": settings}
+            self._request(request, until_gone=True)
         except FileNotFoundError as exc:
             raise errors.NotFoundError(f"no device server runs in {self._settings.state_dir}") from exc
         except ConnectionError as exc:
@@ -286,7 +288,7 @@ class DeviceClient:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def _request(self, request: Mapping[str, Any]) -> Any:
+    def _request(self, request: Mapping[str, Any], *, until_gone: bool = False) -> Any:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             # Not settimeout: a connect would fail at once when many connect at the same moment.
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -295,6 +297,9 @@ class DeviceClient:
                 connection.connect(os.fspath(self._settings.state_dir / "control.sock"))
                 send(connection, request)
                 reply = receive(connection, MAX_REPLY_BYTES)
+                if until_gone and reply is not None and "error" not in reply:
+                    with contextlib.suppress(ConnectionError):
+                        connection.recv(1)  # the end of who answered: what answers next is its successor
             except BlockingIOError as exc:
                 raise errors.UnavailableError(
                     f"the device server of {self._settings.state_dir} did not answer {request['op']} within "
