@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import announce, api, config, kubernetes, metrics, observer, snapshots, status
+from agent import announce, api, config, kubernetes, logs, metrics, observer, snapshots, status
 from agent.devicefeed import DeviceFeed
 from agent.starts import Starts
 from agent.store import ImageRow, SnapshotRow, Store
@@ -118,9 +118,9 @@ class Outside:
 
     def _events(self, request: api.Request) -> dict[str, Any]:
         after = request.query.get("after", "0")
-        if not after.isdigit():
-            raise errors.InvalidInputError(f"/api/v1/events: after={after!r} is not an event's number")
-        return {"events": [event.to_json() for event in self.observer.events(int(after))]}
+        if not (after.isascii() and after.isdigit() and len(after) < 20):
+            raise errors.InvalidInputError(f"/api/v1/events: after={after[:40]!r} is not an event's number")
+        return {"events": [_shown(event) for event in self.observer.events(int(after))]}
 
     def _all_starts(self, request: api.Request) -> dict[str, Any]:
         self.feed.follow()
@@ -128,7 +128,7 @@ class Outside:
 
     def _page(self, request: api.Request) -> api.Response:
         self.feed.follow()
-        events = [event.to_json() for event in self.observer.events()[-_SHOWN_EVENTS:]]
+        events = [_shown(event) for event in self.observer.events()[-_SHOWN_EVENTS:]]
         page = status.render(self.status(), self._starts.to_json(), events, time.time())
         return api.Response(page.encode(), "text/html; charset=utf-8")
 
@@ -140,6 +140,11 @@ class Outside:
             for point in holders.mount_points()
             if point.directory.startswith(f"{below}/")
         ]
+
+
+def _shown(event: observer.Event) -> dict[str, Any]:
+    """An event for whoever may read the status: its text is as a registry or a kernel said it."""
+    return {**event.to_json(), "message": logs.masked(event.message)}
 
 
 def _listens(path: Path) -> str | None:
@@ -197,7 +202,9 @@ class _StoreView:
         users = collections.Counter(row.image for row in found if row.image)
         return {
             "snapshots": {kind.name.lower(): kinds[kind] for kind in snapshots.Kind},
-            "quarantined": [{"name": row.name, "why": row.broken} for row in found if row.broken is not None],
+            "quarantined": [
+                {"name": row.name, "why": logs.masked(row.broken)} for row in found if row.broken is not None
+            ],
             "images": [
                 {
                     "reference": image.reference,

@@ -36,8 +36,15 @@ def test_status_events_and_starts_over_both_sockets(tmp_path: Path) -> None:
         assert only["kind"] == "lazy_pull"
         assert inside.get("/api/v1/events", {"after": str(only["number"])})["events"] == []
         assert inside.get("/api/v1/starts")["starts"][0]["reference"] == REFERENCE
-        with pytest.raises(errors.InvalidInputError, match="after"):
-            inside.get("/api/v1/events", {"after": "-1"})
+        for after in ("-1", "²", "9" * 5000):
+            with pytest.raises(errors.InvalidInputError, match="after"):
+                inside.get("/api/v1/events", {"after": after})
+        said = "GET https://r.example/v2/?token=abcdefghijkl failed"
+        world.outside.observer.event("lookup_failed", said, level="warning")
+        for path in ("/api/v1/events", "/"):
+            _, body, _ = world.tcp(path)
+            assert "r.example" in body
+            assert "abcdefghijkl" not in body
     server.close()
 
 
