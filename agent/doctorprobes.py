@@ -36,7 +36,6 @@ from agent import (
 from agent.reconcile import DATABASE
 from imagefs import errors, holders, syscalls
 from imagefs.fuse.control import DeviceClient
-from imagefs.fuse.devices import device_name
 from imagefs.origin import connect
 
 _T = TypeVar("_T")
@@ -49,7 +48,7 @@ def gather(
 ) -> doctor.Facts:
     """All facts. `references` are images to ask their registries for, beside those that the node has."""
     rows, broken, database = _database(settings)
-    numbers = {layer.mount_number: device_name(layer.map_digest) for row in rows for layer in row.layers}
+    numbers = {layer.mount_number: row.device(layer) for row in rows for layer in row.layers}
     known = [row.reference for row in rows]
     return doctor.Facts(
         settings=settings,

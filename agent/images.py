@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 
 from agent import config, lookup, snapshots
@@ -35,7 +35,7 @@ from imagefs.erofs import ondisk
 from imagefs.fuse import statedirectory
 from imagefs.fuse.control import DeviceClient
 from imagefs.fuse.coverage import Coverage
-from imagefs.fuse.devices import LayerSpec, PackSpec, device_name
+from imagefs.fuse.devices import LayerSpec, PackSpec
 from imagefs.image import LazyImage
 from imagefs.mount import RootAttributes
 from imagefs.origin import connect
@@ -128,7 +128,7 @@ class Images:
     def directory(self, block_digest: str, layer: int) -> Path:
         """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
         row, found = self._layer(block_digest, layer)
-        path = self._mounts.find(found.mount_number, device_name(found.map_digest))
+        path = self._mounts.find(found.mount_number, row.device(found))
         if path is not None:
             return path
         started = self._clock()
@@ -143,32 +143,34 @@ class Images:
     def _is_recorded(self, row: ImageRow) -> bool:
         if self._sampler is None:
             return False
-        points = [(each.mount_number, device_name(each.map_digest)) for each in row.layers]
+        points = [(each.mount_number, row.device(each)) for each in row.layers]
         return self._sampler.recorded(row, lambda: not any(self._mounts.find(*each) for each in points))
 
     def root_attributes(self, block_digest: str, layer: int) -> RootAttributes | None:
         """The attributes of the layer's root directory; None when the layer does not say."""
-        _, found = self._layer(block_digest, layer)
-        if found.map_digest not in self._roots:
-            self._roots[found.map_digest] = self._read_root(block_digest, layer, found.map_digest)
-        return self._roots[found.map_digest]
+        row, found = self._layer(block_digest, layer)
+        device = row.device(found)
+        if device not in self._roots:
+            self._roots[device] = self._read_root(block_digest, layer, found.map_digest)
+        return self._roots[device]
 
     def usage(self, block_digest: str, layer: int) -> snapshots.Usage:
         """Inodes of the layer, and how many bytes of it are on this machine's disk now. Nothing of an image
         that was not used since the node started: containerd asks for all there are, and must not wait for
         origins."""
-        _, found = self._layer(block_digest, layer)
+        row, found = self._layer(block_digest, layer)
         if block_digest not in self._attached:
             return snapshots.Usage(0, 0)
-        if found.map_digest not in self._inodes:
+        name = row.device(found)
+        if name not in self._inodes:
             device = self.attach(block_digest)[layer]
             try:
                 with open(device, "rb") as file:
                     superblock = erofs.check_superblock(file.read(ondisk.BLOCK_BYTES))
             except OSError as exc:
                 raise errors.UnavailableError(f"{device}: cannot be read: {exc.strerror}") from exc
-            self._inodes[found.map_digest] = superblock.inodes
-        return snapshots.Usage(self._inodes[found.map_digest], self._cached_bytes(block_digest, found))
+            self._inodes[name] = superblock.inodes
+        return snapshots.Usage(self._inodes[name], self._cached_bytes(block_digest, found))
 
     def released(self, block_digest: str) -> None:
         """A snapshot of the image is gone: the image goes with the last one."""
@@ -207,18 +209,22 @@ class Images:
                 specs = [self._spec(row, layer) for layer in row.layers]
                 self._devices.attach(owner_of(block_digest), specs, self._origins, self._pack_spec(row))
                 self._attached.add(block_digest)
-        return [self._device_directory / device_name(layer.map_digest) for layer in row.layers]
+        return [self._device_directory / row.device(layer) for layer in row.layers]
 
-    def reconcile(self, owners: Collection[str]) -> list[str]:
-        """Take note of what the device server has attached, by its own account; all else is attached when it
-        is used. Returns what it has attached for images that are not known any more."""
-        rows = {owner_of(row.block_digest): row.block_digest for row in self._table.rows()}
-        self._attached = {digest for owner, digest in rows.items() if owner in owners}
-        return [owner for owner in owners if owner.startswith(_OWNER) and owner not in rows]
+    def reconcile(self, devices: Mapping[str, Set[str]]) -> list[str]:
+        """Take note of what the device server has attached, by its own account: owner -> names of devices;
+        all else is attached when it is used. Returns the owners that are images not known any more."""
+        rows = {owner_of(row.block_digest): row for row in self._table.rows()}
+        self._attached = {
+            row.block_digest
+            for owner, row in rows.items()
+            if owner in devices and {row.device(layer) for layer in row.layers} <= devices[owner]
+        }
+        return [owner for owner in devices if owner.startswith(_OWNER) and owner not in rows]
 
     def tidy_maps(self) -> int:
         """Remove the block maps that no image has. How many."""
-        return self._maps.keep_only(self._table.maps())
+        return self._maps.keep_only(self._table.files())
 
     def detach_orphan(self, owner: str) -> bool:
         """Detach what `reconcile` has returned; False for an image that is being taken up meanwhile."""
@@ -264,18 +270,17 @@ class Images:
 
     def _take_up(self, flight: Flight, image: LazyImage) -> None:
         """Attach a new image's layers, and bring their metadata in. Undone when it fails, or comes late."""
-        pack = assembly.pack_spec(image)
-        maps = [layer.map_digest for layer in image.layers]
-        wanted = [*maps, pack.table_digest] if pack is not None else maps
+        row = _row(flight.wanted, image)
         try:
-            with self._table.coming(wanted):
-                self._take_up_layers(flight, image, pack)
+            with self._table.coming(row):
+                self._take_up_layers(flight, image, row)
         except BaseException:
-            for map_digest in set(wanted) - self._table.maps():
-                self._maps.remove(map_digest)
+            for file in self._table.drop(row).files:
+                self._maps.remove(file)
             raise
 
-    def _take_up_layers(self, flight: Flight, image: LazyImage, pack: PackSpec | None) -> None:
+    def _take_up_layers(self, flight: Flight, image: LazyImage, row: ImageRow) -> None:
+        pack = assembly.pack_spec(image)
         started = self._clock()
         digest = image.manifest.digest
         for layer, data in zip(image.layers, image.map_bytes, strict=True):
@@ -289,12 +294,12 @@ class Images:
             self._commit(flight, None)
             roots = assembly.prepare_layers(image, devices)
             self._commit(flight, digest)
-            row = self._store.put_image(_row(flight.wanted, image))
+            row = self._store.put_image(row)
         except BaseException:
             self._detach(digest)
             raise
-        for layer, root in zip(image.layers, roots, strict=True):
-            self._roots[layer.map_digest] = root
+        for stored, root in zip(row.layers, roots, strict=True):
+            self._roots[row.device(stored)] = root
         self._attached.add(digest)
         self._table.put(row)
         self._hold(digest, HOLD_SECONDS)
@@ -351,15 +356,15 @@ class Images:
             except errors.ImagefsError:
                 return  # a snapshot was made of it meanwhile, or the disk is full: the next sweep sees it
             gone = self._table.drop(row)
-            for file in gone:
+            for file in gone.files:
                 self._maps.remove(file)
             # Before the unmounts: the last one of a filesystem waits for its reads, and this fails them.
             self._detach(digest)
             for layer in row.layers:
-                if layer.map_digest in gone:
-                    self._mounts.unmount(layer.mount_number, device_name(layer.map_digest))
-                    self._roots.pop(layer.map_digest, None)
-                    self._inodes.pop(layer.map_digest, None)
+                if (device := row.device(layer)) in gone.devices:
+                    self._mounts.unmount(layer.mount_number, device)
+                    self._roots.pop(device, None)
+                    self._inodes.pop(device, None)
             self._coverage.pop(digest, None)
         self._observer.event("image_released", f"{row.reference} is not used any more", image=row.reference)
 

@@ -10,13 +10,22 @@ places that list it, and of no others; unless the trust policy vouches for the b
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 
 from agent.store import ImageRow
 from imagefs import errors
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What images may have in common: `files` in root/maps (the digests of block maps and of boot packs'
+    tables), names of `devices`."""
+
+    files: Set[str]
+    devices: Set[str]
 
 
 class ImageTable:
@@ -34,7 +43,7 @@ class ImageTable:
         self._by_source: dict[tuple[str, str], str] = {}
         self._places: dict[str, set[str]] = {}
         self._named: set[str] = set()
-        self._coming: collections.Counter[str] = collections.Counter()
+        self._coming: list[Parts] = []
         self._by_chain: dict[str, dict[str, int]] = {}
         self._held_until: dict[str, float] = {}
         for row in rows:
@@ -104,9 +113,8 @@ class ImageTable:
             if block_digest in self._rows:
                 self._named.add(block_digest)
 
-    def drop(self, row: ImageRow) -> set[str]:
-        """Remove. Returns the digests of its layers' maps and of its boot pack's table that no other image
-        has, or is about to have."""
+    def drop(self, row: ImageRow) -> Parts:
+        """Remove. Returns what of it no other image has, or is about to have."""
         with self._lock:
             self._rows.pop(row.block_digest, None)
             self._held_until.pop(row.block_digest, None)
@@ -119,26 +127,25 @@ class ImageTable:
                 places.pop(row.block_digest, None)
                 if not places:
                     self._by_chain.pop(layer.chain_id, None)
-            return _files(row) - self._maps()
+            gone, others = _parts(row), self._others()
+            return Parts(gone.files - others.files, gone.devices - others.devices)
 
     @contextlib.contextmanager
-    def coming(self, map_digests: Iterable[str]) -> Iterator[None]:
-        """An image with these maps (and table) is being taken up: whoever drops another one leaves them
-        alone."""
-        wanted = list(map_digests)
+    def coming(self, row: ImageRow) -> Iterator[None]:
+        """This image is being taken up: whoever drops another one leaves alone what is its, too."""
+        parts = _parts(row)
         with self._lock:
-            self._coming.update(wanted)
+            self._coming.append(parts)
         try:
             yield
         finally:
             with self._lock:
-                self._coming.subtract(wanted)
-                self._coming += collections.Counter()  # without those that are at zero
+                self._coming.remove(parts)
 
-    def maps(self) -> set[str]:
-        """The digests of the maps and tables of all images, and of those that are being taken up."""
+    def files(self) -> Set[str]:
+        """Those of all images, and of those that are being taken up."""
         with self._lock:
-            return self._maps()
+            return self._others().files
 
     def hold(self, block_digest: str, until: float) -> None:
         """Keep an image that has no snapshots yet until this time of the caller's clock."""
@@ -158,8 +165,12 @@ class ImageTable:
 
     # -- with the lock held ------------------------------------------------------------------------
 
-    def _maps(self) -> set[str]:
-        return {digest for row in self._rows.values() for digest in _files(row)} | set(self._coming)
+    def _others(self) -> Parts:
+        """What all images have that are here, or are coming."""
+        parts = [*map(_parts, self._rows.values()), *self._coming]
+        return Parts(
+            {file for each in parts for file in each.files}, {name for each in parts for name in each.devices}
+        )
 
     def _put(self, row: ImageRow) -> None:
         self._rows[row.block_digest] = row
@@ -183,7 +194,7 @@ class ImageTable:
         return place if self._place_matters else ""
 
 
-def _files(row: ImageRow) -> set[str]:
-    """The digests of what is kept in root/maps for an image."""
+def _parts(row: ImageRow) -> Parts:
     tables = {row.boot_pack.table_digest} if row.boot_pack is not None else set()
-    return {layer.map_digest for layer in row.layers} | tables
+    maps = {layer.map_digest for layer in row.layers}
+    return Parts(maps | tables, {row.device(layer) for layer in row.layers})

@@ -24,7 +24,6 @@ from agent.snapshotter import Snapshotter
 from agent.store import CorruptStoreError, SnapshotRow, Store
 from imagefs import errors
 from imagefs.fuse.control import DeviceClient
-from imagefs.fuse.devices import device_name
 
 DATABASE = "agent.db"
 _COPY = "agent.db.copy"
@@ -106,7 +105,7 @@ class Reconciler:
         """Everything, once, at start: `mounts` and `images` are open, the device server runs. With a
         database that was `rebuilt`, what looks like nobody's may be that of a container which runs: it is
         left for the next start."""
-        orphans = self._images.reconcile(self._owners())
+        orphans = self._images.reconcile(attached(self._devices))
         if not rebuilt:
             self._clean_devices(orphans)
             self._clean_mounts()
@@ -129,13 +128,10 @@ class Reconciler:
     def remount(self) -> None:
         """The device server was replaced, and every layer mount with it: forget what it had attached, and
         mount anew what active snapshots use, for the containers that are started again."""
-        self._images.reconcile(self._owners())
+        self._images.reconcile(attached(self._devices))
         self._mount_used(self._store.walk(), wait_seconds=0.0)
 
     # -- at start ----------------------------------------------------------------------------------
-
-    def _owners(self) -> set[str]:
-        return {owner for device in self._devices.status()["devices"] for owner in device["owners"]}
 
     def _clean_devices(self, owners: Iterable[str]) -> None:
         for owner in owners:
@@ -144,9 +140,7 @@ class Reconciler:
 
     def _clean_mounts(self) -> None:
         expected = {
-            layer.mount_number: device_name(layer.map_digest)
-            for row in self._images.rows()
-            for layer in row.layers
+            layer.mount_number: row.device(layer) for row in self._images.rows() for layer in row.layers
         }
         for number, device in self._mounts.mounted().items():
             if expected.get(number) != device:
@@ -219,7 +213,7 @@ class Reconciler:
         if image is None or row.layer is None or not 0 <= row.layer < len(image.layers):
             return False
         layer = image.layers[row.layer]
-        return self._mounts.find(layer.mount_number, device_name(layer.map_digest)) is not None
+        return self._mounts.find(layer.mount_number, image.device(layer)) is not None
 
     def _quarantine(self, row: SnapshotRow, why: str) -> None:
         self._store.set_broken(row.id, why)
@@ -230,6 +224,15 @@ class Reconciler:
         self._store.set_broken(row.id, None)
         self._quarantined.discard(row.id)
         self._observer.event("healed", f"snapshot {row.name} works again", snapshot=row.name)
+
+
+def attached(client: DeviceClient) -> dict[str, set[str]]:
+    """What a device server has attached: owner -> names of devices."""
+    found: dict[str, set[str]] = {}
+    for device in client.status()["devices"]:
+        for owner in device["owners"]:
+            found.setdefault(owner, set()).add(device["name"])
+    return found
 
 
 def _used_layers(rows: list[SnapshotRow]) -> list[SnapshotRow]:

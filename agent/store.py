@@ -7,8 +7,9 @@ miss ours. Readers see the last finished one (database.py).
 Invariants, also kept by the schema: a name is unique; a parent is committed and exists as long as its
 children; an id is never used twice, so that a folder named by it is never mistaken for another's (a database
 that was restored from an older copy is told which are taken: `Store.start_above`). A lazy
-snapshot names its block image and the layer's index in it. A layer's mount number belongs to its map digest,
-whatever images it is part of, and is given back with the last of them.
+snapshot names its block image and the layer's index in it. A layer's mount number belongs to its device (the
+layer as one boot pack shows it: imagefs/fuse/devices.py), whatever images it is part of, and is given back
+with the last of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from agent import errors as agent_errors
 from agent.database import CorruptStoreError as CorruptStoreError
 from agent.snapshots import Kind, Usage
 from imagefs import errors
+from imagefs.fuse.devices import device_name
 
 _FIRST = """
 CREATE TABLE snapshots (
@@ -82,7 +84,47 @@ CREATE TABLE boot_packs (
     data_size    INTEGER NOT NULL
 );
 """
-SCHEMAS = (_FIRST, _BOOT_PACKS)
+_DEVICES = """
+ALTER TABLE layers RENAME TO old_layers;
+ALTER TABLE mount_numbers RENAME TO old_numbers;
+DROP INDEX layers_map;
+CREATE TABLE devices (
+    number       INTEGER PRIMARY KEY,
+    map_digest   TEXT NOT NULL,
+    table_digest TEXT NOT NULL,
+    UNIQUE (map_digest, table_digest)
+);
+CREATE TABLE layers (
+    image       TEXT    NOT NULL REFERENCES images (block_digest) ON DELETE CASCADE,
+    number      INTEGER NOT NULL,
+    chain_id    TEXT    NOT NULL,
+    diff_id     TEXT    NOT NULL,
+    map_digest  TEXT    NOT NULL,
+    map_size    INTEGER NOT NULL,
+    blob_digest TEXT    NOT NULL,
+    blob_size   INTEGER NOT NULL,
+    device      INTEGER NOT NULL REFERENCES devices (number),
+    PRIMARY KEY (image, number)
+);
+CREATE INDEX layers_device ON layers (device);
+CREATE TEMP TABLE wanted AS
+    SELECT DISTINCT map_digest, coalesce(table_digest, '') AS table_digest
+    FROM old_layers LEFT JOIN boot_packs USING (image);
+INSERT INTO devices (number, map_digest, table_digest)
+    SELECT min(number), map_digest, min(table_digest) FROM wanted JOIN old_numbers USING (map_digest)
+    GROUP BY map_digest;
+INSERT INTO devices (map_digest, table_digest)
+    SELECT * FROM wanted EXCEPT SELECT map_digest, table_digest FROM devices;
+INSERT INTO layers
+    SELECT image, old.number, chain_id, diff_id, map_digest, map_size, blob_digest, blob_size, devices.number
+    FROM old_layers old LEFT JOIN boot_packs USING (image) JOIN devices USING (map_digest)
+    WHERE devices.table_digest = coalesce(boot_packs.table_digest, '');
+DROP TABLE wanted;
+DROP TABLE old_layers;
+DROP TABLE old_numbers;
+"""
+"""`table_digest` is empty for a device of blocks alone, which a layer's number was of before."""
+SCHEMAS = (_FIRST, _BOOT_PACKS, _DEVICES)
 """What each version of the schema adds to the one before: a node keeps its database over an upgrade."""
 
 _CHAIN = """
@@ -98,7 +140,8 @@ SELECT snapshot_rows.* FROM snapshot_rows JOIN line USING (id) ORDER BY line.dep
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer of a block image. `mount_number`: its mount point below root/layers, the same for every
-    image with the same map; given by `Store.put_image` (what is passed in there does not matter)."""
+    image with the same device of it (`ImageRow.device`); given by `Store.put_image` (what is passed in there
+    does not matter)."""
 
     chain_id: str
     diff_id: str
@@ -134,6 +177,10 @@ class ImageRow:
     pinned: bool = False
     prefetched: bool = False
     boot_pack: BootPackRow | None = None
+
+    def device(self, layer: LayerRow) -> str:
+        """The name of the device of one of its layers: the layer as this image's boot pack shows it."""
+        return device_name(layer.map_digest, self.boot_pack.table_digest if self.boot_pack else None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -370,9 +417,10 @@ class Store:
                 ),
             )
             connection.execute("DELETE FROM layers WHERE image = ?", (image.block_digest,))
-            _number_mounts(connection, image.layers)
+            table_digest = image.boot_pack.table_digest if image.boot_pack is not None else ""
+            numbers = _number_mounts(connection, image.layers, table_digest)
             connection.executemany(
-                "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         image.block_digest,
@@ -383,6 +431,7 @@ class Store:
                         layer.map_size,
                         layer.blob_digest,
                         layer.blob_size,
+                        numbers[layer.map_digest],
                     )
                     for number, layer in enumerate(image.layers)
                 ],
@@ -502,9 +551,8 @@ def _has_image(connection: sqlite3.Connection, block_digest: str) -> bool:
 def _images(connection: sqlite3.Connection, block_digest: str | None) -> list[ImageRow]:
     layers: dict[str, list[LayerRow]] = {}
     for image, *values in connection.execute(
-        "SELECT image, chain_id, diff_id, map_digest, map_size, blob_digest, blob_size, mount_numbers.number"
-        " FROM layers JOIN mount_numbers USING (map_digest) WHERE ?1 IS NULL OR image = ?1"
-        " ORDER BY image, layers.number",
+        "SELECT image, chain_id, diff_id, map_digest, map_size, blob_digest, blob_size, device"
+        " FROM layers WHERE ?1 IS NULL OR image = ?1 ORDER BY image, number",
         (block_digest,),
     ):
         layers.setdefault(image, []).append(LayerRow(*values))
@@ -534,20 +582,25 @@ def _images(connection: sqlite3.Connection, block_digest: str | None) -> list[Im
     ]
 
 
-def _number_mounts(connection: sqlite3.Connection, layers: Sequence[LayerRow]) -> None:
-    """The smallest free numbers: 128 lower directories must fit into a mount's 4 KiB of options."""
-    taken = {number for (number,) in connection.execute("SELECT number FROM mount_numbers")}
-    known = {digest for (digest,) in connection.execute("SELECT map_digest FROM mount_numbers")}
+def _number_mounts(
+    connection: sqlite3.Connection, layers: Sequence[LayerRow], table_digest: str
+) -> Mapping[str, int]:
+    """By map digest. The smallest free numbers: 128 lower directories must fit into a mount's 4 KiB of
+    options."""
+    taken = {number for (number,) in connection.execute("SELECT number FROM devices")}
+    query = "SELECT map_digest, number FROM devices WHERE table_digest = ?"
+    numbers: dict[str, int] = dict(connection.execute(query, (table_digest,)).fetchall())
     number = 1
     for layer in layers:
-        if layer.map_digest in known:
+        if layer.map_digest in numbers:
             continue
         while number in taken:
             number += 1
-        connection.execute("INSERT INTO mount_numbers VALUES (?, ?)", (layer.map_digest, number))
+        connection.execute("INSERT INTO devices VALUES (?, ?, ?)", (number, layer.map_digest, table_digest))
         taken.add(number)
-        known.add(layer.map_digest)
+        numbers[layer.map_digest] = number
+    return numbers
 
 
 def _drop_unused_numbers(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM mount_numbers WHERE map_digest NOT IN (SELECT map_digest FROM layers)")
+    connection.execute("DELETE FROM devices WHERE number NOT IN (SELECT device FROM layers)")

@@ -114,8 +114,11 @@ def _server_lines(status: dict[str, Any], mounted: list[Mounted]) -> Iterator[st
     places = {each.id: each.directory or each.id for each in mounted}
     for device in status["devices"]:
         image = "not served" if device["image_bytes"] is None else terminal.size(device["image_bytes"])
+        table_digest = device.get("table_digest")  # servers of before there were packs do not say
+        pack = f" with boot pack {table_digest[:19]}" if table_digest else ""
         yield (
-            f"  {device['map_digest'][:19]}  {image} ({terminal.size(device['blob_bytes'])} compressed)  "
+            f"  {device['map_digest'][:19]}{pack}  "
+            f"{image} ({terminal.size(device['blob_bytes'])} compressed)  "
             f"{', '.join(device['origins'])}  for {', '.join(places.get(o, o) for o in device['owners'])}"
         )
         if (last := device["last_error"]) is not None:

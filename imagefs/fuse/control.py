@@ -148,7 +148,8 @@ class DeviceClient:
     ) -> list[Path]:
         """Make layers readable for `owner`, a name of the client's choice (a mount id). All or none.
         Attaching twice counts once. A boot pack begins to be fetched; one that cannot be used is no error.
-        Returns the device files, in the order of `layers`."""
+        Only who brings the same pack, or none, gets the same device of a layer. Returns the device files, in
+        the order of `layers`."""
         state_dir = self._settings.state_dir
         given = [(layer.map_digest, layer.map_bytes) for layer in layers]
         if pack is not None:
@@ -172,7 +173,8 @@ class DeviceClient:
                 f"{directory} is not mounted in this mount namespace: the device server of {state_dir} was "
                 "started in another one; use another state directory (--state)"
             )
-        return [directory / device_name(layer.map_digest) for layer in layers]
+        table_digest = pack.table_digest if pack is not None else None
+        return [directory / device_name(layer.map_digest, table_digest) for layer in layers]
 
     def hold(self, owner: str) -> None:
         """Keep the server from ending as idle, though `owner` has nothing attached, until its `detach`."""

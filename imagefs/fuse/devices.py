@@ -1,11 +1,16 @@
-"""The device table: which layer is which node, and who holds it. A file in the state directory.
+"""The device table: which layer, as which boot pack shows it, is which node, and who holds it. A file in the
+state directory.
 
 Owned by the server, called from its control threads and, for look-ups, from its worker threads; one lock.
 Every change is on disk (written beside, renamed) before it counts and before the caller goes on, so that a
 successor of a killed server means the same by a node id as the kernel does. One exception: on a full disk a
 detach counts all the same, because it is what gives the space back; the next change writes it down.
 
-Invariants: a node id stands for one map digest as long as the mount lives (`token` names the mount; a table
+A device is a layer as one boot pack shows it: only the pack's author vouches for its pages (they are not
+checked against the block map), so images share a device, hence the kernel's cache of it, if they have the
+same pack, or none. What is checked by digest, blocks and maps, they share anyhow.
+
+Invariants: a node id stands for one device name as long as the mount lives (`token` names the mount; a table
 of another mount is discarded: its devices died with it), also after a detach, so that what the page cache
 holds stays right. A device is there while it has owners; an owner is a name that the client chose, so that
 attaching twice counts once, and an owner that crashed can be detached by whoever finds its name. A hold is an
@@ -78,16 +83,25 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One row. Each owner brought a source: a layer that two images share has the origins of both."""
+    """One row. Each owner brought a source: a device that two images share has the origins of both.
+    `table_digest` names the boot pack that it shows pages of."""
 
     node: int
     spec: LayerSpec
     owners: Mapping[str, Source]
+    table_digest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return device_name(self.spec.map_digest, self.table_digest)
 
 
-def device_name(map_digest: str) -> str:
-    """The file name of a layer's device: the digest with a dash, as colons are awkward in mount options."""
-    return map_digest.replace(":", "-")
+def device_name(map_digest: str, table_digest: str | None) -> str:
+    """The file name of a layer's device, as the boot pack with this table shows it: the digests with dashes,
+    as colons are awkward in mount options."""
+    digests = map_digest if table_digest is None else f"{map_digest}-{table_digest.removeprefix('sha256:')}"
+    return digests.replace(":", "-")
 
 
 def encode_spec(spec: LayerSpec) -> dict[str, Any]:
@@ -181,24 +195,27 @@ class DeviceTable:
         owner: str,
         pack: PackSpec | None = None,
     ) -> list[Record]:
-        """Add `owner` to each layer, making the devices that are missing, and note its boot pack. Returns the
-        rows that changed: an owner that has a layer, or a pack, already keeps its source.
+        """Add `owner` to each layer's device, making those that are missing, and note its boot pack. Returns
+        the rows that changed: an owner that has a device, or a pack, already keeps its source.
         ConfigurationError if it cannot be written."""
         _check_owner(owner)
         changed = []
+        table_digest = pack.table_digest if pack is not None else None
         with self._lock:
             records, nodes = dict(self._records), dict(self._nodes)
             for spec in specs:
                 source = Source(spec.origin_ref, origins)
-                old = records.get(spec.map_digest)
+                name = device_name(spec.map_digest, table_digest)
+                old = records.get(name)
                 if old is None:
-                    node = nodes.setdefault(spec.map_digest, _FIRST_NODE + len(nodes))
-                    record = Record(node, dataclasses.replace(spec, map_bytes=None), {owner: source})
+                    node = nodes.setdefault(name, _FIRST_NODE + len(nodes))
+                    kept = dataclasses.replace(spec, map_bytes=None)
+                    record = Record(node, kept, {owner: source}, table_digest)
                 elif owner not in old.owners:
                     record = dataclasses.replace(old, owners={**old.owners, owner: source})
                 else:
                     continue
-                records[spec.map_digest] = record
+                records[name] = record
                 changed.append(record)
             packs = dict(self._packs)
             if pack is not None:
@@ -212,14 +229,14 @@ class DeviceTable:
         with self._lock:
             records, holds = dict(self._records), self._holds - {owner}
             packs = {name: pack for name, pack in self._packs.items() if name != owner}
-            for digest, record in self._records.items():
+            for name, record in self._records.items():
                 if owner in record.owners:
-                    left = {name: source for name, source in record.owners.items() if name != owner}
+                    left = {other: source for other, source in record.owners.items() if other != owner}
                     record = dataclasses.replace(record, owners=left)
                     if left:
-                        records[digest] = record
+                        records[name] = record
                     else:
-                        del records[digest]
+                        del records[name]
                     changed.append(record)
             try:
                 self._save(records, self._nodes, holds, packs)
@@ -233,15 +250,18 @@ class DeviceTable:
             document = json.loads(self._path.read_bytes())
             if document["version"] != _VERSION or document["token"] != self._token:
                 return
-            self._nodes = {str(digest): int(node) for digest, node in document["nodes"].items()}
+            # An earlier version wrote map digests here, for what are devices without a pack today.
+            self._nodes = {
+                device_name(str(name), None): int(node) for name, node in document["nodes"].items()
+            }
             for row in document["devices"]:
-                spec = decode_spec(row["spec"])
-                node = self._nodes[spec.map_digest]
+                spec, table_digest = decode_spec(row["spec"]), row.get("table_digest")
+                name = device_name(spec.map_digest, table_digest)
                 owners = {
                     str(owner): Source(str(source["origin_ref"]), dict(source["origins"]))
                     for owner, source in row["owners"].items()
                 }
-                self._records[spec.map_digest] = Record(node, spec, owners)
+                self._records[name] = Record(self._nodes[name], spec, owners, table_digest)
             for owner, pack in document.get("packs", {}).items():
                 self._packs[str(owner)] = OwnedPack(decode_pack(pack["spec"]), dict(pack["origins"]))
             self._holds = frozenset(str(owner) for owner in document.get("holds", ()))
@@ -268,6 +288,7 @@ class DeviceTable:
             "devices": [
                 {
                     "spec": encode_spec(record.spec),
+                    "table_digest": record.table_digest,
                     "owners": {
                         owner: {"origin_ref": source.origin_ref, "origins": dict(source.origins)}
                         for owner, source in record.owners.items()

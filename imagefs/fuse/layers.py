@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from imagefs.fuse.devices import (
     Source,
     decode_pack,
     decode_spec,
-    device_name,
     write_atomically,
 )
 from imagefs.fuse.fill import Filler
@@ -55,7 +54,7 @@ BlockDone = Callable[[int | Exception | None], None]
 class _Served:
     device: wire.Device
     layer: LazyLayer
-    spec: LayerSpec
+    record: Record
 
 
 class Layers:
@@ -86,6 +85,8 @@ class Layers:
         self._ended = False
         self._by_node: dict[int, _Served] = {}
         self._by_name: dict[bytes, _Served] = {}
+        self._by_digest: dict[str, _Served] = {}
+        """One of the devices of each layer: for what is checked against the block map, any will do."""
         self._origins: dict[str, Origin] = {}
         self._failed: dict[tuple[str, int], float] = {}
         self._last_errors: dict[str, tuple[float, str]] = {}
@@ -106,10 +107,12 @@ class Layers:
 
     # -- look-ups, by worker threads ---------------------------------------------------------------
 
-    def packs_of(self, device: wire.Device) -> tuple[tuple[wire.Device, ...], bytes]:
-        """The boot packs that have pages of a device, and where (packlayout.py)."""
+    def pack_of(self, device: wire.Device) -> tuple[wire.Device, bytes] | None:
+        """The boot pack that has pages of a device, and where (packlayout.py)."""
         served = self._by_node.get(device.node)
-        return self._packs.of_layer(served.layer.map_digest) if served is not None else ((), b"")
+        if served is None:
+            return None
+        return self._packs.of_device(served.layer.map_digest, served.record.table_digest)
 
     def by_name(self, name: bytes) -> wire.Device:
         """Raises NotFoundError."""
@@ -211,25 +214,39 @@ class Layers:
         gone = []
         with self._lock:
             stopped = self._packs.stop(owner)
-            changed = self._nodes_of(stopped.map_digests)
+            changed = self._nodes_of(stopped.devices)
             for table_digest in stopped.table_digests:
                 map_path(self._settings.state_dir, table_digest).unlink(missing_ok=True)
-            for record in self._table.detach(owner):
+            lost = self._table.detach(owner)
+            left = self._table.records()
+            for record in lost:
+                if record.node in self._by_node:
+                    self._fetcher.detach(record.spec.map_digest)
                 if not record.owners:
                     gone.append(record.node)
-                    self._last_errors.pop(record.spec.map_digest, None)
                     self._by_node.pop(record.node, None)
-                    self._by_name.pop(device_name(record.spec.map_digest).encode(), None)
-                self._fetcher.detach(record.spec.map_digest)
-                left = [self._origins.get(_key(source)) for source in record.owners.values()]
-                self._fetcher.replace_origins(record.spec.map_digest, [each for each in left if each])
-                if not record.owners:
-                    map_path(self._settings.state_dir, record.spec.map_digest).unlink(missing_ok=True)
+                    self._by_name.pop(record.name.encode(), None)
+            for map_digest in {record.spec.map_digest for record in lost}:
+                self._keep_for(map_digest, [each for each in left if each.spec.map_digest == map_digest])
             self._close_unused_origins()
             if not self._table.records():
                 self._forget_all()
         self._filler.stop(owner)
         return changed, gone + stopped.nodes
+
+    def _keep_for(self, map_digest: str, records: Sequence[Record]) -> None:
+        """These are the devices of a layer that are left: its origins are theirs, and without one it goes."""
+        served = [self._by_node[each.node] for each in records if each.node in self._by_node]
+        sources = [source for each in records for source in each.owners.values()]
+        left = [self._origins.get(_key(source)) for source in sources]
+        self._fetcher.replace_origins(map_digest, [each for each in left if each])
+        if served:
+            self._by_digest[map_digest] = served[0]
+        else:
+            self._by_digest.pop(map_digest, None)
+        if not sources:
+            self._last_errors.pop(map_digest, None)
+            map_path(self._settings.state_dir, map_digest).unlink(missing_ok=True)
 
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind."""
@@ -270,8 +287,9 @@ class Layers:
         return {
             "devices": [
                 {
-                    "name": device_name(record.spec.map_digest),
+                    "name": record.name,
                     "map_digest": record.spec.map_digest,
+                    "table_digest": record.table_digest,
                     "blob_digest": record.spec.blob_digest,
                     "blob_bytes": record.spec.blob_size,
                     "image_bytes": served.device.size if (served := self._by_node.get(record.node)) else None,
@@ -320,7 +338,7 @@ class Layers:
 
     def coverage(self, owner: str | None) -> dict[str, list[float]]:
         """How much of each layer (of one owner, or of all) is in the cache; no disk is asked."""
-        layers = [served.layer for served in list(self._by_node.values())]
+        layers = [served.layer for served in list(self._by_digest.values())]
         return {
             layer.map_digest: coverage.encode(
                 coverage.count(layer.block_map, self._cache, self._fetcher.quiet_seconds(layer.map_digest))
@@ -362,7 +380,7 @@ class Layers:
 
     def _blocks_in_use(self) -> set[bytes]:
         self._taken_up.wait(_TAKE_UP_SECONDS)
-        layers = [served.layer for served in list(self._by_node.values())]
+        layers = [served.layer for served in list(self._by_digest.values())]
         return {block.digest for layer in layers for block in layer.block_map.blocks} | self._packs.digests()
 
     def _layers_of(self, owner: str) -> list[LazyLayer]:
@@ -385,7 +403,7 @@ class Layers:
 
     def peer_block(self, map_digest: str, index: int, priority: Priority, done: peering.Done) -> None:
         """One block for another node; NotFoundError where the layer is not attached."""
-        served = self._by_name.get(device_name(map_digest).encode())
+        served = self._by_digest.get(map_digest)
         if served is None or not 0 <= index < len(served.layer.block_map.blocks):
             done(
                 errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"), 0
@@ -401,8 +419,8 @@ class Layers:
         self._fetcher.request(map_digest, index, priority, arrived, has_other_way=True)
 
     def _peer_target(self, map_digest: str, index: int, priority: Priority) -> str | None:
-        served = self._by_name.get(device_name(map_digest).encode())
-        return peering.encode_target(served.spec, index, priority) if served else None
+        served = self._by_digest.get(map_digest)
+        return peering.encode_target(served.record.spec, index, priority) if served else None
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -412,11 +430,12 @@ class Layers:
         for source in [record.owners[owner]] if owner else record.owners.values():
             layer = LazyLayer(spec.map_digest, spec.blob_digest, block_map, self._origin(source))
             self._fetcher.attach(layer)
-        name = device_name(spec.map_digest).encode()
+        name = record.name.encode()
         device = wire.Device(record.node, block_map.image_bytes, block_map.block_bytes, name)
         for key in [key for key in self._failed if key[0] == spec.map_digest]:
             self._failed.pop(key, None)
-        self._by_node[record.node] = self._by_name[name] = _Served(device, layer, spec)
+        served = _Served(device, layer, record)
+        self._by_node[record.node] = self._by_name[name] = self._by_digest[spec.map_digest] = served
 
     def _start_pack(self, owner: str, spec: PackSpec, origins: Mapping[str, Any]) -> list[int]:
         """Stream an owner's boot pack. The nodes that got it: none, if it cannot be used, because a start
@@ -431,8 +450,8 @@ class Layers:
             return []
         return self._nodes_of(started)
 
-    def _nodes_of(self, map_digests: Iterable[str]) -> list[int]:
-        served = (self._by_name.get(device_name(digest).encode()) for digest in map_digests)
+    def _nodes_of(self, names: Iterable[str]) -> list[int]:
+        served = (self._by_name.get(name.encode()) for name in names)
         return [each.device.node for each in served if each is not None]
 
     def _read_table(self, spec: PackSpec, origin: Origin) -> bootpack.Table:

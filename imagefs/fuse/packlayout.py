@@ -4,8 +4,7 @@ Pure. The server writes the extents of a device, as it gives them to a worker be
 the worker cuts each READ along them. A pack's frames are the blocks of a device of its own, which no name
 leads to: what a worker holds, asks for and lets go is blocks, whichever way a page comes.
 
-A device may have several packs, of several images that share the layer: the first one that has a page
-serves it.
+A device shows one pack at most (devices.py).
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ import bisect
 import dataclasses
 import struct
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 
 from imagefs import errors
 
 PAGE_BYTES = 4096
-MAX_PACKS = 8
-"""Packs that a worker is told of for one device; a page of a further one comes by its block."""
-_EXTENT = struct.Struct("=IIII")
+_EXTENT = struct.Struct("=III")
 
 Key = tuple[int, int]
 """(node, index) of a block, or of a frame."""
@@ -74,25 +71,22 @@ def segments(
     block_bytes: int,
     offset: int,
     length: int,
-    layouts: Sequence[Layout],
+    layout: Layout | None,
     refused: Collection[Key],
 ) -> Iterator[Segment]:
-    """What `length` bytes from `offset` of a device consist of, in order: frames where a layout has them,
+    """What `length` bytes from `offset` of a device consist of, in order: frames where the layout has them,
     unless the frame is one of `refused`, else blocks."""
     end = offset + length
     while offset < end:
         stop = end
-        chosen: Segment | None = None
-        for layout in layouts:
-            found = layout.find(offset)
+        found = layout.find(offset) if layout is not None else -1
+        if isinstance(found, Segment) and found.key not in refused:
+            chosen = found
+        else:
             if isinstance(found, Segment):
-                if found.key not in refused:
-                    chosen = found
-                    break
-                stop = min(stop, offset + found.length)
+                stop = min(end, offset + found.length)
             elif found >= 0:
-                stop = min(stop, found)
-        if chosen is None:
+                stop = min(end, found)
             index, within = divmod(offset, block_bytes)
             chosen = Segment((node, index), within, block_bytes - within)
         count = min(chosen.length, stop - offset)
@@ -100,21 +94,14 @@ def segments(
         offset += count
 
 
-def encode(packs: Iterable[Iterable[Extent]]) -> bytes:
-    """The extents of one device in several packs."""
-    return b"".join(
-        _EXTENT.pack(number, extent.first_page, extent.pages, extent.position)
-        for number, extents in enumerate(packs)
-        for extent in extents
-    )
+def encode(extents: Iterable[Extent]) -> bytes:
+    """The extents of one device."""
+    return b"".join(_EXTENT.pack(each.first_page, each.pages, each.position) for each in extents)
 
 
-def decode(data: bytes, packs: int) -> list[list[Extent]]:
+def decode(data: bytes) -> list[Extent]:
     """The inverse of encode."""
-    out: list[list[Extent]] = [[] for _ in range(packs)]
     try:
-        for number, first_page, pages, position in _EXTENT.iter_unpack(data):
-            out[number].append(Extent(first_page, pages, position))
-    except (struct.error, IndexError) as exc:
-        raise errors.InvalidInputError(f"extents of {len(data)} bytes for {packs} packs: {exc}") from exc
-    return out
+        return [Extent(*values) for values in _EXTENT.iter_unpack(data)]
+    except struct.error as exc:
+        raise errors.InvalidInputError(f"extents of {len(data)} bytes: {exc}") from exc

@@ -1,9 +1,11 @@
 """The boot packs that the device server streams, and gives to workers as devices of frames.
 
-Owned by Layers; `start` and `stop` from control threads, `of_layer` and `frame` from worker ones, callbacks
+Owned by Layers; `start` and `stop` from control threads, `of_device` and `frame` from worker ones, callbacks
 in fetcher threads. A pack is a layer to fetcher and cache (bootstream.py); what is added here is when its
 frames are asked for, and when they are not.
 
+* A pack's pages are what its author says, and not checked against the block maps: they appear in the devices
+  of those who brought that pack, and in no others (devices.py).
 * All frames that bring something new are wanted, in order of first read, at Priority.BOOT, from the moment
   that the pack is attached: before the first reader. A demand overtakes; a reader of an expected page waits
   for its frame, which goes to the front.
@@ -26,6 +28,7 @@ from imagefs import blockmap, bootpack, bootstream, errors
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, Priority
 from imagefs.fuse import packlayout, wire
+from imagefs.fuse.devices import device_name
 from imagefs.fuse.packlayout import Extent
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
@@ -38,9 +41,9 @@ FrameDone = Callable[[int | Exception | None], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stopped:
-    """The packs that went, and the layers that lost one."""
+    """The packs that went, and the names of the devices that lost one."""
 
-    map_digests: list[str]
+    devices: list[str]
     table_digests: list[str]
     nodes: list[int]
 
@@ -69,7 +72,6 @@ class Packs:
         self._nodes = itertools.count(wire.FIRST_PACK_NODE)
         self._by_digest: dict[str, _Pack] = {}
         self._by_node: dict[int, _Pack] = {}
-        self._by_layer: dict[str, tuple[_Pack, ...]] = {}
 
     # -- control -----------------------------------------------------------------------------------
 
@@ -81,8 +83,8 @@ class Packs:
         block_maps: Mapping[str, blockmap.BlockMap],
         origin: Origin,
     ) -> list[str]:
-        """Stream a pack for an owner; `block_maps` are those of its layers, by map digest. Returns the map
-        digests of the layers that got it. InvalidInputError and IntegrityError for a table that does not
+        """Stream a pack for an owner; `block_maps` are those of its layers, by map digest. Returns the names
+        of the devices that got it. InvalidInputError and IntegrityError for a table that does not
         belong to them."""
         with self._lock:
             known = self._by_digest.get(table_digest)
@@ -94,10 +96,8 @@ class Packs:
             pack.owners.add(owner)
             self._fetcher.attach(pack.layer)
             self._by_digest[table_digest] = self._by_node[pack.device.node] = pack
-            for map_digest in pack.extents:
-                self._by_layer[map_digest] = (*self._by_layer.get(map_digest, ()), pack)
         self._stream(pack)
-        return list(pack.extents)
+        return _devices(pack)
 
     def stop(self, owner: str) -> Stopped:
         """Forget an owner; packs without owners go."""
@@ -107,20 +107,12 @@ class Packs:
                 pack.owners.discard(owner)
                 if not pack.owners:
                     gone.append(pack)
-            lost: dict[str, None] = {}
             for pack in gone:
                 del self._by_digest[pack.layer.map_digest], self._by_node[pack.device.node]
-                for map_digest in pack.extents:
-                    left = tuple(other for other in self._by_layer[map_digest] if other is not pack)
-                    if left:
-                        self._by_layer[map_digest] = left
-                    else:
-                        del self._by_layer[map_digest]
-                    lost[map_digest] = None
         for pack in gone:
             self._fetcher.detach(pack.layer.map_digest)
         return Stopped(
-            map_digests=list(lost),
+            devices=[name for pack in gone for name in _devices(pack)],
             table_digests=[pack.layer.map_digest for pack in gone],
             nodes=[pack.device.node for pack in gone],
         )
@@ -147,11 +139,13 @@ class Packs:
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def of_layer(self, map_digest: str) -> tuple[tuple[wire.Device, ...], bytes]:
-        """The packs of a layer, for a worker, and the layer's extents in them (packlayout.py)."""
-        packs = [pack for pack in self._by_layer.get(map_digest, ()) if pack.error is None]
-        packs = packs[-packlayout.MAX_PACKS :]
-        return tuple(p.device for p in packs), packlayout.encode(p.extents[map_digest] for p in packs)
+    def of_device(self, map_digest: str, table_digest: str | None) -> tuple[wire.Device, bytes] | None:
+        """The pack that a device shows, for a worker, and the layer's extents in it (packlayout.py); None if
+        it has no page of it."""
+        pack = self._by_digest.get(table_digest or "")
+        if pack is None or pack.error is not None or map_digest not in pack.extents:
+            return None
+        return pack.device, packlayout.encode(pack.extents[map_digest])
 
     def frame(self, node: int, index: int, done: FrameDone) -> None:
         """One frame for a reader that waits; an error means that blocks are the way."""
@@ -229,3 +223,8 @@ class Packs:
             pack.error = str(error)
             pack.failed.update(range(len(pack.layer.block_map.blocks)))
             self._fetcher.detach(pack.layer.map_digest)
+
+
+def _devices(pack: _Pack) -> list[str]:
+    """The names of the devices that show pages of it."""
+    return [device_name(map_digest, pack.layer.map_digest) for map_digest in pack.extents]

@@ -372,7 +372,7 @@ class Server:
             else:
                 by_name = question.ask is wire.Ask.NAME
                 device = layers.by_name(question.name) if by_name else layers.by_node(question.node)
-                _answer_device(channel, question.tag, device, *layers.packs_of(device))
+                _answer_device(channel, question.tag, device, layers.pack_of(device))
         except errors.ImagefsError as exc:
             channel.answer(wire.Answer(question.tag, _errno(exc)))
         except Exception as exc:
@@ -548,17 +548,17 @@ def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Exception | No
 
 
 def _answer_device(
-    channel: _Channel, tag: int, device: wire.Device, packs: tuple[wire.Device, ...], extents: bytes
+    channel: _Channel, tag: int, device: wire.Device, pack: tuple[wire.Device, bytes] | None
 ) -> None:
-    """A device, with the extents of its boot packs in a memfd: they may be more than a message takes."""
-    answer = wire.Answer(tag, 0, (device, *packs))
-    if not packs:
-        channel.answer(answer)
+    """A device, with the extents of its boot pack in a memfd: they may be more than a message takes."""
+    if pack is None:
+        channel.answer(wire.Answer(tag, 0, (device,)))
         return
+    frames, extents = pack
     fd = os.memfd_create("glowplug-extents", os.MFD_CLOEXEC)
     with open(fd, "wb", buffering=0) as file:
         file.write(extents)
-        channel.answer(answer, fd)
+        channel.answer(wire.Answer(tag, 0, (device, frames)), fd)
 
 
 def _errno(error: errors.ImagefsError) -> int:

@@ -25,7 +25,7 @@ from imagefs.fuse.protocol import Read
 
 MAX_MESSAGE_BYTES = 64 * 1024
 LISTING_DEVICES = 256
-"""Devices per answer to LIST; with names of 71 bytes well under MAX_MESSAGE_BYTES."""
+"""Devices per answer to LIST; with names of 136 bytes well under MAX_MESSAGE_BYTES."""
 FIRST_PACK_NODE = 1 << 48
 """Boot packs have node ids from here on, which the kernel never sees: they last as long as the server."""
 
@@ -72,7 +72,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
-    """A layer image as the kernel sees it: a file called `name` with inode number `node`."""
+    """A layer image, with one boot pack or none, as the kernel sees it: a file `name` with inode number
+    `node`."""
 
     node: int
     size: int
@@ -84,8 +85,8 @@ class Device:
 class Answer:
     """Server -> worker. `error` is an errno or 0. To BLOCK no device but a descriptor beside the message, or
     none, which means all zeros; an error for a frame means that its pages come by their blocks. To NAME and
-    NODE the device, then its boot packs, as devices whose blocks are their frames; if there are any, beside
-    the message a descriptor of their extents (packlayout.py)."""
+    NODE the device, then its boot pack, as a device whose blocks are the frames; if there is one, beside the
+    message a descriptor of its extents (packlayout.py)."""
 
     tag: int
     error: int = 0

@@ -68,8 +68,8 @@ class Worker:
         self._zeros = bytes(protocol.MAX_READ_BYTES)
         self._devices: dict[int, wire.Device] = {}
         """Those of packs as well, whose node ids are above all others."""
-        self._layouts: dict[int, tuple[packlayout.Layout, ...]] = {}
-        """Of the devices whose packs are known; mostly empty."""
+        self._layouts: dict[int, packlayout.Layout | None] = {}
+        """Of the devices of which it is known whether they have a pack; mostly None."""
         self._refused: set[_Key] = set()
         """Frames whose pages come by blocks."""
         self._held: collections.OrderedDict[_Key, blockfile.BlockFile | None] = collections.OrderedDict()
@@ -216,19 +216,19 @@ class Worker:
             self._ask(wire.Ask.NODE, answered, node=node)
 
     def _take_up(self, answer: wire.Answer, extents_fd: int) -> wire.Device:
-        """Note a device, and where its packs have its pages."""
+        """Note a device, and where its pack has its pages."""
         device, *packs = answer.devices
-        layouts: list[packlayout.Layout] = []
+        layout = None
         if extents_fd != _NO_FD:
             try:
                 data = os.pread(extents_fd, os.fstat(extents_fd).st_size, 0)
             finally:
                 os.close(extents_fd)
-            for pack, extents in zip(packs, packlayout.decode(data, len(packs)), strict=True):
-                self._devices[pack.node] = pack
-                layouts.append(packlayout.Layout(pack.node, pack.block_bytes, extents))
+            (pack,) = packs
+            self._devices[pack.node] = pack
+            layout = packlayout.Layout(pack.node, pack.block_bytes, packlayout.decode(data))
         self._devices[device.node] = device
-        self._layouts[device.node] = tuple(layouts)
+        self._layouts[device.node] = layout
         return device
 
     # -- reading -----------------------------------------------------------------------------------
@@ -246,10 +246,10 @@ class Worker:
         if length == 0:
             self._reply(protocol.read_header(request.unique, 0))
             return
-        layouts = self._layouts[device.node]
+        layout = self._layouts[device.node]
         parts = list(
             packlayout.segments(
-                device.node, device.block_bytes, request.offset, length, layouts, self._refused
+                device.node, device.block_bytes, request.offset, length, layout, self._refused
             )
         )
         missing = [part.key for part in parts if part.key not in self._held]

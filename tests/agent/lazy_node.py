@@ -14,7 +14,7 @@ from agent import config, daemon, lookup
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Recorder
-from agent.reconcile import Reconciler
+from agent.reconcile import Reconciler, attached
 from agent.store import Store
 from imagefs import reference
 from imagefs.fuse.control import DeviceClient
@@ -85,7 +85,7 @@ class LazyNode:
             self.trust,
             self.clock,
         )
-        self.images.reconcile(self.owners())
+        self.images.reconcile(attached(self.devices))
 
     def reboot(self) -> None:
         """All that does not survive one: mounts, device server, what it had attached."""
@@ -119,7 +119,7 @@ class LazyNode:
 
     def owners(self) -> set[str]:
         """Who has something attached to the device server."""
-        return {owner for device in self.devices.status()["devices"] for owner in device["owners"]}
+        return set(attached(self.devices))
 
     def mounted(self) -> list[Path]:
         """What is mounted below root/layers, in mount order."""

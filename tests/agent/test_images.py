@@ -16,15 +16,16 @@ import pytest
 
 from agent import config, flights, lookup
 from agent.images import owner_of
+from agent.reconcile import attached
 from agent.snapshots import Kind, Usage
 from agent.snapshotter import Found
 from agent.store import ImageRow
 from converter import pack
-from imagefs import artifact, errors, image, reference, trace
+from imagefs import artifact, assembly, errors, image, reference, trace
 from imagefs.origin import Origin
 from tests.agent.lazy_node import BASE, LazyNode
 from tests.agent.lazy_node import node as node
-from tests.fixtures import block_images, images, servers
+from tests.fixtures import block_images, boot_packs, images, servers
 from tests.imagefs import scripted
 from tests.imagefs.fuse.stack import eventually
 
@@ -373,6 +374,61 @@ def test_a_boot_pack_comes_at_once_and_is_there_after_a_reboot(node: LazyNode) -
     node.proxy.close()
     assert (node.images.directory(found.block_digest, 0) / "etc/motd").read_text() == "base\n"
     assert (node.images.directory(found.block_digest, 0) / "data").read_bytes() == b"d" * 200_000
+
+
+@pytest.mark.parametrize("first", ["forged", "honest"])
+def test_a_forged_pack_changes_no_other_image(node: LazyNode, first: str) -> None:
+    """Whatever the repository of the one image may do, the other has the layer that its own lists."""
+    sources = {"forged": node.push([BASE, layer_of(1)]), "honest": node.push([BASE, layer_of(2)])}
+    ref = f"docker://{sources['forged'].name.replace(node.proxy.host, node.registry.host)}"
+    opened = boot_packs.open_image(ref)
+    whole = [(number, 0, layer.block_map.image_bytes) for number, layer in enumerate(opened.layers)]
+    pack.pack(opened, [boot_packs.trace_of(opened, *whole)], boot_packs.PARAMETERS)
+    table_digest = boot_packs.forge(ref, boot_packs.replace_text(b"d" * 4096, b"e" * 4096))
+    rows, paths = {}, {}
+    for name in ["forged", "honest"] if first == "forged" else ["honest", "forged"]:
+        rows[name] = node.images.pull(sources[name].name)
+        paths[name] = node.images.directory(rows[name].block_digest, 0)
+    bottom = {name: row.layers[0] for name, row in rows.items()}
+    assert bottom["forged"].map_digest == bottom["honest"].map_digest
+    assert rows["forged"].boot_pack is not None
+    assert rows["forged"].boot_pack.table_digest == table_digest
+    assert b"e" * 4096 in (paths["forged"] / "data").read_bytes(), "else this would test nothing"
+    assert (paths["honest"] / "data").read_bytes() == b"d" * 200_000
+    node.clock.now += 1000
+    node.images.released(rows["forged"].block_digest)
+    assert node.mounted() == [paths["honest"]]
+    assert (paths["honest"] / "data").read_bytes() == b"d" * 200_000
+    node.reboot()
+    path = node.images.directory(rows["honest"].block_digest, 0)
+    assert (path / "data").read_bytes() == b"d" * 200_000
+
+
+def test_images_with_one_pack_share_a_layer(node: LazyNode) -> None:
+    """As two tags of an image do."""
+    first = node.push([BASE])
+    ref = f"docker://{first.name.replace(node.proxy.host, node.registry.host)}"
+    opened = boot_packs.open_image(ref)
+    pack.pack(opened, [boot_packs.trace_of(opened, (0, 0, 8192))], boot_packs.PARAMETERS)
+    row = node.images.pull(first.name)
+    twin = node.store.put_image(dataclasses.replace(row, block_digest="sha256:" + "9" * 64))
+    assert twin.layers == row.layers
+    assert [twin.device(layer) for layer in twin.layers] == [row.device(layer) for layer in row.layers]
+
+
+def test_what_an_earlier_server_attached_without_its_pack_is_attached_anew(node: LazyNode) -> None:
+    """A server of before the devices had packs, whose successor took over its devices."""
+    source = node.push([BASE])
+    ref = f"docker://{source.name.replace(node.proxy.host, node.registry.host)}"
+    opened = boot_packs.open_image(ref)
+    pack.pack(opened, [boot_packs.trace_of(opened, (0, 0, 8192))], boot_packs.PARAMETERS)
+    row = node.images.pull(source.name)
+    owner = owner_of(row.block_digest)
+    node.devices.detach(owner)
+    node.devices.attach(owner, assembly.layer_specs(opened), node.origins)
+    assert node.images.reconcile(attached(node.devices)) == []
+    path = node.images.directory(row.block_digest, 0)
+    assert (path / "etc/motd").read_text() == "base\n"
 
 
 def test_usage_is_what_the_cache_holds(node: LazyNode) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from agent import daemon
 from agent.mounts import LayerMounts
+from agent.reconcile import attached
 from imagefs import syscalls
 from imagefs.fuse.control import DeviceClient
 from tests.agent.lazy_node import BASE, LazyNode
@@ -44,7 +45,7 @@ def test_mounts_on_a_device_server_that_is_gone_are_replaced(node: LazyNode) -> 
     assert not node.mounts.renew()
     assert not node.mounted()
     assert node.mounts.renew()
-    node.images.reconcile(node.owners())
+    node.images.reconcile(attached(node.devices))
     assert (node.images.directory(row.block_digest, 0) / "etc/motd").read_text() == "base\n"
 
 

@@ -1,6 +1,7 @@
 """Snapshots and images that are remembered: rules, durability, damage, a full disk, many threads."""
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -233,6 +234,53 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -
     assert rows.put_image(image("i1", "m1")) == rows.image("i1")
     rows.close()
     store.Store.open(path).close()
+
+
+def test_numbers_of_the_second_version_stay_with_one_device_of_each_layer(tmp_path: Path) -> None:
+    """Whatever packs showed the layer: the others get numbers of their own."""
+    path = tmp_path / "agent.db"
+    old = databases.Database.open(path, store.SCHEMAS[:2])
+    with old.writing() as connection:
+        for number, name in ((4, "m1"), (1, "m2"), (3, "m3")):
+            connection.execute("INSERT INTO mount_numbers VALUES (?, ?)", (name, number))
+        for digest, *maps in (("plain", "m1", "m2"), ("packed", "m1", "m3"), ("other", "m1", "m1")):
+            connection.execute("INSERT INTO images VALUES (?, 's', 'r', 'docker://r', 1, 0, 0)", (digest,))
+            for index, name in enumerate(maps):
+                values = (digest, index, f"chain-{name}", f"diff-{name}", name, 10, "blob", 20)
+                connection.execute("INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        for digest in ("packed", "other"):
+            connection.execute("INSERT INTO boot_packs VALUES (?, ?, 1, 'd', 1)", (digest, f"t-{digest}"))
+        row = (7, "s", Kind.COMMITTED, None, "{}", 1, 1, 0, 0, "packed", 1, None)
+        connection.execute(f"INSERT INTO snapshots VALUES ({', '.join('?' * len(row))})", row)
+    old.close()
+    rows = store.Store.open(path)
+    found = {row.block_digest: [each.mount_number for each in row.layers] for row in rows.images()}
+    assert found["plain"] == [4, 1]
+    assert found["packed"][1] == 3
+    assert found["other"][0] == found["other"][1]
+    assert len({4, 1, 3, found["packed"][0], found["other"][0]}) == 5
+    assert [row.layers[0] for row in rows.images()] == [
+        store.LayerRow("chain-m1", "diff-m1", "m1", 10, "blob", 20, found[row.block_digest][0])
+        for row in rows.images()
+    ]
+    with pytest.raises(agent_errors.FailedPreconditionError):
+        rows.remove_image("packed")
+    rows.remove_image("plain")
+    assert rows.put_image(image("i", "m2")).layers[0].mount_number == 1
+    rows.close()
+
+
+def test_a_layer_has_a_mount_number_for_each_pack_that_shows_it(rows: store.Store) -> None:
+    packs = {name: store.BootPackRow(f"sha256:{name}", 1, "data", 2) for name in ("t1", "t2")}
+    plain = rows.put_image(image("plain", "m1"))
+    first = rows.put_image(dataclasses.replace(image("first", "m1", "m2"), boot_pack=packs["t1"]))
+    other = rows.put_image(dataclasses.replace(image("other", "m1"), boot_pack=packs["t2"]))
+    same = rows.put_image(dataclasses.replace(image("same", "m1"), boot_pack=packs["t1"]))
+    assert [row.layers[0].mount_number for row in (plain, first, other, same)] == [1, 2, 4, 2]
+    assert len({row.device(row.layers[0]) for row in (plain, first, other, same)}) == 3
+    rows.remove_image("first")
+    assert rows.image("same") == same
+    assert rows.put_image(image("again", "m9")).layers[0].mount_number == 3
 
 
 def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:

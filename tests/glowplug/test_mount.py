@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from converter import pack
 from imagefs import blockmap, mounts
 from imagefs.fuse import control
-from tests.fixtures import block_images, images, tars
+from tests.fixtures import block_images, boot_packs, images, tars
 from tests.fixtures.block_images import Command
 
 pytestmark = pytest.mark.root
@@ -229,6 +230,30 @@ def test_a_bind_mount_of_it_is_named(glowplug: Command, tmp_path: Path, director
         subprocess.run(["umount", tmp_path / "bind"], check=True)
     glowplug("umount", directory)
     assert glowplug.left() == []
+
+
+@pytest.mark.parametrize("first", ["forged", "honest"])
+def test_a_forged_pack_changes_no_other_image(glowplug: Command, tmp_path: Path, first: str) -> None:
+    """That has the same layer: its device, hence what the kernel caches of it, is another one."""
+    refs = {
+        name: block_images.make(tmp_path / f"layout-{name}", [BASE, images.tar_of([(name, b"x")])])
+        for name in ("forged", "honest")
+    }
+    opened = {name: boot_packs.open_image(ref) for name, ref in refs.items()}
+    layers = {name: image.layers[0].map_digest for name, image in opened.items()}
+    assert layers["forged"] == layers["honest"]
+    whole = [(number, 0, layer.block_map.image_bytes) for number, layer in enumerate(opened["forged"].layers)]
+    pack.pack(opened["forged"], [boot_packs.trace_of(opened["forged"], *whole)], boot_packs.PARAMETERS)
+    boot_packs.forge(refs["forged"], boot_packs.replace_text(b"d" * 4096, b"e" * 4096))
+    points = {name: tmp_path / name for name in refs}
+    for name in ["forged", "honest"] if first == "forged" else ["honest", "forged"]:
+        points[name].mkdir()
+        glowplug("mount", refs[name], points[name])
+    assert b"e" * 4096 in (points["forged"] / "data").read_bytes(), "else this would test nothing"
+    assert (points["honest"] / "data").read_bytes() == b"d" * 300_000
+    glowplug("umount", points["forged"])
+    assert (points["honest"] / "data").read_bytes() == b"d" * 300_000
+    glowplug("umount", points["honest"])
 
 
 def test_what_is_not_ours_is_left_alone(glowplug: Command, tmp_path: Path, directory: Path) -> None:

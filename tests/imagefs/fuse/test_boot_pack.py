@@ -102,22 +102,25 @@ def test_frames_of_cached_blocks_are_not_fetched(tmp_path: Path, blobs: stack.Bl
         (device,) = client.attach("first", [spec], stack.OPTIONS)
         assert device.read_bytes() == layer.image
         requests = blobs.requests
-        stack.drop_cached_pages(device)
-        client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack))
+        (device,) = client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack))
         assert _read_scattered(device) == _scattered(layer)
         assert blobs.requests == requests
 
 
-def test_a_pack_that_comes_later_counts_for_open_devices(tmp_path: Path, blobs: stack.BlobServer) -> None:
-    """Workers that know the device are told; and told again when the pack goes."""
+def test_a_pack_that_can_be_read_at_the_second_try_counts_for_open_devices(
+    tmp_path: Path, blobs: stack.BlobServer
+) -> None:
+    """Workers that know the device are told."""
     layer = _layer()
     pack = packing.make([layer], _SCATTERED)
     with stack.running(stack.settings(tmp_path)) as client:
         spec = blobs.add(layer)
-        (device,) = client.attach("first", [spec], stack.OPTIONS)
+        unread = pack.spec(blobs.ref(), with_table=False)
+        (device,) = client.attach("first", [spec], stack.OPTIONS, unread)
         with open(device, "rb", buffering=0) as file:
             os.pread(file.fileno(), 4096, 0)
-            client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack))
+            assert client.status()["boot_packs"] == []
+            assert client.attach("second", [spec], stack.OPTIONS, packing.add(blobs, pack)) == [device]
             eventually(lambda: _streamed(client), "the pack")
             misses = _fetch(client)["demand_misses"]
             assert _read_scattered(device) == _scattered(layer)
@@ -125,6 +128,37 @@ def test_a_pack_that_comes_later_counts_for_open_devices(tmp_path: Path, blobs: 
             client.detach("second")
             assert client.status()["boot_packs"] == []
             assert device.read_bytes() == layer.image
+
+
+@pytest.mark.parametrize("forger", ["first", "second"])
+@pytest.mark.parametrize("victims_pack", ["none", "honest"])
+def test_what_a_pack_makes_of_a_layer_nobody_sees_who_did_not_bring_it(
+    tmp_path: Path, blobs: stack.BlobServer, forger: str, victims_pack: str
+) -> None:
+    """Only `glowplug check` compares a pack's pages with the blocks."""
+    layer = _layer()
+    forged = packing.make([dataclasses.replace(layer, image=bytes(len(layer.image)))], _SCATTERED)
+    honest = packing.make([layer], _SCATTERED)
+    packs = {
+        "forger": packing.add(blobs, forged),
+        "victim": packing.add(blobs, honest) if victims_pack == "honest" else None,
+    }
+    owners = ["forger", "victim"] if forger == "first" else ["victim", "forger"]
+    with stack.running(stack.settings(tmp_path)) as client:
+        spec = blobs.add(layer)
+        device = {}
+        for owner in owners:
+            (device[owner],) = client.attach(owner, [spec], stack.OPTIONS, packs[owner])
+        assert device["forger"].read_bytes() != layer.image, "else this would test nothing"
+        assert device["victim"].read_bytes() == layer.image
+        dying = client.status()["processes"]
+        for pid in (dying["server"], *dying["workers"]):
+            os.kill(pid, signal.SIGKILL)
+        stack.drop_cached_pages(device["victim"])
+        assert device["victim"].read_bytes() == layer.image
+        client.detach("forger")
+        stack.drop_cached_pages(device["victim"])
+        assert device["victim"].read_bytes() == layer.image
 
 
 def _table_missing(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
@@ -230,25 +264,31 @@ def test_killed_in_mid_stream(tmp_path: Path, blobs: stack.BlobServer, victims: 
 
 
 def test_two_packs_of_one_layer(tmp_path: Path, blobs: stack.BlobServer) -> None:
-    base, one, two = _layer(1), _layer(2), _layer(3)
-    first = packing.make([base, one], [(0, 0, 100), (1, 5, 50)])
-    second = packing.make([base, two], [(0, 90, 100), (1, 5, 50)])
+    """Are two devices, each without a miss, on one copy of its blocks."""
+    layer = _layer()
+    first, second = packing.make([layer], [(0, 0, 100)]), packing.make([layer], [(0, 90, 100)])
     with stack.running(stack.settings(tmp_path)) as client:
-        specs = {id(layer): blobs.add(layer) for layer in (base, one, two)}
-        (device, _) = client.attach(
-            "one", [specs[id(base)], specs[id(one)]], stack.OPTIONS, packing.add(blobs, first)
-        )
-        client.attach("two", [specs[id(base)], specs[id(two)]], stack.OPTIONS, packing.add(blobs, second))
+        spec = blobs.add(layer)
+        (one,) = client.attach("one", [spec], stack.OPTIONS, packing.add(blobs, first))
+        (two,) = client.attach("two", [spec], stack.OPTIONS, packing.add(blobs, second))
+        assert one != two
+        assert client.attach("third", [spec], stack.OPTIONS, packing.add(blobs, second)) == [two]
         eventually(
             lambda: all(s["present_frames"] == s["frames"] for s in client.status()["boot_packs"]), "both"
         )
-        fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
-        assert _read_direct(fd, 0, 190) == base.image[: 190 * 4096]
-        os.close(fd)
+        for device, page in ((one, 0), (two, 90)):
+            fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+            assert _read_direct(fd, page, 100) == layer.image[page * 4096 :][: 100 * 4096]
+            os.close(fd)
         assert _fetch(client)["demand_misses"] == 0
+        assert one.read_bytes() == layer.image
+        fetched_bytes = _fetch(client)["fetched_bytes"]
         client.detach("one")
-        stack.drop_cached_pages(device)
-        assert device.read_bytes() == base.image
+        client.detach("two")
+        assert two.read_bytes() == layer.image, "the third has it; and its blocks are those of the first"
+        assert _fetch(client)["fetched_bytes"] == fetched_bytes
+        assert os.listdir(two.parent) == [two.name]
+        assert client.coverage("third")[layer.map_digest].complete
 
 
 def test_without_room_the_pack_is_served_from_memory_or_by_blocks(
