@@ -10,11 +10,15 @@ import pytest
 
 from imagefs import errors
 from imagefs.fuse import devices
-from imagefs.fuse.devices import DeviceTable, LayerSpec
+from imagefs.fuse.devices import DeviceTable, LayerSpec, PackSpec
 
 
 def spec(number: int, ref: str = "oci:/a") -> LayerSpec:
     return LayerSpec(ref, f"sha256:{number:064x}", 100, f"sha256:{number + 1000:064x}", 200)
+
+
+def pack(number: int) -> PackSpec:
+    return PackSpec("oci:/a", f"sha256:{number:064x}", 100, f"sha256:{number + 1000:064x}", 200)
 
 
 def nodes(table: DeviceTable) -> dict[str, int]:
@@ -46,6 +50,48 @@ def test_ids_are_not_reused_while_the_mount_lives(tmp_path: Path) -> None:
     again.attach([spec(3), spec(2)], {}, "a")
     assert nodes(again)[spec(2).map_digest] == before[spec(2).map_digest]
     assert nodes(again)[spec(3).map_digest] not in before.values()
+
+
+def test_a_layer_is_a_device_for_each_pack_that_shows_it(tmp_path: Path) -> None:
+    table = DeviceTable(tmp_path / "t", "mount")
+    first, second = pack(7), pack(8)
+    table.attach([spec(1)], {}, "blocks")
+    table.attach([spec(1)], {}, "first", first)
+    table.attach([spec(1)], {}, "again", first)
+    table.attach([spec(1)], {}, "second", second)
+    again = DeviceTable(tmp_path / "t", "mount")
+    assert again.records() == table.records()
+    assert again.packs() == table.packs()
+    assert [sorted(record.owners) for record in again.records()] == [
+        ["blocks"],
+        ["again", "first"],
+        ["second"],
+    ]
+    digest = spec(1).map_digest
+    names = [devices.device_name(digest, each) for each in (None, first.table_digest, second.table_digest)]
+    assert [record.name for record in again.records()] == names
+    assert len({record.node for record in again.records()}) == 3
+    before = {record.name: record.node for record in again.records()}
+    for owner in ("first", "again"):
+        again.detach(owner)
+    assert [record.name for record in again.records()] == [names[0], names[2]]
+    (record,) = again.attach([spec(1)], {}, "third", first)
+    assert record.node == before[record.name]
+
+
+def test_a_table_of_before_there_were_packs_means_the_same(tmp_path: Path) -> None:
+    """As a server finds that takes over from an earlier version's."""
+    table = DeviceTable(tmp_path / "t", "mount")
+    table.attach([spec(1), spec(2)], {}, "a")
+    document = json.loads((tmp_path / "t").read_bytes())
+    document["nodes"] = {name.replace("-", ":"): node for name, node in document["nodes"].items()}
+    for row in document["devices"]:
+        del row["table_digest"]
+    (tmp_path / "t").write_text(json.dumps(document))
+    again = DeviceTable(tmp_path / "t", "mount")
+    assert again.records() == table.records()
+    assert [record.node for record in again.attach([spec(2)], {}, "b")] == [nodes(table)[spec(2).map_digest]]
+    assert again.attach([spec(2)], {}, "c", pack(7))[0].node not in nodes(table).values()
 
 
 def test_another_mount_begins_anew(tmp_path: Path) -> None:
