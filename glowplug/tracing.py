@@ -68,7 +68,8 @@ def record(
         raise errors.InvalidInputError(f"{ref} has no layers: its start reads nothing")
     options = dataclasses.replace(options, traced=True)
     with _own_server(storage, origins) as (own, client):
-        client.attach(_OWNER, assembly.layer_specs(image), origins)
+        # The same devices as the run: with its boot pack.
+        client.attach(_OWNER, assembly.layer_specs(image), origins, assembly.pack_spec(image))
         client.start_recording(_OWNER)
 
         def run() -> int:
