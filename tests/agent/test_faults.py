@@ -26,6 +26,7 @@ from google.protobuf import empty_pb2
 from agent.proto import mount_pb2
 from agent.proto import snapshots_pb2 as messages
 from imagefs import syscalls
+from imagefs.fuse import layers
 from imagefs.fuse.control import DeviceClient
 from tests.agent.agent_process import Agent, push
 from tests.agent.lazy_node import Source
@@ -308,6 +309,7 @@ def test_a_dead_registry_at_every_moment(
         agent.prepare("second", image.chain_ids[-1], {})
         pod.reads_on()
         proxy.clear()
+        time.sleep(layers.SAME_READ_SECONDS)  # within this, it is the read that failed
         assert _digest(_COLD).encode() in pod.read("cold").stdout
 
 
