@@ -227,7 +227,7 @@ except OSError as exc:
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
     """Wait for something that another process does; the limit is for a test that would never end."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.01)
