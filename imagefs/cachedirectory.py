@@ -266,7 +266,8 @@ def _list(path: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as items:
             return list(items)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
+        # Only that is an empty folder: with no descriptor left, a part of the cache would pass for all of it.
         return []
 
 

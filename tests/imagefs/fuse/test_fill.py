@@ -381,7 +381,6 @@ def test_a_disk_that_takes_nothing_holds_up_no_reader(
 
 
 @pytest.mark.root
-@pytest.mark.soak  # sometimes the copy takes minutes to be completed: known, and to be mended
 def test_without_descriptors_left_readers_go_on(tmp_path: Path, blobs: stack.BlobServer) -> None:
     """A server that may open hardly anything more while a copy runs: what fails is tried again, the reader
     gets every byte, and the copy is completed once there are descriptors again."""
