@@ -219,6 +219,10 @@ class BlockCache:
         def work() -> None:
             try:
                 collected.set_result(self._evict())
+            except OSError as exc:
+                collected.set_exception(
+                    errors.UnavailableError(f"block cache: cannot look at {self._files.path}: {exc}")
+                )
             except Exception as exc:
                 collected.set_exception(exc)
 
@@ -389,19 +393,19 @@ class BlockCache:
             self._files.clean_dead_writers()
         except OSError as exc:
             _log.warning("block cache: cannot clean %s: %s", self._files.path, exc)
-        self._evict()
-        while True:
+        work: Callable[[], object] | None = self._evict
+        while work is not None:
+            try:
+                work()
+            except OSError as exc:
+                _log.warning("block cache: %s: cannot look around, trying again: %s", self._files.path, exc)
+            except Exception:
+                # Blocks that come later must still be named and evicted.
+                _log.exception("block cache: %s: housekeeping failed", self._files.path)
             try:
                 work = self._work.get(timeout=self._pause_seconds())
             except queue.Empty:
                 work = self._look_around
-            if work is None:
-                return
-            try:
-                work()
-            except Exception:
-                # Blocks that come later must still be named and evicted.
-                _log.exception("block cache: %s: housekeeping failed", self._files.path)
 
     def _persist(self, digest: bytes, path: str) -> None:
         """Sync one written block and name it; then see to the limits."""

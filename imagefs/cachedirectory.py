@@ -125,7 +125,8 @@ class CacheDirectory:
     # -- all of them -------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[eviction.Entry]:
-        """Every block, with its time of use as the file has it. Does not raise."""
+        """Every block, with its time of use as the file has it. OSError where not all can be seen: what
+        is not listed would count as gone."""
         for folder in _list(self._blocks):
             for item in _list(folder.path):
                 try:
@@ -156,14 +157,17 @@ class CacheDirectory:
         self._pin_path(owner).unlink(missing_ok=True)
 
     def pins(self) -> Iterator[tuple[str, list[bytes]]]:
-        """Every owner and what it pins. Does not raise; what cannot be read is logged."""
+        """Every owner and what it pins; a damaged file is logged. OSError where not all can be read: what is
+        not listed would be evicted."""
         for item in _list(f"{self.path}/pins"):
             if item.name.startswith("."):
                 continue
             try:
                 owner, *lines = pathlib.Path(item.path).read_text().splitlines()
                 yield owner, [bytes.fromhex(line) for line in lines]
-            except (OSError, ValueError) as exc:
+            except FileNotFoundError:
+                continue  # let go meanwhile
+            except ValueError as exc:
                 _log.warning("block cache: cannot read pins %s: %s", item.path, exc)
 
     def _pin_path(self, owner: str) -> pathlib.Path:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -415,3 +416,23 @@ def test_collect_brings_the_cache_under_its_limits_and_says_what_went(tmp_path: 
         collected = target.collect()
         assert collected.removed == ()
         assert collected.short_bytes > 0
+
+
+def test_a_look_without_descriptors_takes_nothing_for_gone(tmp_path: pathlib.Path) -> None:
+    """What was listed passed for all: blocks that are there counted as missing, pinned ones could go."""
+    with opened(tmp_path) as target:
+        digests = [store(target, number) for number in range(4)]
+        target.pin("image", digests)
+        eventually(lambda: len(target.index) == 4)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            with pytest.raises(errors.UnavailableError):
+                target.collect()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert all(digest in target.index for digest in digests)
+        assert not target.collect().removed
+        assert all(digest in target.index for digest in digests)
