@@ -226,7 +226,7 @@ class _Writer:
     def alive(folder: str) -> bool:
         try:
             fd = os.open(f"{folder}/lock", os.O_RDWR)
-        except OSError:
+        except FileNotFoundError:
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
