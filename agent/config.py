@@ -16,12 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from imagefs import errors
+from imagefs import errors, size
 
 DEFAULT_FILE = Path("/etc/glowplug/agent.toml")
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):\d{1,5}\Z")
 _SIZE_SUFFIXES = ("_bytes", "_bytes_per_second")
 
@@ -272,9 +270,9 @@ def _value(hint: Any, value: object, where: str, key: str) -> object:
             raise errors.ConfigurationError(f"{where}: {key} must be an absolute path")
         return Path(value)
     if hint is int and isinstance(value, str) and key.endswith(_SIZE_SUFFIXES):
-        match = _SIZE.match(value)
-        if match is not None:
-            return int(match[1]) * _UNITS[match[2].upper()]
+        found = size.parse(value)
+        if found is not None:
+            return found
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is hint and not (isinstance(value, int | float) and value < 0):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from imagefs import size
 
 if TYPE_CHECKING:
     from imagefs.fuse.control import ServerSettings
@@ -34,9 +35,6 @@ CONNECTIONS = 8
 MAX_WORKERS = 4
 """FUSE worker processes: one per processor up to this, at least two."""
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?\Z", re.IGNORECASE)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 class SizeType(click.ParamType[int]):
     """Bytes: a number with K, M, G or T (powers of 1024), as in 64K, 4MiB, 20G."""
@@ -46,10 +44,10 @@ class SizeType(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = _SIZE.match(str(value).strip())
-        if match is None:
+        found = size.parse(str(value))
+        if found is None:
             self.fail(f"{value!r} is not a size; write 64K, 4M, 20G", param, ctx)
-        return int(match[1]) * _UNITS[match[2].upper()]
+        return found
 
 
 SIZE = SizeType()
@@ -93,6 +91,29 @@ def state_option(function: _F) -> _F:
         default=default_state_dir,
         help="State directory of the device server (default /run/glowplug).",
     )(function)
+
+
+def agent_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The agent's settings, read from its file, as keyword `agent_settings`."""
+
+    @click.option(
+        "--config",
+        "file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        envvar="GLOWPLUG_AGENT_CONFIG",
+        show_envvar=True,
+        help="The agent's settings, TOML (default /etc/glowplug/agent.toml, if it is there).",
+    )
+    @functools.wraps(function)
+    def wrapper(*args: Any, file: Path | None, **kwargs: Any) -> Any:
+        from agent import config
+
+        if file is None and config.DEFAULT_FILE.exists():
+            file = config.DEFAULT_FILE
+        agent_settings = config.load(file) if file is not None else config.Settings()
+        return function(*args, agent_settings=agent_settings, **kwargs)
+
+    return wrapper
 
 
 def origin_options(function: Callable[..., Any]) -> Callable[..., Any]:

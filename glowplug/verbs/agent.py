@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from glowplug import settings
+
+if TYPE_CHECKING:
+    from agent import config
 
 _SUBCOMMANDS = {
     "doctor": ("agent_doctor", "command", "Say what is wrong with this node, and how to mend it."),
@@ -41,14 +47,7 @@ def command() -> None:
 
 
 @click.command("run")
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    envvar="GLOWPLUG_AGENT_CONFIG",
-    show_envvar=True,
-    help="Settings, TOML (default /etc/glowplug/agent.toml, if it is there).",
-)
+@settings.agent_option
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
@@ -60,21 +59,18 @@ def command() -> None:
 @click.option(
     "--socket", type=click.Path(path_type=Path, resolve_path=True), help="For containerd's proxy plugin."
 )
-def run(file: Path | None, root: Path | None, state: Path | None, socket: Path | None) -> None:
+def run(agent_settings: config.Settings, root: Path | None, state: Path | None, socket: Path | None) -> None:
     """Serve containerd's snapshots API, lazily where an image has a block image.
 
     Runs until SIGTERM; running containers keep their files then, and also when it is killed.
     """
-    from agent import config, daemon
+    from agent import daemon
 
-    if file is None and config.DEFAULT_FILE.exists():
-        file = config.DEFAULT_FILE
-    settings = config.load(file) if file is not None else config.Settings()
     daemon.run(
         dataclasses.replace(
-            settings,
-            root=root or settings.root,
-            state=state or settings.state,
-            socket=socket or settings.socket,
+            agent_settings,
+            root=root or agent_settings.root,
+            state=state or agent_settings.state,
+            socket=socket or agent_settings.socket,
         )
     )

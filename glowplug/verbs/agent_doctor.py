@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from glowplug import settings
+
+if TYPE_CHECKING:
+    from agent import config
+
 from glowplug import terminal
 
 if TYPE_CHECKING:
@@ -19,14 +24,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 @click.command("doctor")
 @click.argument("images", nargs=-1)
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    envvar="GLOWPLUG_AGENT_CONFIG",
-    show_envvar=True,
-    help="The agent's settings (default /etc/glowplug/agent.toml, if it is there).",
-)
+@settings.agent_option
 @click.option(
     "--containerd-config",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -37,19 +35,20 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 @click.option("--containerd", default="containerd", help="containerd's program, by name or path.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(
-    images: tuple[str, ...], file: Path | None, containerd_config: Path, containerd: str, as_json: bool
+    images: tuple[str, ...],
+    agent_settings: config.Settings,
+    containerd_config: Path,
+    containerd: str,
+    as_json: bool,
 ) -> None:
     """Look at this node: kernel, containerd and its configuration, sockets, disks, mounts, registries, clock.
 
     Each of IMAGES is asked for at its registry, as the agent would; without any, what the node has already.
     Says what is wrong, and how to mend it. Exit code 1 if there is a problem; warnings are none.
     """
-    from agent import config, doctor, doctorprobes
+    from agent import doctor, doctorprobes
 
-    if file is None and config.DEFAULT_FILE.exists():
-        file = config.DEFAULT_FILE
-    settings = config.load(file) if file is not None else config.Settings()
-    findings = doctor.examine(doctorprobes.gather(settings, containerd, containerd_config, images))
+    findings = doctor.examine(doctorprobes.gather(agent_settings, containerd, containerd_config, images))
     if as_json:
         click.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
     else:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from glowplug import settings
+
+if TYPE_CHECKING:
+    from agent import config
+
 
 @click.command("keeper")
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    envvar="GLOWPLUG_AGENT_CONFIG",
-    show_envvar=True,
-    help="The agent's settings (default /etc/glowplug/agent.toml, if it is there).",
-)
-def command(file: Path | None) -> None:
+@settings.agent_option
+def command(agent_settings: config.Settings) -> None:
     """Start keeper and device server, if they do not run, in the control group of whoever calls; returns when
     they serve. glowplug-keeper.service does so before the agent starts."""
-    from agent import config, daemon
+    from agent import daemon
     from imagefs.fuse.control import DeviceClient
 
-    if file is None and config.DEFAULT_FILE.exists():
-        file = config.DEFAULT_FILE
-    settings = config.load(file) if file is not None else config.Settings()
-    DeviceClient.ensure(daemon.server_settings(settings, daemon.origin_options(settings)))
+    DeviceClient.ensure(daemon.server_settings(agent_settings, daemon.origin_options(agent_settings)))
