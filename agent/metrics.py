@@ -160,6 +160,8 @@ _FETCH_COUNTERS = {
     "peer_hedges": ("glowplug_peer_hedges", "Blocks asked of the origin as well, because a peer was slow."),
     "served_blocks": ("glowplug_peer_served_blocks", "Blocks given to other nodes."),
     "served_bytes": ("glowplug_peer_served_bytes", "Bytes given to other nodes."),
+    "boot_bytes": ("glowplug_boot_pack_bytes", "Of the origin's bytes, those of boot packs."),
+    "boot_waits": ("glowplug_boot_pack_waits", "Reads that waited for a part of a boot pack on its way."),
     "expired_reads": ("glowplug_reads_expired", "Readers whose origin did not answer in time."),
 }
 _BYTES_BY_SOURCE = {"cache": "cache_bytes", "origin": "fetched_bytes", "peer": "peer_bytes"}
@@ -236,7 +238,12 @@ def _device_server(status: Mapping[str, Any]) -> Iterator[Metric]:
         "glowplug_workers", "FUSE worker processes.", value=len(status["processes"]["workers"])
     )
     peers = {"known": status["peers"]["members"], "down": len(status["peers"]["down"])}
-    yield _gauges("glowplug_peers", "Other agents, and those that are not asked for a while.", "state", peers)
+    yield _gauges(
+        "glowplug_peers",
+        "Agents, this one included, and those that are not asked for a while.",
+        "state",
+        peers,
+    )
     copies = collections.Counter(copy["state"] for copy in status["fill"]["copies"])
     yield _gauges("glowplug_fill_copies", "Full copies of images, by state.", "state", copies)
 
