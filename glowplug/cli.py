@@ -89,6 +89,15 @@ def exit_code(error: BaseException) -> int | None:
             return 6
         if isinstance(error, module.ConverterError):
             return 3
+    serving: types.ModuleType | None = sys.modules.get("serving.errors")
+    if serving is not None and isinstance(error, serving.ServingError):
+        codes: tuple[tuple[type[Exception], int], ...] = (
+            (serving.DocumentError, 3),
+            (serving.NotFoundError, 4),
+            (serving.UnavailableError, 7),
+            (serving.ConflictError, 9),
+        )
+        return next((code for kind, code in codes if isinstance(error, kind)), 8)
     return None
 
 
@@ -107,11 +116,12 @@ def main() -> None:
         _leave(130)
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
-        if missing in ("", "agent", "converter", "glowplug", "imagefs"):
+        if missing in ("", "agent", "converter", "glowplug", "imagefs", "serving"):
             raise
         click.echo(
             f"glowplug: this needs the Python package {missing!r}, which is not installed: "
-            "pip install 'glowplug[agent]' on a node, 'glowplug[converter]' where images are converted",
+            "pip install 'glowplug[agent]' on a node, 'glowplug[converter]' where images are converted, "
+            "'glowplug[serving]' where endpoints are served",
             err=True,
         )
         sys.exit(8)
