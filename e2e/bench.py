@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import containerd, cri, demo, lazy, link, machine, plain, registry, timeline, workloads
+from e2e import containerd, cri, demo, lazy, plain, registry, timeline, workloads
+from glowplug.startup import link, machine
 
 PARTS = ("ready", "warm", "convert", "metadata", "cri")
 

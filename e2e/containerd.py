@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from e2e import link, machine, timeline
+from e2e import timeline
+from glowplug.startup import link, machine
 
 _CONFIG = """\
 version = 2

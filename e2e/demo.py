@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import containerd, lazy, link, machine, registry, report, timeline, waterfall, workloads
+from e2e import containerd, lazy, registry, report, timeline, waterfall, workloads
+from glowplug.startup import link, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "workloads"

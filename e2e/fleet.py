@@ -21,7 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from e2e import lazy, link, machine
+from e2e import lazy
+from glowplug.startup import link, machine
 from imagefs.fuse import control
 
 _PREFIX = "glowplug-fleet"

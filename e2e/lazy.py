@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import link, machine, timeline, workloads
+from e2e import timeline, workloads
+from glowplug.startup import link, machine
 from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")

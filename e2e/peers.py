@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import demo, fleet, lazy, machine, workloads
+from e2e import demo, fleet, lazy, workloads
+from glowplug.startup import machine
 from imagefs.fuse import control
 
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from e2e import link, machine, workloads
+from e2e import workloads
+from glowplug.startup import link, machine
 
 PORT = 5000
 

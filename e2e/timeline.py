@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from e2e import machine, workloads
+from e2e import workloads
+from glowplug.startup import machine
 
 MOUNTED = "mounted"
 FIRST_OUTPUT = "first output"

@@ -22,7 +22,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from e2e import machine
+from glowplug.startup import machine
 
 SUITE = "bookworm"
 PYTHON_VERSION = "3.11"

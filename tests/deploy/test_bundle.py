@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import containerdprobe
-from e2e import machine
+from glowplug.startup import machine
 from tests.fixtures import debian
 
 pytestmark = pytest.mark.root

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from e2e import machine
+from glowplug.startup import machine
 from tests.fixtures import node, pause
 
 pytestmark = pytest.mark.root

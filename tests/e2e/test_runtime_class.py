@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import containerdconfig, containerdprobe, install
-from e2e import machine
+from glowplug.startup import machine
 from tests.fixtures import containerd, cri, node, pause
 from tests.fixtures.proto import cri_pb2
 

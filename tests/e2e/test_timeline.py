@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from e2e import machine, timeline
+from e2e import timeline
+from glowplug.startup import machine
 
 SERVER = (
     "import sys; print('hello', flush=True); print('ready 1', flush=True); sys.stdin.read(); print('end')"

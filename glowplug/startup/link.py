@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from e2e import machine
+from glowplug.startup import machine
 
 SERVER_ADDRESS = "10.213.77.1"
 CLIENT_ADDRESS = "10.213.77.2"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from e2e import link, machine
+from glowplug.startup import link, machine
 
 pytestmark = pytest.mark.root
 

@@ -1,6 +1,7 @@
 """This machine as the measurements see it: its facts, its page cache, the programs that we start on it.
 
-Called by everything in e2e. Every process that is started here is ended here, by its process id.
+Called by everything that measures starts, here and in e2e/. Every process that is started here is ended
+here, by its process id.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from imagefs import errors
 
-class CommandError(Exception):
+
+class CommandError(errors.ConfigurationError):
     """A program that we started failed; the message holds its last output."""
 
 
