@@ -1,9 +1,9 @@
 """A command run in a child of ours, watched until it is ready: a line that it prints, an address that
 answers, a time, or its end.
 
-Called by `tracing`, on the main thread. What the child prints goes to our standard error, whose standard
-output is for results; it is read, and the child given pipes, only where a line is waited for. The child dies
-with us.
+Called by `tracing` and `startup.timeline`, on the main thread. What the child prints goes to our standard
+error, since our standard output is for results, unless the caller wants to hear it; it is read, and the child
+given pipes, only where somebody does. The child dies with us.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ _READ_BYTES = 64 * 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Until:
-    """When a start is over: at most one is given, none means the command's end. `address` is a URL, which
-    must answer with 2xx, or [HOST]:PORT, which must take a connection."""
+    """When a start is over: at most one of the first three is given, none means the command's end. `address`
+    is a URL, which must answer with 2xx, or [HOST]:PORT, which must take a connection; it is asked in the
+    network namespace of the file `network`, or in ours."""
 
     log: re.Pattern[bytes] | None = None
     address: str | None = None
     seconds: float | None = None
+    network: str | None = None
 
     def __str__(self) -> str:
         if self.log is not None:
@@ -51,17 +53,21 @@ class Until:
 
 
 class Child:
-    """The child process. `wait` once, then `end`. `exit_code` is there when it has ended.
+    """The child process. `wait` once, then `end`. `exit_code` is there when it has ended. `output` is told
+    what the child prints, as it comes.
 
     The thread that asks an address closes its end of a pipe when that answers: one selector sees it all."""
 
-    def __init__(self, work: Callable[[], int], until: Until) -> None:
+    def __init__(
+        self, work: Callable[[], int], until: Until, output: Callable[[bytes], None] | None = None
+    ) -> None:
         self.exit_code: int | None = None
         self._until = until
+        self._output = output or _to_stderr
         self._tails: dict[int, bytes] = {}
         self._selector = selectors.DefaultSelector()
         self._done = threading.Event()
-        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)] if until.log is not None else []
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)] if until.log or output else []
         self._failure, failures = os.pipe2(os.O_CLOEXEC)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -79,7 +85,13 @@ class Child:
         if until.address is not None:
             self._answered, answers = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._selector.register(self._answered, selectors.EVENT_READ)
-            threading.Thread(target=self._ask, args=(until.address, answers), daemon=True).start()
+            ask = (until.address, until.network, answers)
+            threading.Thread(target=self._ask, args=ask, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id, its own until `exit_code` is there."""
+        return self._pid
 
     def wait(self) -> bool:
         """Until it is ready; False when it ended first."""
@@ -144,10 +156,7 @@ class Child:
             if not data:
                 self._forget(fd)
                 return found or self._matches(self._tails.pop(fd, b""))
-            with contextlib.suppress(OSError):  # nobody may be listening any more
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(2, view) :]
+            self._output(data)
             *lines, tail = (self._tails.get(fd, b"") + data).split(b"\n")
             self._tails[fd] = tail[-_MAX_LINE_BYTES:]
             found = found or any(map(self._matches, lines))
@@ -163,16 +172,20 @@ class Child:
         self._selector.unregister(fd)
         os.close(fd)
 
-    def _ask(self, address: str, answers: int) -> None:
+    def _ask(self, address: str, network: str | None, answers: int) -> None:
+        if network is not None:
+            syscalls.enter_network(network)
         while not self._done.is_set() and not answers_now(address):
             self._done.wait(_POLL_SECONDS)
         os.close(answers)
 
 
 @contextlib.contextmanager
-def child(work: Callable[[], int], until: Until) -> Iterator[Child]:
+def child(
+    work: Callable[[], int], until: Until, output: Callable[[bytes], None] | None = None
+) -> Iterator[Child]:
     """A child that runs `work` and ends with its result, gone when the block is left."""
-    started = Child(work, until)
+    started = Child(work, until, output)
     try:
         yield started
     finally:
@@ -225,6 +238,13 @@ def _become(work: Callable[[], int], output: list[int], failures: int) -> NoRetu
         _say(failures, errors.ConfigurationError(f"the command could not be run: {exc!r}"))
     finally:
         os._exit(code)
+
+
+def _to_stderr(data: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        view = memoryview(data)
+        while view:
+            view = view[os.write(2, view) :]
 
 
 def _say(failures: int, error: errors.ImagefsError) -> None:

@@ -1,5 +1,5 @@
 """Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), open_tree(2), move_mount(2),
-unshare(2), pivot_root(2), prctl(2) and cachestat(2). The one place with ctypes.
+unshare(2), setns(2), pivot_root(2), prctl(2) and cachestat(2). The one place with ctypes.
 
 Each raises OSError with the kernel's errno and the path; callers turn those into errors of ours. `ctypes`
 releases the GIL during the call, which matters: a mount may wait for a FUSE server.
@@ -30,6 +30,7 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 
 _PR_SET_PDEATHSIG = 1
 _SYS_OPEN_TREE = 428
@@ -134,6 +135,15 @@ def move_mount(tree: int, target: str) -> None:
 def unshare(flags: int) -> None:
     """unshare(2): of the calling thread, where the flag is one of threads (CLONE_FS)."""
     _check(_libc.unshare, flags)
+
+
+def enter_network(file: str | os.PathLike[str]) -> None:
+    """setns(2): the calling thread, and no other, moves into the network namespace of `file`, for good."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns, ctypes.c_int(fd), ctypes.c_int(CLONE_NEWNET), name=os.fspath(file))
+    finally:
+        os.close(fd)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
