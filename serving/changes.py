@@ -1,0 +1,77 @@
+"""What a new document changes, and what that costs: nothing, or new replicas.
+
+Pure. `glowplug endpoint plan` prints it; the server acts by the same `version`: replicas are replaced exactly
+when it differs. Everything that a replica is started with restarts; routing, limits, counts, objectives,
+drain and update settings and metadata never do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from serving import errors
+from serving.endpoint import Endpoint
+
+_RESTARTING = frozenset({"engine", "model", "model_name", "image", "containerd", "fp8", "resources"})
+_FIXED = ("name", "provider")
+
+
+class Effect(enum.Enum):
+    """What a change does to running replicas."""
+
+    LIVE = "live"
+    RESTART = "restart"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """One key, as JSON values; None is a key that is not there."""
+
+    key: str
+    old: Any
+    new: Any
+    effect: Effect
+
+
+def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
+    """The keys that differ, in the document's order. ConflictError for what cannot change in place."""
+    before: dict[str, Any] = old.model_dump(mode="json") if old is not None else {}
+    after = new.model_dump(mode="json")
+    if old is not None:
+        for key in _FIXED:
+            if before[key] != after[key]:
+                raise errors.ConflictError(
+                    f"{key}: {before[key]!r} cannot become {after[key]!r} in place; serve it as "
+                    "another endpoint, move the traffic, and delete this one"
+                )
+    found = []
+    for section in after:
+        effect = Effect.RESTART if section in _RESTARTING else Effect.LIVE
+        left, right = dict(_leaves(section, before.get(section))), dict(_leaves(section, after[section]))
+        for key in dict.fromkeys([*left, *right]):
+            if left.get(key) != right.get(key):
+                found.append(Change(key, left.get(key), right.get(key), effect))
+    return found
+
+
+def version(endpoint: Endpoint) -> str:
+    """A short name that changes exactly when replicas must: a hash of what they are started with."""
+    document = endpoint.model_dump(mode="json", include=set(_RESTARTING))
+    # Containers are not made from containerd's settings alone: without the provider they mean nothing.
+    if endpoint.provider != "containerd":
+        del document["containerd"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    elif value is not None and value != {}:
+        yield key, value

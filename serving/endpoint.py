@@ -1,0 +1,401 @@
+"""The endpoint document: one YAML text in, one frozen `Endpoint` out, or an error that names key, line and
+remedy.
+
+Called by the verbs (`glowplug serve`, `glowplug endpoint validate`) and by the server for what `apply` sends.
+Pure: no file is opened here; whether a model directory exists is the provider's to say, when it is applied.
+Unknown keys are errors that suggest the right one; keys repeated in one mapping are errors, because YAML
+would silently take the last; what contradicts itself (min over max) is an error at the key that is to be
+changed.
+
+The JSON schema of `Endpoint` is the reference (docs/endpoint-schema.json, written by `glowplug endpoint
+schema`), and is what a Kubernetes custom resource carries as its `spec`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from serving import errors
+
+MAX_DOCUMENT_BYTES = 1 << 20
+_NAME = r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$"
+_NOT_YET = ("mlflow", "triton")
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+_Seconds = Annotated[float, Field(gt=0, le=86_400, strict=False, allow_inf_nan=False)]
+_Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+class CommandEngine(_Part):
+    """Any program that serves HTTP on the port that $PORT names."""
+
+    kind: Literal["command"]
+    command: tuple[str, ...] = Field(min_length=1, strict=False)
+    """Program and arguments; not run by a shell."""
+    environment: Mapping[str, str] = {}
+    health_path: str = Field(default="/health", pattern="^/")
+    """Answers 2xx once the program can take requests."""
+    start_timeout_seconds: _Seconds = 300.0
+    """A start that takes longer has failed."""
+
+
+class VllmEngine(_Part):
+    """vLLM's OpenAI server."""
+
+    kind: Literal["vllm"]
+    python: str = "python3"
+    """The interpreter that has vLLM, because vLLM lives in an environment of its own."""
+    arguments: tuple[str, ...] = Field(default=(), strict=False)
+    """Further arguments for vLLM, after ours."""
+    environment: Mapping[str, str] = {}
+    api_servers: int | None = Field(default=None, ge=1, le=64)
+    """API server processes; by the machine's processors if left out."""
+    start_timeout_seconds: _Seconds = 1_800.0
+    """A start that takes longer has failed."""
+
+
+class ReservedEngine(_Part):
+    """Kinds that the schema keeps free; a document that asks for one is refused."""
+
+    kind: Literal["mlflow", "triton"]
+
+
+class Objectives(_Part):
+    """What the endpoint promises. Measured and shown; the stress test and the autoscaler judge by them."""
+
+    p95_first_token_seconds: _Seconds | None = None
+    p99_seconds: _Seconds | None = None
+    output_tokens_per_second: float | None = Field(default=None, gt=0, strict=False)
+
+
+class Replicas(_Part):
+    """How many, and how many requests each should hold."""
+
+    min: int = Field(default=1, ge=0, le=10_000)
+    max: int | None = Field(default=None, ge=0, le=10_000)
+    """`min`, if left out."""
+    target_concurrency: float = Field(default=8.0, gt=0, le=100_000, strict=False)
+    """Requests in flight that a replica should hold."""
+    concurrency_limit: int | None = Field(default=None, ge=1, le=100_000)
+    """Requests in flight that a replica admits; twice the target if left out."""
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Replicas:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max: {self.max} is below min ({self.min}); raise max or lower min")
+        limit = self.concurrency_limit
+        if limit is not None and limit < self.target_concurrency:
+            raise ValueError(
+                f"concurrency_limit: {limit} is below target_concurrency ({self.target_concurrency:g}): "
+                "no replica could reach its target; raise the limit or lower the target"
+            )
+        return self
+
+    @property
+    def most(self) -> int:
+        """The upper bound, given or not."""
+        return self.min if self.max is None else self.max
+
+    @property
+    def limit(self) -> int:
+        """The in-flight limit of each replica, given or not."""
+        return self.concurrency_limit or max(1, round(2 * self.target_concurrency))
+
+
+class Fp8(_Part):
+    """FP8 weights, for engines that know them."""
+
+    enabled: bool = False
+    attention: bool = True
+    """Attention projections too."""
+    ignore: tuple[str, ...] = Field(default=(), strict=False)
+    """Modules that keep their type, by name or `re:` pattern."""
+
+
+class Resources(_Part):
+    """What each replica may use, where the provider can hold it to that."""
+
+    cpus: float | None = Field(default=None, gt=0, le=1_024, strict=False)
+    memory_bytes: int | None = Field(default=None, ge=1 << 20)
+    gpus: int = Field(default=0, ge=0, le=64)
+
+
+class Limits(_Part):
+    """What is refused before a replica sees it."""
+
+    request_bytes: int = Field(default=16 << 20, ge=1_024, le=1 << 30)
+    keys_file: str | None = None
+    """API keys, one `TENANT KEY [REQUESTS_PER_SECOND]` a line, read again when it changes. None: nobody is
+    asked for one."""
+
+
+class Routing(_Part):
+    """How requests reach replicas. Nothing here restarts anything."""
+
+    address: str = "127.0.0.1"
+    port: _Port = 8_080
+    """0 takes a free one, which `status` names."""
+    request_timeout_seconds: _Seconds = 600.0
+    """The longest that a request may take, streams included."""
+    idle_timeout_seconds: _Seconds = 300.0
+    """The longest that a stream may say nothing."""
+    retry_budget_percent: float = Field(default=20.0, ge=0, le=100, strict=False)
+    """Retries, where a connection could not be made, as a part of the requests in flight."""
+    max_requests: int | None = Field(default=None, ge=1, le=1_000_000)
+    """In flight on the whole endpoint; above it the router refuses. None: twice what the replicas admit, at
+    `replicas.max`."""
+
+
+class Drain(_Part):
+    """How a replica leaves."""
+
+    notice_seconds: float = Field(default=1.0, ge=0, le=60, strict=False)
+    """Between being taken out of the routes and being told to stop."""
+    seconds: _Seconds = 120.0
+    """How long streams may go on before the replica is killed."""
+
+
+class Update(_Part):
+    """How a new version takes over, and when it does not."""
+
+    steps_percent: tuple[Annotated[int, Field(ge=1, le=100)], ...] = Field(
+        default=(10, 50, 100), strict=False, min_length=1
+    )
+    """The new version's part of the traffic, step by step; the last is 100."""
+    step_seconds: float = Field(default=5.0, ge=0, le=86_400, strict=False)
+    """The least time at each step."""
+    max_error_percent: float = Field(default=5.0, ge=0, le=100, strict=False)
+    """The new version's failed requests at a step, above which it is rolled back."""
+    min_requests: int = Field(default=20, ge=1)
+    """Requests before the error rate is judged. A step with fewer passes by its replicas' health alone."""
+    ready_seconds: _Seconds = 1_800.0
+    """New replicas that are not all ready by then are rolled back."""
+    max_failed_starts: int = Field(default=3, ge=1, le=10)
+    """Failed replicas of the new version after which it is rolled back."""
+
+    @pydantic.model_validator(mode="after")
+    def _ascending(self) -> Update:
+        steps = self.steps_percent
+        if any(low >= high for low, high in itertools.pairwise(steps)) or steps[-1] != 100:
+            raise ValueError(f"steps_percent: {list(steps)} must rise and end at 100, as in [10, 50, 100]")
+        return self
+
+
+class Containerd(_Part):
+    """Where the containerd provider finds its parts."""
+
+    address: str = "/run/containerd/containerd.sock"
+    namespace: str = "default"
+    snapshotter: str = "glowplug"
+    agent_state: str = "/run/glowplug"
+    """The node agent's state directory: `glowplug pull` asks it for the image."""
+
+
+class Endpoint(_Part):
+    """One served model."""
+
+    name: str = Field(
+        pattern=_NAME, description="Lower-case letters, digits and dashes; unique on the machine."
+    )
+    engine: Annotated[CommandEngine | VllmEngine | ReservedEngine, Field(discriminator="kind")]
+    model: str | None = None
+    """A directory, s3://BUCKET/PREFIX or oci:DIR. Required by engines other than `command`."""
+    model_name: str | None = None
+    """What clients call the model; the endpoint's name if left out."""
+    image: str | None = None
+    """The image that replicas run in; for the providers `containerd` and `kubernetes`."""
+    provider: Literal["process", "containerd", "kubernetes"] = "process"
+    containerd: Containerd = Containerd()
+    replicas: Replicas = Replicas()
+    objectives: Objectives = Objectives()
+    fp8: Fp8 = Fp8()
+    resources: Resources = Resources()
+    limits: Limits = Limits()
+    routing: Routing = Routing()
+    drain: Drain = Drain()
+    update: Update = Update()
+    metadata: Mapping[str, str] = {}
+    """Yours to write; shown, never read."""
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Endpoint:
+        if isinstance(self.engine, ReservedEngine):
+            raise ValueError(
+                f"engine.kind: {self.engine.kind!r} is reserved and not there yet; use vllm or command"
+            )
+        if isinstance(self.engine, VllmEngine) and not self.model:
+            raise ValueError("model: the engine vllm needs one: a directory, s3://BUCKET/PREFIX or oci:DIR")
+        if self.provider != "process" and not self.image:
+            raise ValueError(f"image: the provider {self.provider} runs replicas in an image; name one")
+        if self.provider == "process" and self.image:
+            raise ValueError(
+                "image: the provider process runs replicas on this machine as it is; "
+                "leave image out, or set provider: containerd"
+            )
+        return self
+
+
+def load(text: str, where: str) -> Endpoint:
+    """The endpoint that `text` (YAML or JSON) describes. `where` names the text in errors. DocumentError."""
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_DOCUMENT_BYTES:
+        raise errors.DocumentError(
+            f"{where}: over {MAX_DOCUMENT_BYTES >> 20} MiB, which is no endpoint document"
+        )
+    document, lines = _parse(text, where)
+    try:
+        return Endpoint.model_validate(document)
+    except pydantic.ValidationError as exc:
+        found = [_explained(each, lines, where) for each in exc.errors(include_url=False)]
+        raise errors.DocumentError("\n".join(dict.fromkeys(found))) from exc
+
+
+def from_json(text: str) -> Endpoint:
+    """What `to_json` wrote: state of ours, with nobody's lines to name. DocumentError."""
+    return load(text, "stored endpoint")
+
+
+def to_json(endpoint: Endpoint) -> str:
+    """The whole document, defaults included: `load` gives the same endpoint."""
+    return endpoint.model_dump_json()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the document."""
+    schema = Endpoint.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Glowplug endpoint"}
+
+
+# -- YAML --------------------------------------------------------------------------------------------
+
+_Lines = Mapping[tuple[str, ...], int]
+
+
+def _parse(text: str, where: str) -> tuple[Any, _Lines]:
+    """The plain values, and the line (from 1) of each key path."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple[str, ...], int] = {}
+        _walk(node, (), lines, where)
+        document = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as exc:
+        line = f":{exc.problem_mark.line + 1}" if exc.problem_mark else ""
+        raise errors.DocumentError(f"{where}{line}: not YAML: {exc.problem or exc}") from exc
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise errors.DocumentError(f"{where}: not YAML: {exc}") from exc
+    if not isinstance(document, dict):
+        raise errors.DocumentError(f"{where}: an endpoint document is a mapping of keys, as in `name: chat`")
+    return document, lines
+
+
+def _walk(
+    node: yaml.Node | None, path: tuple[str, ...], lines: dict[tuple[str, ...], int], where: str
+) -> None:
+    if node is None:
+        return
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _walk(item, (*path, str(number)), lines, where)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        line = key.start_mark.line + 1
+        if name in seen:
+            shown = ".".join((*path, name))
+            raise errors.DocumentError(f"{where}:{line}: {shown} is given twice; keep one of them")
+        seen.add(name)
+        lines[(*path, name)] = line
+        _walk(value, (*path, name), lines, where)
+
+
+# -- what is wrong, in the reader's words --------------------------------------------------------------
+
+
+def _explained(found: Any, lines: _Lines, where: str) -> str:
+    path = _keys(found["loc"])
+    message, kind = str(found["msg"]), found["type"]
+    if kind == "string_pattern_mismatch" and path == ("name",):
+        message = f"{found['input']!r} is no name; use up to 40 lower-case letters, digits and inner dashes"
+    elif kind == "value_error":  # one of ours: it opens with the key below `path`
+        key, _, message = message.removeprefix("Value error, ").partition(": ")
+        path = (*path, *key.split("."))
+    elif kind == "extra_forbidden":
+        message = f"unknown key{_suggestion(path)}"
+    elif kind == "missing":
+        message = "is required"
+    elif kind == "union_tag_invalid":
+        path = (*path, "kind")
+        message = f"{found['ctx']['tag']!r} is no engine; use vllm or command"
+    elif kind == "union_tag_not_found":
+        path = (*path, "kind")
+        message = "is required: vllm or command"
+    else:
+        given = found.get("input")
+        shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+        message = message[:1].lower() + message[1:].replace("Input should", "should") + shown[:80]
+        message = message.replace("input should", "should")
+    return f"{where}{_line(path, lines)}: {'.'.join(path) or 'document'}: {message}"
+
+
+def _line(path: tuple[str, ...], lines: _Lines) -> str:
+    for end in range(len(path), 0, -1):
+        if path[:end] in lines:
+            return f":{lines[path[:end]]}"
+    return ""
+
+
+def _keys(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """A pydantic location as the document's keys: the union's tag is no key."""
+    keys = [str(each) for each in location]
+    if len(keys) > 1 and keys[0] == "engine" and keys[1] in ("vllm", "command", *_NOT_YET):
+        del keys[1]
+    return tuple(keys)
+
+
+def _suggestion(path: tuple[str, ...]) -> str:
+    known = _known_keys()
+    *above, wrong = path
+    here = sorted(each[-1] for each in known if each[:-1] == tuple(above))
+    near = difflib.get_close_matches(wrong, here, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {'.'.join((*above, near[0]))}?"
+    elsewhere = sorted(".".join(each) for each in known if each[-1] == wrong)
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(here)}" if here else ""
+
+
+def _known_keys() -> frozenset[tuple[str, ...]]:
+    return frozenset(_paths(Endpoint, ()))
+
+
+def _paths(model: type[pydantic.BaseModel], above: tuple[str, ...]) -> typing.Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        for part in _models(field.annotation):
+            yield from _paths(part, (*above, name))
+
+
+def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [each for argument in typing.get_args(annotation) for each in _models(argument)]
+    return []
