@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from imagefs import errors, plan
+from imagefs import errors, plan, unixsocket
 from imagefs.fuse import peering
 
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.05, 2.0
@@ -83,7 +83,7 @@ class BlockChannel:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.setblocking(False)
         try:
-            connection.connect(os.fspath(self._path))
+            unixsocket.connect(connection, self._path)
         except OSError:
             connection.close()
             return None

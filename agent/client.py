@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import errors as agent_errors
-from imagefs import errors
+from imagefs import errors, unixsocket
 from imagefs.fuse import control
 
 _CONNECT_SECONDS = 5.0
@@ -82,7 +82,7 @@ class _UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(_CONNECT_SECONDS)
-        self.sock.connect(str(self._path))
+        unixsocket.connect(self.sock, self._path)
         self.sock.settimeout(self._answer_seconds)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from agent.observer import Observer
 from agent.starts import Starts
-from imagefs import errors
+from imagefs import errors, unixsocket
 from imagefs.fuse import control
 
 _FRESH_SECONDS = 1.0
@@ -142,7 +142,7 @@ class DeviceFeed:
         """One try: DeviceClient waits for a server that is being started, and a scrape must not."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_ANSWER_SECONDS)
-            connection.connect(str(self._state_dir / "control.sock"))
+            unixsocket.connect(connection, self._state_dir / "control.sock")
             control.send(connection, request)
             reply = control.receive(connection, control.MAX_REPLY_BYTES)
         if reply is None:

@@ -4,8 +4,8 @@ Called by the verbs and, later, the agent, on their own threads; the server uses
 message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
 value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
 
-STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, maps/,
-devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, handover.json, server.log.
+STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, starts.json,
+maps/, devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, handover.json, server.log.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagefs import errors, privatedirectory
+from imagefs import errors, privatedirectory, unixsocket
 from imagefs.fuse import coverage, statedirectory
 from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
@@ -185,6 +185,14 @@ class DeviceClient:
         owners fail at once. An unknown owner is no error."""
         self._checked_request({"op": "detach", "owner": owner})
 
+    def started(self, owner: str, backing_devices: Sequence[str]) -> None:
+        """Say that an owner's layers were mounted, on these backing devices (kernelreadahead.py): once the
+        start is over they read ahead more. Nothing that is wrong with it is an error: it is for speed."""
+        with contextlib.suppress(errors.ImagefsError):
+            self._checked_request(
+                {"op": "started", "owner": owner, "backing_devices": list(backing_devices)}
+            )
+
     def start_recording(self, owner: str) -> None:
         """Have every read that the kernel asks of an owner's layers noted, whoever it is for. Ends with
         `stop_recording`, `detach`, or the server. NotFoundError if none is attached."""
@@ -296,7 +304,7 @@ class DeviceClient:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _ANSWER_SECONDS, 0))
             try:
-                connection.connect(os.fspath(self._settings.state_dir / "control.sock"))
+                unixsocket.connect(connection, self._settings.state_dir / "control.sock")
                 send(connection, request)
                 reply = receive(connection, MAX_REPLY_BYTES)
                 if until_gone and reply is not None and "error" not in reply:

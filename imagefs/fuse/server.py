@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagefs import errors
+from imagefs import errors, unixsocket
 from imagefs.fuse import control, handover, protocol, recordings, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 
@@ -131,7 +131,7 @@ class KeeperLink:
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(os.fspath(self._state_dir / "keeper.sock"))
+        unixsocket.connect(connection, self._state_dir / "keeper.sock")
         return connection
 
     def _register(self) -> socket.socket:
@@ -274,7 +274,7 @@ class Server:
             from imagefs.fuse import layers, peering
 
             self._table = DeviceTable(self._settings.state_dir / "devices.json", self._link.token)
-            self._layers = layers.Layers(self._settings, self._table)
+            self._layers = layers.Layers(self._settings, self._table, self._is_recorded)
             peering.PeerSocket(self._settings.state_dir, self._layers.peer_block)
         except errors.ImagefsError as exc:
             self._load_error = exc
@@ -283,6 +283,10 @@ class Server:
         if self._load_error is not None:
             log(str(self._load_error))
         self._loaded.set()
+
+    def _is_recorded(self, owner: str) -> bool:
+        assert self._table is not None
+        return self._recordings.cover(row.node for row in self._table.records() if owner in row.owners)
 
     def _ready_layers(self) -> Layers:
         self._loaded.wait()
@@ -444,6 +448,11 @@ class Server:
                 self._tell_workers(wire.Drop(node))
             self._recordings.forget(control.string(request, "owner"))
             return None
+        if operation == "started":
+            owner, names = control.string(request, "owner"), request.get("backing_devices")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise errors.InvalidInputError("control: started without backing devices")
+            return layers.started(owner, names)
         if operation == "start_recording":
             owner = control.string(request, "owner")
             return self._recordings.start(owner, layers.nodes(owner))

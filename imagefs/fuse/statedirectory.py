@@ -13,6 +13,8 @@ import struct
 import sys
 from pathlib import Path
 
+from imagefs import unixsocket
+
 _LOG_BYTES = 4 << 20
 
 
@@ -45,7 +47,7 @@ def listen(path: Path, kind: socket.SocketKind) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, kind)
     before = os.umask(0o177)
     try:
-        listener.bind(os.fspath(path))
+        unixsocket.bind(listener, path)
     finally:
         os.umask(before)
     listener.listen(64)

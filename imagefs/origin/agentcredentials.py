@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Set
 from pathlib import Path
 
-from imagefs import artifact, errors
+from imagefs import artifact, errors, unixsocket
 from imagefs.origin import credentials
 
 PATH = "/api/v1/credentials"
@@ -116,7 +116,7 @@ class _UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        unixsocket.connect(self.sock, self._path)
 
 
 def _decode(data: bytes, where: str) -> tuple[credentials.Credential | None, str]:
