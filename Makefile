@@ -40,7 +40,8 @@ demo: setup ## Start PyTorch from a registry at 1 Gbit/s twice: pulled, and lazi
 test: setup ## Run all tests but the soak ones, and report coverage
 	@deploy/setup-debian tests
 	$(PYTHON) -m coverage erase
-	$(PYTHON) -m coverage run -m pytest -m "not soak" $(TEST_ARGS)
+	@# A file's tests stay in one process, in order: what they share is built once.
+	$(PYTHON) -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not soak" $(TEST_ARGS)
 	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage report --skip-empty
 
