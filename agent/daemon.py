@@ -122,6 +122,7 @@ class Agent:
         self._sampler = sampling.Sampler(
             settings.traces,
             MapFiles(settings.root / "maps"),
+            self._mounts,
             self._devices,
             self._observer,
             sampling.publisher(origins),

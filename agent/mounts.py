@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from imagefs import errors, holders, mount, syscalls
+from imagefs import errors, holders, kernelreadahead, mount, syscalls
 from imagefs.fuse import statedirectory
 from imagefs.fuse.devices import write_atomically
 from imagefs.mount import Mode
@@ -81,7 +81,7 @@ class LayerMounts:
         return self.path(number) if self._has(number, device_name) else None
 
     def ensure(
-        self, number: int, name: str, device: Path, read_ahead_kib: int = mount.READ_AHEAD_KIB
+        self, number: int, name: str, device: Path, read_ahead_kib: int = kernelreadahead.READ_AHEAD_KIB
     ) -> Path:
         """Mount a layer (`name` for messages) unless it is mounted. Raises what imagefs.mount raises."""
         target = self.path(number)
@@ -98,6 +98,23 @@ class LayerMounts:
             with self._lock:
                 self._mounted[number] = device.name
         return target
+
+    def backing_device(self, number: int) -> str | None:
+        """What backs the mount (kernelreadahead.py); None where nothing is mounted."""
+        if number not in self.mounted():
+            return None
+        try:
+            return kernelreadahead.backing_device(self.path(number))
+        except OSError:
+            return None
+
+    def read_ahead_kib(self, number: int) -> int | None:
+        """How much the kernel reads ahead in the mount now, by its own account."""
+        name = self.backing_device(number)
+        try:
+            return None if name is None else kernelreadahead.get(name)
+        except OSError:
+            return None
 
     def unmount(self, number: int, device_name: str | None = None) -> None:
         """Take a mount point away, if that layer (or any, without a name) is mounted there."""

@@ -7,8 +7,8 @@ data, no file names, no command.
 Only a start that finds nothing of its image mounted is sampled, because the page cache hides the rest; only
 of an image without a boot pack, each image once in an agent's life, one at a time. A layer that other images
 have, too, may bring reads of theirs: `glowplug pack` merges several traces. The layers of a sampled start
-are mounted with the read-ahead of a start that has a boot pack, and stay so; the metadata, which was read
-before, is added.
+are mounted with the read-ahead of a trace; what they have in the end is what the trace says. The metadata,
+which was read before, is added.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Protocol
 
 from agent import config
 from agent.mapfiles import MapFiles
+from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.store import ImageRow
 from imagefs import blockmap, errors, reference, trace, tracestore
@@ -56,6 +57,7 @@ class Sampler:
         self,
         settings: config.Traces,
         maps: MapFiles,
+        mounts: LayerMounts,
         devices: Devices,
         observer: Observer,
         publish: Publish,
@@ -64,6 +66,7 @@ class Sampler:
     ) -> None:
         self._settings = settings
         self._maps = maps
+        self._mounts = mounts
         self._devices = devices
         self._observer = observer
         self._publish = publish
@@ -101,14 +104,22 @@ class Sampler:
             if self._running is None or self._clock() - self._running[1] < self._settings.seconds:
                 return
             (row, _), self._running = self._running, None
+        read_ahead = (self._mounts.read_ahead_kib(layer.mount_number) for layer in row.layers)
+        found_kib = {kib for kib in read_ahead if kib is not None}
         try:
             recorded = self._devices.stop_recording(_OWNER + row.block_digest)
         except errors.NotFoundError:
             return  # the image is gone already, or the device server was started again
-        found = self._trace(row, recorded)
+        if len(found_kib) != 1:
+            text = (
+                f"{row.reference}: no trace of its start: its layers read ahead {found_kib or 'nothing'} KiB"
+            )
+            self._observer.event("trace_not_published", text, level="warning", image=row.reference)
+            return
+        found = self._trace(row, recorded, found_kib.pop())
         threading.Thread(target=self._send, args=(row, found), name="trace", daemon=True).start()
 
-    def _trace(self, row: ImageRow, recorded: Recorded) -> trace.Trace:
+    def _trace(self, row: ImageRow, recorded: Recorded, read_ahead_kib: int) -> trace.Trace:
         digests = tuple(layer.map_digest for layer in row.layers)
         reads, sizes = [], {}
         for number, digest in enumerate(digests):
@@ -123,7 +134,7 @@ class Sampler:
             length = min(length, sizes.get(digest, 0) - offset)
             if length > 0:
                 reads.append(trace.Read(digests.index(digest), offset, length, microseconds))
-        return trace.Trace(row.source_digest, row.block_digest, digests, (), tuple(reads))
+        return trace.Trace(row.source_digest, row.block_digest, digests, (), tuple(reads), read_ahead_kib)
 
     def _send(self, row: ImageRow, found: trace.Trace) -> None:
         try:

@@ -56,11 +56,13 @@ done, from any thread."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parameters:
-    """`jobs`: blocks fetched, and frames compressed, at once."""
+    """`jobs`: blocks fetched, and frames compressed, at once. `read_ahead_kib`: of the traces given, only
+    those count that were made with it; None: all, and they must agree."""
 
     frame_bytes: int
     compression_level: int
     jobs: int
+    read_ahead_kib: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Packed:
     page_bytes: int
     records: int
     frames: int
+    read_ahead_kib: int
     blocks_read: int
     generation: int
     changed: bool
@@ -102,15 +105,28 @@ def pack(image: LazyImage, traces: Sequence[Trace], parameters: Parameters, stag
     """Make the pack of these traces and publish it. InvalidInputError for traces of anything but this block
     image's layers, and for traces that read nothing that would be fetched."""
     started = time.monotonic()
+    traces = _chosen(traces, parameters.read_ahead_kib)
     records = wanted(image, traces)
     with tempfile.TemporaryDirectory(prefix="glowplug-pack-", ignore_cleanup_errors=True) as work:
         try:
-            made = _Making(image, records, parameters, Path(work), stage).run()
+            read_ahead_kib = trace.read_ahead(traces)
+            made = _Making(image, records, read_ahead_kib, parameters, Path(work), stage).run()
         except OSError as exc:
             raise errors.ConfigurationError(
                 f"work directory {work}: {exc.strerror or exc}; free some space or choose another (TMPDIR)"
             ) from exc
         return _publish(image, made, started)
+
+
+def _chosen(traces: Sequence[Trace], read_ahead_kib: int | None) -> Sequence[Trace]:
+    if read_ahead_kib is None:
+        return traces
+    chosen = [each for each in traces if each.read_ahead_kib == read_ahead_kib]
+    if not chosen:
+        raise errors.InvalidInputError(
+            f"none of the {len(traces)} traces was made with a read-ahead of {read_ahead_kib} KiB"
+        )
+    return chosen
 
 
 def wanted(image: LazyImage, traces: Sequence[Trace]) -> tuple[Record, ...]:
@@ -167,11 +183,13 @@ class _Making:
         self,
         image: LazyImage,
         records: tuple[Record, ...],
+        read_ahead_kib: int,
         parameters: Parameters,
         work: Path,
         stage: Stage,
     ) -> None:
         self._records = records
+        self._read_ahead_kib = read_ahead_kib
         self._parameters = parameters
         self._stage = stage
         self._pages_path = work / "pages"
@@ -225,6 +243,7 @@ class _Making:
             data_digest=f"sha256:{hasher.hexdigest()}",
             data_bytes=offset,
             pages=sum(lengths) // PAGE_BYTES,
+            read_ahead_kib=self._read_ahead_kib,
         )
 
     @contextlib.contextmanager
@@ -340,6 +359,7 @@ def _publish(image: LazyImage, made: _Made, started: float) -> Packed:
         page_bytes=made.table.pages * PAGE_BYTES,
         records=len(made.table.records),
         frames=len(made.table.frames),
+        read_ahead_kib=made.table.read_ahead_kib,
         blocks_read=made.blocks_read,
         generation=generation,
         changed=changed,

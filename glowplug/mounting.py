@@ -202,12 +202,17 @@ def _assemble(
     record: Record,
     client: control.DeviceClient,
 ) -> Choice | None:
-    """As assembly.assemble; a read that failed comes with the device server's own account of it."""
+    """As assembly.assemble; a read that failed comes with the device server's own account of it. The server
+    is told of the mounts, which read ahead more once the start is over."""
     try:
-        return assembly.assemble(image, devices, folder, directory, options)
+        assembled = assembly.assemble(image, devices, folder, directory, options)
     except errors.UnavailableError as exc:
         why = _last_error(client, record.id)
         raise errors.UnavailableError(f"{exc}: {why}" if why else str(exc)) from exc
+    if assembled is None:
+        return None
+    client.started(record.id, assembled.backing_devices)
+    return assembled.choice
 
 
 def _last_error(client: control.DeviceClient, owner: str) -> str | None:

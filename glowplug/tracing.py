@@ -2,8 +2,8 @@
 
 Called by the verbs `trace` and `convert --trace-run`, on their main thread. What is recorded must be what the
 command touches, so each trace has a device server of its own below STATE/traces/<pid>-<start>/: nothing else
-is served by it, no page is cached in its mounts yet, and they read ahead as little as those of a start with
-a boot pack will (mount.START_READ_AHEAD_KIB). The block cache is the usual one. What a trace that was killed
+is served by it, no page is cached in its mounts yet, and they read ahead what those of a start with the boot
+pack will: the trace says how much. The block cache is the usual one. What a trace that was killed
 left there, the next one takes away.
 
     this process       attaches, records, watches, ends the command
@@ -56,7 +56,7 @@ def record(
     image: LazyImage,
     spec: Process,
     until: readiness.Until,
-    options: assembly.Options,
+    read_ahead_kib: int,
     storage: settings.Storage,
     origins: Options,
 ) -> Result:
@@ -66,7 +66,7 @@ def record(
         raise errors.BusyError(f"{until.address} answers already, without {spec.argv[0]}: end what does")
     if not image.layers:
         raise errors.InvalidInputError(f"{ref} has no layers: its start reads nothing")
-    options = dataclasses.replace(options, traced=True)
+    options = assembly.Options(writable=True, traced_read_ahead_kib=read_ahead_kib)
     with _own_server(storage, origins) as (own, client):
         # The same devices as the run: with its boot pack.
         client.attach(_OWNER, assembly.layer_specs(image), origins, assembly.pack_spec(image))
@@ -84,7 +84,7 @@ def record(
             else:
                 child.raise_failure()
                 failure = _failure(spec, until, child.exit_code)
-    return Result(_trace(image, spec, recorded), recorded.left_out, failure)
+    return Result(_trace(image, spec, read_ahead_kib, recorded), recorded.left_out, failure)
 
 
 def _failure(spec: Process, until: readiness.Until, exit_code: int | None) -> str:
@@ -92,7 +92,7 @@ def _failure(spec: Process, until: readiness.Until, exit_code: int | None) -> st
     return f"{spec.argv[0]} ended with code {exit_code} before {until}" if waits or exit_code else ""
 
 
-def _trace(image: LazyImage, spec: Process, recorded: control.Recorded) -> trace.Trace:
+def _trace(image: LazyImage, spec: Process, read_ahead_kib: int, recorded: control.Recorded) -> trace.Trace:
     digests = tuple(layer.map_digest for layer in image.layers)
     sizes = {layer.map_digest: layer.block_map.image_bytes for layer in image.layers}
     reads = []
@@ -101,7 +101,9 @@ def _trace(image: LazyImage, spec: Process, recorded: control.Recorded) -> trace
         length = min(length, sizes[digest] - offset)
         if length > 0:
             reads.append(trace.Read(digests.index(digest), offset, length, microseconds))
-    return trace.Trace(image.source_digest, image.manifest.digest, digests, spec.argv, tuple(reads))
+    return trace.Trace(
+        image.source_digest, image.manifest.digest, digests, spec.argv, tuple(reads), read_ahead_kib
+    )
 
 
 @contextlib.contextmanager

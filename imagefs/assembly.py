@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagefs import bootpack, erofs, errors, mount, syscalls
+from imagefs import bootpack, erofs, errors, kernelreadahead, mount, syscalls
 from imagefs.erofs import ondisk
 from imagefs.fuse.devices import LayerSpec, PackSpec
 from imagefs.image import LazyImage
@@ -31,18 +31,26 @@ _PARALLEL_READS = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for. `mode` None chooses. `traced`: the layers are mounted as for a start with a
-    boot pack, which is to be made."""
+    """What the user asked for. `mode` None chooses. `traced_read_ahead_kib`: the start is traced, and the
+    kernel reads ahead so much, or nothing is mounted; None: what suits the image's start."""
 
     mode: Mode | None = None
     writable: bool = False
     suid: bool = False
     dev: bool = False
-    traced: bool = False
+    traced_read_ahead_kib: int | None = None
 
     def mount_flags(self) -> int:
         """Flags of the assembled mount."""
         return (0 if self.suid else syscalls.MS_NOSUID) | (0 if self.dev else syscalls.MS_NODEV)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Assembled:
+    """A mounted image: how, and the names of its layers' backing devices (kernelreadahead.py)."""
+
+    choice: Choice
+    backing_devices: tuple[str, ...]
 
 
 def check_directory(directory: Path) -> Path:
@@ -125,7 +133,7 @@ def pack_spec(image: LazyImage) -> PackSpec | None:
 
 def assemble(
     image: LazyImage, devices: Sequence[Path], folder: Path, directory: Path, options: Options
-) -> Choice | None:
+) -> Assembled | None:
     """Mount the image at `directory`, with `folder` for what lies behind it (`directory` is not inside).
     None when the kernel cannot mount EROFS here and the mode was left to us: nothing is mounted then, and a
     file-level mount may do."""
@@ -143,11 +151,11 @@ def assemble(
             f"--mode {options.mode} needs the right to mount: {exc.strerror}"
         ) from exc
     try:
-        packed = options.traced or image.boot_pack is not None
-        read_ahead_kib = mount.START_READ_AHEAD_KIB if packed else mount.READ_AHEAD_KIB
+        read_ahead_kib = options.traced_read_ahead_kib or _start_read_ahead_kib(image.boot_pack)
         choice, mounted = mount.mount_layers(options.mode, names, folder, read_ahead_kib)
         if choice is None:
             return None
+        backing = _backing_devices(mounted, options.traced_read_ahead_kib)
         if options.writable and root is None:
             root = root_attributes(devices[-1])
         mount.mount_overlay(
@@ -160,7 +168,25 @@ def assemble(
         )
     finally:
         mount.unmount_all([folder])
-    return choice
+    return Assembled(choice, backing)
+
+
+def _start_read_ahead_kib(boot_pack: bootpack.Table | None) -> int:
+    """What the kernel reads ahead, in KiB, until the start of an image with this boot pack is over."""
+    return kernelreadahead.START_READ_AHEAD_KIB if boot_pack is None else boot_pack.read_ahead_kib
+
+
+def _backing_devices(mounted: Sequence[Path], traced_kib: int | None) -> tuple[str, ...]:
+    """Of layer mounts. ConfigurationError when they read ahead something else than a trace will say."""
+    names = tuple(kernelreadahead.backing_device(target) for target in mounted)
+    if traced_kib is not None:
+        found = {kernelreadahead.get(name) for name in names} - {traced_kib}
+        if found:
+            raise errors.ConfigurationError(
+                f"this kernel reads ahead {max(found)} KiB in mounts of layers, whatever is asked of it: is "
+                f"/sys read-only? A trace with a read-ahead of {traced_kib} KiB cannot be made here"
+            )
+    return names
 
 
 def root_attributes(device: Path) -> RootAttributes:

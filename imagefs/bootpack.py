@@ -11,6 +11,9 @@ Invariants of a decoded table: all frames but the last have content of one size,
 page occurs twice; no record, frame or layer image is empty or named twice; records, frames and `pages` count
 the same pages; the frames' compressed bytes add up to `data_bytes`, and none claims more than zstd can make
 of its content. What only the block maps know, `check_layers` checks.
+
+A pack is good for mounts that read ahead as much as those that were traced: more would ask for pages that are
+not in it. So the table says how much; one of version 1 is for 128 KiB, and what is for 128 KiB is version 1.
 """
 
 from __future__ import annotations
@@ -23,7 +26,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from imagefs import blockmap, errors, zstdframe
 
 MAGIC = b"GLOWPACK"
-VERSION = 1
+VERSION = 2
+_FIRST_VERSION = 1
+FIRST_READ_AHEAD_KIB = 128
+"""Of the traces and packs of version 1, which do not say it."""
+MIN_READ_AHEAD_KIB = 4
+MAX_READ_AHEAD_KIB = 32 * 1024
 PAGE_BYTES = 4096
 DEFAULT_FRAME_BYTES = 1024 * 1024
 MIN_FRAME_BYTES = 64 * 1024
@@ -64,7 +72,8 @@ class Frame:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Table:
     """A decoded table. `map_digests` are the layer images of the block image, bottom first, each once;
-    `data_digest` and `data_bytes` are those of the data blob; `pages` is the length of the page sequence."""
+    `data_digest` and `data_bytes` are those of the data blob; `pages` is the length of the page sequence;
+    `read_ahead_kib` is the kernel's read-ahead that the pack is for."""
 
     map_digests: tuple[str, ...]
     records: tuple[Record, ...]
@@ -72,6 +81,7 @@ class Table:
     data_digest: str
     data_bytes: int
     pages: int
+    read_ahead_kib: int
 
     def pieces(self) -> Iterator[tuple[Record, ...]]:
         """For each frame, the pages that it holds: its content cut along them gives each its bytes."""
@@ -90,6 +100,11 @@ def check_frame_bytes(frame_bytes: int) -> None:
             f"frame size {frame_bytes} is not a multiple of {PAGE_BYTES} "
             f"from {MIN_FRAME_BYTES} to {MAX_FRAME_BYTES}"
         )
+
+
+def is_read_ahead(kib: int) -> bool:
+    """Whether traces and packs can be of this read-ahead: whole pages, from 4 KiB to 32 MiB."""
+    return not kib % (PAGE_BYTES // 1024) and MIN_READ_AHEAD_KIB <= kib <= MAX_READ_AHEAD_KIB
 
 
 def plan_frames(records: Sequence[Record], frame_bytes: int) -> list[tuple[Record, ...]]:
@@ -161,13 +176,14 @@ def _check_record(record: Record, block_map: blockmap.BlockMap) -> None:
 
 def encode(table: Table) -> bytes:
     """The byte form of a table (docs/format.md)."""
+    first = table.read_ahead_kib == FIRST_READ_AHEAD_KIB
     out = bytearray(
         _HEADER.pack(
             MAGIC,
-            VERSION,
+            _FIRST_VERSION if first else VERSION,
             0,
             len(table.map_digests),
-            0,
+            0 if first else table.read_ahead_kib,
             len(table.records),
             len(table.frames),
             table.pages,
@@ -191,17 +207,13 @@ def decode(data: bytes) -> Table:
         raise errors.InvalidInputError(
             f"boot pack table: {len(data)} bytes, not {_HEADER.size} to {MAX_TABLE_BYTES}"
         )
-    magic, version, flags, layers, reserved, records, frames, pages, data_bytes, data_digest = (
+    magic, version, flags, layers, read_ahead_kib, records, frames, pages, data_bytes, data_digest = (
         _HEADER.unpack_from(data)
     )
     if magic != MAGIC:
         raise errors.InvalidInputError("boot pack table: wrong magic, this is not a boot pack table")
-    if version != VERSION:
-        raise errors.InvalidInputError(
-            f"boot pack table: version {version}, this build reads version {VERSION}"
-        )
-    if flags or reserved:
-        raise errors.InvalidInputError(f"boot pack table: unknown flags {flags:#x}, reserved {reserved:#x}")
+    if flags:
+        raise errors.InvalidInputError(f"boot pack table: unknown flags {flags:#x}")
     if not 0 < layers <= MAX_LAYERS:
         raise errors.InvalidInputError(f"boot pack table: {layers} layers, expected 1 to {MAX_LAYERS}")
     if not 0 < pages <= MAX_PAGES:
@@ -224,7 +236,32 @@ def decode(data: bytes) -> Table:
         data_digest="sha256:" + data_digest.hex(),
         data_bytes=data_bytes,
         pages=pages,
+        read_ahead_kib=_decode_read_ahead(version, read_ahead_kib),
     )
+
+
+def decode_read_ahead(data: bytes) -> int:
+    """What an encoded table says of its read-ahead, in KiB; the rest of it is not looked at. Raises
+    InvalidInputError."""
+    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+        raise errors.InvalidInputError("boot pack table: wrong magic, this is not a boot pack table")
+    _, version, _, _, read_ahead_kib, *_ = _HEADER.unpack_from(data)
+    return _decode_read_ahead(version, read_ahead_kib)
+
+
+def _decode_read_ahead(version: int, field: int) -> int:
+    """One form for each value, so that a table's bytes follow from what it says."""
+    if version == _FIRST_VERSION:
+        if field:
+            raise errors.InvalidInputError(f"boot pack table: version 1 with a read-ahead of {field} KiB")
+        return FIRST_READ_AHEAD_KIB
+    if version != VERSION:
+        raise errors.InvalidInputError(
+            f"boot pack table: version {version}, this build reads versions {_FIRST_VERSION} and {VERSION}"
+        )
+    if not is_read_ahead(field) or field == FIRST_READ_AHEAD_KIB:
+        raise errors.InvalidInputError(f"boot pack table: version {VERSION} with a read-ahead of {field} KiB")
+    return field
 
 
 def _decode_records(view: memoryview, layers: int, pages: int) -> tuple[Record, ...]:

@@ -25,26 +25,17 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from imagefs import errors, loop, syscalls
+from imagefs import errors, kernelreadahead, loop, syscalls
+from imagefs.kernelreadahead import READ_AHEAD_KIB
 
 MAX_LAYERS = 498
 """overlayfs takes 500 lower directories; one is the empty one, one may carry the root's attributes."""
 
 _NO_FEATURES = "redirect_dir=nofollow,index=off,metacopy=off,xino=on"
 """Nothing in a layer may redirect to elsewhere; inode numbers are stable and unique across layers."""
-
-
-_BACKING_DEVICES = Path("/sys/class/bdi")
-READ_AHEAD_KIB = 2048
-START_READ_AHEAD_KIB = 128
-"""Where a boot pack is used, and where one is traced: what the kernel reads ahead must be the same in both.
-Traced with 4 KiB, a start of PyTorch on mounts of 2048 KiB had 64 demand misses; with the same in both,
-whichever, 4 at most. The pack is the smaller the less is read ahead: 21 MB at 4 KiB, 37 at 128, 65 at 2048.
-Warm starts take the same time from 32 to 2048 KiB, at 4 a third more. A file that is read from end to end
-takes twice as long at 128 as at 2048, so that other mounts have that."""
 
 
 class Mode(enum.StrEnum):
@@ -82,14 +73,12 @@ def mount_layer(
 ) -> Choice:
     """Mount one layer image (name for messages) where it stays, at `target`. `wanted` is the mode of an
     earlier choice. ConfigurationError when this machine can mount no EROFS at all."""
-    with _read_ahead(read_ahead_kib):
-        choice = _mount_or_fall_back(
-            wanted, Choice(wanted, "as before") if wanted else _DEFAULT_CHOICE, name, device, target
-        )
+    choice = _mount_or_fall_back(
+        wanted, Choice(wanted, "as before") if wanted else _DEFAULT_CHOICE, name, device, target
+    )
     if choice.mode is Mode.FUSE:
         raise errors.ConfigurationError(f"{name}: {choice.why}; layers cannot be mounted on this machine")
-    if choice.mode is Mode.LOOP and read_ahead_kib != READ_AHEAD_KIB:
-        _set_loop_read_ahead(target, read_ahead_kib)
+    _set_read_ahead(target, read_ahead_kib)
     return choice
 
 
@@ -104,21 +93,19 @@ def mount_layers(
     mounted for lack of it. On an error nothing stays mounted."""
     done: list[Path] = []
     choice = Choice(wanted, "asked for") if wanted in (Mode.LOOP, Mode.EROFS) else _DEFAULT_CHOICE
-    with _read_ahead(read_ahead_kib):
-        try:
-            for number, (name, device) in enumerate(devices):
-                target = folder / str(number)
-                target.mkdir(exist_ok=True)
-                fixed = choice.mode if number or wanted else None
-                choice = _mount_or_fall_back(fixed, choice, name, device, target)
-                if choice.mode is Mode.LOOP and read_ahead_kib != READ_AHEAD_KIB:
-                    _set_loop_read_ahead(target, read_ahead_kib)
-                if choice.mode is Mode.FUSE:
-                    return None, []
-                done.append(target)
-        except BaseException:
-            unmount_all(done)
-            raise
+    try:
+        for number, (name, device) in enumerate(devices):
+            target = folder / str(number)
+            target.mkdir(exist_ok=True)
+            fixed = choice.mode if number or wanted else None
+            choice = _mount_or_fall_back(fixed, choice, name, device, target)
+            if choice.mode is Mode.FUSE:
+                return None, []
+            done.append(target)
+            _set_read_ahead(target, read_ahead_kib)
+    except BaseException:
+        unmount_all(done)
+        raise
     return choice, done
 
 
@@ -227,33 +214,9 @@ def _mount_layer(mode: Mode, device: Path, target: Path) -> None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def _read_ahead(kib: int) -> Iterator[None]:
-    """Give the file-backed mounts that are made meanwhile this read-ahead, as a rule that of the device
-    file."""
-    before = _erofs_backing_devices()
-    yield
-    for name in _erofs_backing_devices() - before:
-        _set_read_ahead(name, kib)
-
-
-def _set_read_ahead(backing_device: str, kib: int) -> None:
-    """Set the read-ahead of what backs a mount: "major:minor", or erofs's own names."""
+def _set_read_ahead(target: Path, kib: int) -> None:
     with contextlib.suppress(OSError):  # slower is not wrong: /sys may be read-only
-        (_BACKING_DEVICES / backing_device / "read_ahead_kb").write_text(str(kib))
-
-
-def _set_loop_read_ahead(target: Path, kib: int) -> None:
-    device = os.stat(target).st_dev
-    _set_read_ahead(f"{os.major(device)}:{os.minor(device)}", kib)
-
-
-def _erofs_backing_devices() -> set[str]:
-    """The kernel's names for what backs file-backed EROFS mounts, everybody's: it does not say whose is
-    whose, so that a mount made by another process meanwhile may get our read-ahead, and ours theirs."""
-    with contextlib.suppress(OSError):
-        return {name for name in os.listdir(_BACKING_DEVICES) if name.startswith("erofs-")}
-    return set()
+        kernelreadahead.set_kib(kernelreadahead.backing_device(target), kib)
 
 
 def _fallback(error: OSError) -> Choice | None:

@@ -13,6 +13,7 @@ together.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import json
@@ -22,7 +23,8 @@ from typing import Any
 from imagefs import artifact, blockmap, bootpack, errors, reference
 from imagefs.bootpack import PAGE_BYTES, Record
 
-VERSION = 1
+VERSION = 2
+_FIRST_VERSION = 1
 MAX_TRACE_BYTES = 64 * 1024 * 1024
 MAX_READS = 1 << 20
 _PLACE_UNITS = 1 << 32
@@ -49,6 +51,7 @@ class Trace:
     map_digests: tuple[str, ...]
     command: tuple[str, ...]
     reads: tuple[Read, ...]
+    read_ahead_kib: int
 
 
 def encode(trace: Trace) -> bytes:
@@ -59,6 +62,7 @@ def encode(trace: Trace) -> bytes:
         "block_image": trace.block_image_digest,
         "layers": list(trace.map_digests),
         "command": list(trace.command),
+        "read_ahead_kib": trace.read_ahead_kib,
     }
     lines = [artifact.canonical_json(header)]
     lines += (f"[{r.layer},{r.offset},{r.length},{r.microseconds}]".encode() for r in trace.reads)
@@ -73,10 +77,7 @@ def decode(data: bytes) -> Trace:
     if lines[-1]:
         raise errors.InvalidInputError(f"trace: its end is cut off, or it has more than {MAX_READS} reads")
     header = artifact.parse_json_object(lines[0], "trace: line 1")
-    if header.get("version") != VERSION:
-        raise errors.InvalidInputError(
-            f"trace: version {header.get('version')!r}, this build reads version {VERSION}"
-        )
+    read_ahead_kib = _read_ahead(header)
     map_digests = tuple(_digest(each, "layers") for each in _list(header, "layers"))
     if not 0 < len(map_digests) <= artifact.MAX_LAYERS:
         raise errors.InvalidInputError(
@@ -93,7 +94,22 @@ def decode(data: bytes) -> Trace:
         reads=tuple(
             _read(line, number, len(map_digests)) for number, line in enumerate(lines[1:-1], start=2)
         ),
+        read_ahead_kib=read_ahead_kib,
     )
+
+
+def _read_ahead(header: dict[str, Any]) -> int:
+    version = header.get("version")
+    if version == _FIRST_VERSION:
+        return bootpack.FIRST_READ_AHEAD_KIB
+    if version != VERSION:
+        raise errors.InvalidInputError(
+            f"trace: version {version!r}, this build reads versions {_FIRST_VERSION} and {VERSION}"
+        )
+    value = header.get("read_ahead_kib")
+    if type(value) is not int or not bootpack.is_read_ahead(value):
+        raise errors.InvalidInputError(f"trace: read_ahead_kib: {value!r} is no read-ahead")
+    return value
 
 
 def _list(header: dict[str, Any], name: str) -> list[Any]:
@@ -126,17 +142,31 @@ def _read(line: bytes, number: int, layers: int) -> Read:
     return Read(layer, offset, length, microseconds)
 
 
+def read_ahead(traces: Sequence[Trace]) -> int:
+    """The read-ahead, in KiB, that all of these traces were made with: what a pack of them is for. Raises
+    InvalidInputError where they differ: pages that the kernel read ahead in one start would be missed, or
+    carried for nothing, in the next."""
+    counts = collections.Counter(trace.read_ahead_kib for trace in traces)
+    if len(counts) != 1:
+        found = ", ".join(f"{count} with {kib} KiB" for kib, count in sorted(counts.items()))
+        raise errors.InvalidInputError(
+            f"traces made with different read-ahead do not merge ({found}): pack those of one (--read-ahead)"
+        )
+    return next(iter(counts))
+
+
 def merge(traces: Sequence[Trace]) -> list[Record]:
     """What a pack of these traces holds: their pages, each once, in the order that the module states.
 
     A record's `layer` counts in `bootpack.distinct(map_digests)`. Raises InvalidInputError for traces of
-    different layers, for no reads at all, and for more pages than a pack may have.
+    different layers or read-ahead, for no reads at all, and for more pages than a pack may have.
     """
     layers = {bootpack.distinct(trace.map_digests) for trace in traces}
     if len(layers) != 1:
         raise errors.InvalidInputError(
             f"{len(traces)} traces of {len(layers)} different images: only traces of the same layers merge"
         )
+    read_ahead(traces)
     starts = [_first_reads(trace) for trace in traces]
     if not any(starts):
         raise errors.InvalidInputError("the traces hold no reads: there is nothing to pack")

@@ -196,12 +196,13 @@ def _trace_and_pack(
 ) -> Packed:
     from converter import pack
     from glowplug import process, progress, tracing
-    from imagefs import assembly, bootpack
+    from imagefs import bootpack, kernelreadahead
 
     ref = destination or _of_this_machine(result).ref
     image = opening.open_image(ref, platform=None, block_repository=None, origins=origins)
     spec = process.from_config(image.config_document(), words)
-    traced = tracing.record(ref, image, spec, until, assembly.Options(writable=True), storage, origins)
+    read_ahead_kib = kernelreadahead.TRACE_READ_AHEAD_KIB
+    traced = tracing.record(ref, image, spec, until, read_ahead_kib, storage, origins)
     if traced.failure:
         click.echo(f"glowplug: {traced.failure}: {image.manifest.digest} gets no boot pack", err=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glowplug import opening, settings
+from glowplug.verbs.trace import read_ahead_kib
 from imagefs import bootpack, errors
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
     default=bootpack.DEFAULT_FRAME_BYTES,
     help="Unit that arrives and is verified (default 1MiB).",
 )
+@click.option(
+    "--read-ahead",
+    type=settings.SIZE,
+    help="Use only the traces that were made with this read-ahead (default: all, which must agree).",
+)
 @click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 9).")
 @click.option("--jobs", type=click.IntRange(1), help="Threads (default: one per processor, up to 8).")
 @settings.origin_options
@@ -50,6 +56,7 @@ def command(
     traces: tuple[Path, ...],
     published: bool,
     frame_size: int,
+    read_ahead: int | None,
     level: int | None,
     jobs: int | None,
     origins: Options,
@@ -72,6 +79,7 @@ def command(
         frame_bytes=frame_size,
         compression_level=level or pack.DEFAULT_LEVEL,
         jobs=jobs or min(os.cpu_count() or 1, 8),
+        read_ahead_kib=None if read_ahead is None else read_ahead_kib(read_ahead),
     )
     recorded = [pack.read_trace(path) for path in traces]
     image = open_image(ref)
@@ -95,7 +103,7 @@ def _summary(ref: str, packed: Packed) -> str:
         f"  {packed.page_bytes / 1e6:.1f} MB of pages in {packed.records} records, "
         f"from {packed.blocks_read} blocks",
         f"  {packed.data_bytes / 1e6:.1f} MB packed ({ratio:.3f}) in {packed.frames} frames, "
-        f"{packed.seconds:.1f} s",
+        f"{packed.seconds:.1f} s, for a read-ahead of {packed.read_ahead_kib} KiB",
         f"  block image {packed.block_image_digest}",
     ]
     if not packed.changed:

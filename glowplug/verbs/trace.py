@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glowplug import opening, settings
-from imagefs import errors
+from imagefs import bootpack, errors, kernelreadahead
 
 if TYPE_CHECKING:
     from glowplug.readiness import Until
@@ -63,6 +63,35 @@ def until_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def read_ahead_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How much the kernel reads ahead while a start is traced, as keyword `read_ahead_kib`."""
+
+    @click.option(
+        "--read-ahead",
+        type=settings.SIZE,
+        default=kernelreadahead.TRACE_READ_AHEAD_KIB * 1024,
+        help="What the kernel reads ahead, in the trace and in starts with a boot pack made of it "
+        f"(default {kernelreadahead.TRACE_READ_AHEAD_KIB}KiB).",
+    )
+    @functools.wraps(function)
+    def wrapper(*args: Any, read_ahead: int, **kwargs: Any) -> Any:
+        return function(*args, read_ahead_kib=read_ahead_kib(read_ahead), **kwargs)
+
+    return wrapper
+
+
+def read_ahead_kib(size_bytes: int) -> int:
+    """An option's value as KiB. Raises BadParameter for one that no mount can have."""
+    kib, rest = divmod(size_bytes, 1024)
+    if rest or not bootpack.is_read_ahead(kib):
+        raise click.BadParameter(
+            f"{size_bytes} bytes are not whole pages, from {bootpack.MIN_READ_AHEAD_KIB}KiB to "
+            f"{bootpack.MAX_READ_AHEAD_KIB // 1024}MiB",
+            param_hint="--read-ahead",
+        )
+    return kib
+
+
 @click.command("trace")
 @click.argument("ref")
 @click.argument("cmd", metavar="[-- CMD...]", nargs=-1, type=click.UNPROCESSED)
@@ -75,6 +104,7 @@ def until_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="The trace's file.",
 )
 @until_options
+@read_ahead_option
 @click.option("-e", "--env", "environment", metavar="K=V", multiple=True, help="As in run.")
 @click.option("-w", "--workdir", metavar="DIR", help="As in run.")
 @click.option("-u", "--user", metavar="USER[:GROUP]", help="As in run.")
@@ -87,6 +117,7 @@ def command(
     cmd: tuple[str, ...],
     output: Path,
     until: Until,
+    read_ahead_kib: int,
     environment: tuple[str, ...],
     workdir: str | None,
     user: str | None,
@@ -102,14 +133,13 @@ def command(
     if not output.absolute().parent.is_dir():  # said before the start, not after it
         raise errors.InvalidInputError(f"--output {output}: its folder does not exist")
     from glowplug import process, tracing
-    from imagefs import assembly, trace
+    from imagefs import trace
 
     image = open_image(ref)
     spec = process.from_config(
         image.config_document(), cmd, environment=environment, directory=workdir, user=user
     )
-    options = assembly.Options(writable=True)
-    result = tracing.record(ref, image, spec, until, options, storage, origins)
+    result = tracing.record(ref, image, spec, until, read_ahead_kib, storage, origins)
     if result.failure:
         click.echo(f"glowplug: {result.failure}: no trace is written", err=True)
         sys.exit(1)
@@ -124,6 +154,7 @@ def command(
         "read_bytes": result.read_bytes,
         "layers": len({read.layer for read in result.trace.reads}),
         "left_out": result.left_out,
+        "read_ahead_kib": result.trace.read_ahead_kib,
     }
     if as_json:
         click.echo(json.dumps(summary, indent=2))

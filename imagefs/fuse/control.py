@@ -189,9 +189,7 @@ class DeviceClient:
         """Say that an owner's layers were mounted, on these backing devices (kernelreadahead.py): once the
         start is over they read ahead more. Nothing that is wrong with it is an error: it is for speed."""
         with contextlib.suppress(errors.ImagefsError):
-            self._checked_request(
-                {"op": "started", "owner": owner, "backing_devices": list(backing_devices)}
-            )
+            self._checked_request({"op": "started", "owner": owner, "backing_devices": list(backing_devices)})
 
     def start_recording(self, owner: str) -> None:
         """Have every read that the kernel asks of an owner's layers noted, whoever it is for. Ends with

@@ -158,7 +158,7 @@ class DeviceTable:
 
     def __init__(self, path: Path, token: str) -> None:
         self._path = path
-        self._token = token
+        self.token = token
         self._lock = threading.Lock()
         self._records: dict[str, Record] = {}
         self._nodes: dict[str, int] = {}
@@ -248,7 +248,7 @@ class DeviceTable:
     def _load(self) -> None:
         try:
             document = json.loads(self._path.read_bytes())
-            if document["version"] != _VERSION or document["token"] != self._token:
+            if document["version"] != _VERSION or document["token"] != self.token:
                 return
             # An earlier version wrote map digests here, for what are devices without a pack today.
             self._nodes = {
@@ -283,7 +283,7 @@ class DeviceTable:
     ) -> None:
         document = {
             "version": _VERSION,
-            "token": self._token,
+            "token": self.token,
             "nodes": nodes,
             "devices": [
                 {

@@ -21,7 +21,7 @@ from typing import Any
 from imagefs import blockmap, bootpack, errors, eviction, frames, peers, plan, reference
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
-from imagefs.fuse import control, coverage, peering, wire
+from imagefs.fuse import control, coverage, peering, statedirectory, wire
 from imagefs.fuse.devices import (
     DeviceTable,
     LayerSpec,
@@ -34,6 +34,7 @@ from imagefs.fuse.devices import (
 )
 from imagefs.fuse.fill import Filler
 from imagefs.fuse.packs import Packs
+from imagefs.fuse.startreadahead import StartReadAhead
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 from imagefs.peersettings import PeerSettings
@@ -60,7 +61,10 @@ class _Served:
 class Layers:
     """See the module."""
 
-    def __init__(self, settings: control.ServerSettings, table: DeviceTable) -> None:
+    def __init__(
+        self, settings: control.ServerSettings, table: DeviceTable, is_recorded: Callable[[str], bool]
+    ) -> None:
+        """`is_recorded`: whether reads of an owner's devices are being recorded."""
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="glowplug server: %(message)s")
         self._settings = settings
         self._table = table
@@ -102,6 +106,12 @@ class Layers:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
         for owner, pack in table.packs().items():
             self._start_pack(owner, pack.spec, pack.origins)
+        self._starts = StartReadAhead(
+            settings.state_dir / "starts.json",
+            table.token,
+            statedirectory.device_directory(settings.state_dir),
+            lambda owner: 0.0 if is_recorded(owner) else self._packs.quiet_seconds(owner),
+        )
         self._taken_up.set()
         self._filler = Filler(self._cache, self._fetcher, self._layers_of, settings.state_dir)
 
@@ -231,6 +241,7 @@ class Layers:
             self._close_unused_origins()
             if not self._table.records():
                 self._forget_all()
+        self._starts.forget(owner)
         self._filler.stop(owner)
         return changed, gone + stopped.nodes
 
@@ -262,6 +273,12 @@ class Layers:
         for key in [key for key in list(self._origins) if key not in used]:
             self._origins.pop(key).close()
 
+    def started(self, owner: str, backing_devices: Sequence[str]) -> None:
+        """An owner's layers were mounted: what backs the mounts reads ahead more once its start is over.
+        NotFoundError if it has none attached."""
+        self._required_layers(owner)
+        self._starts.started(owner, backing_devices)
+
     def hold(self, owner: str) -> None:
         """Stay, also without a device, until `owner` is detached."""
         with self._lock:
@@ -279,6 +296,7 @@ class Layers:
         """Stop fetching, and let the cache write what it still holds."""
         self._ended = True  # whoever still waits is answered by our successor, or went before us
         self._filler.close()
+        self._starts.close()
         self._fetcher.close()
         self._cache.close()
 
@@ -307,6 +325,7 @@ class Layers:
             "fetch": dataclasses.asdict(self._fetcher.stats()),
             "peers": self._peers.status(),
             "boot_packs": self._packs.status(),
+            "starting": self._starts.owners(),
             "fill": self._filler.status(),
         }
 

@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,9 @@ class Stopped:
 
 @dataclasses.dataclass(slots=True)
 class _Pack:
-    """One table. `failed` are frames that are not asked for again; `error` is why the whole is given up."""
+    """One table. `failed` are frames that are not asked for again; `error` is why the whole is given up.
+    `asked` are frames that a reader has asked for, the last new one at `used_at` (monotonic seconds);
+    `coming` is how many are being streamed."""
 
     device: wire.Device
     layer: LazyLayer
@@ -58,6 +61,9 @@ class _Pack:
     extents: Mapping[str, list[Extent]]
     owners: set[str]
     failed: set[int]
+    asked: set[int]
+    used_at: float
+    coming: int = 0
     error: str | None = None
 
 
@@ -122,6 +128,14 @@ class Packs:
         packs = list(self._by_digest.values())
         return {block.digest for pack in packs for block in pack.layer.block_map.blocks}
 
+    def quiet_seconds(self, owner: str) -> float:
+        """How long a start has made no use of the owner's pack: since it came, or since a reader asked for a
+        frame that none had asked for before. 0 while it comes; infinite without a pack."""
+        now = time.monotonic()
+        with self._lock:
+            found = [pack for pack in self._by_digest.values() if owner in pack.owners]
+            return min((0.0 if pack.coming else now - pack.used_at for pack in found), default=float("inf"))
+
     def status(self) -> list[dict[str, Any]]:
         """A JSON object for each pack."""
         return [
@@ -153,6 +167,7 @@ class Packs:
         if pack is None or index >= len(pack.layer.block_map.blocks):
             done(errors.NotFoundError(f"no boot pack with node id {node}, or no frame {index} in it"))
             return
+        self._note_use(pack, index)
         digest = pack.layer.block_map.blocks[index].digest
         if not self._cache.present(digest) and (
             index in pack.failed or not pack.worth.fetching(index, self._cache.present)
@@ -195,15 +210,32 @@ class Packs:
             },
             owners=set(),
             failed=set(),
+            asked=set(),
+            used_at=time.monotonic(),
         )
 
     def _stream(self, pack: _Pack) -> None:
-        for index, block in enumerate(pack.layer.block_map.blocks):
-            if not self._cache.present(block.digest) and pack.worth.fetching(index, self._cache.present):
-                self._fetcher.request(pack.layer.map_digest, index, Priority.BOOT, self._arrived(pack, index))
+        wanted = [
+            index
+            for index, block in enumerate(pack.layer.block_map.blocks)
+            if not self._cache.present(block.digest) and pack.worth.fetching(index, self._cache.present)
+        ]
+        with self._lock:
+            pack.coming += len(wanted)
+        for index in wanted:
+            self._fetcher.request(pack.layer.map_digest, index, Priority.BOOT, self._arrived(pack, index))
+
+    def _note_use(self, pack: _Pack, index: int) -> None:
+        if index not in pack.asked:
+            with self._lock:
+                pack.asked.add(index)
+                pack.used_at = time.monotonic()
 
     def _arrived(self, pack: _Pack, index: int) -> Callable[[int | Exception], None]:
         def done(result: int | Exception) -> None:
+            with self._lock:
+                pack.coming -= 1
+                pack.used_at = time.monotonic()
             if isinstance(result, int):
                 os.close(result)
             else:

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from imagefs import errors
@@ -92,6 +92,11 @@ class Recordings:
             if message.tag in self._answers:
                 self._answers[message.tag] -= 1
                 self._changed.notify_all()
+
+    def cover(self, nodes: Iterable[int]) -> bool:
+        """Whether one of these devices is being recorded."""
+        recorded = {node for recording in self._recordings.values() for node in recording.nodes}
+        return not recorded.isdisjoint(nodes)
 
     def current(self) -> wire.Watch | None:
         """What a worker that was just started must be told; None when nothing is recorded."""

@@ -356,7 +356,7 @@ def test_a_boot_pack_comes_at_once_and_is_there_after_a_reboot(node: LazyNode) -
         trace.Read(number, 0, layer.block_map.image_bytes, 1) for number, layer in enumerate(opened.layers)
     ]
     digests = tuple(layer.map_digest for layer in opened.layers)
-    made = trace.Trace(opened.source_digest, opened.manifest.digest, digests, ("true",), tuple(reads))
+    made = trace.Trace(opened.source_digest, opened.manifest.digest, digests, ("true",), tuple(reads), 32)
     pack.pack(opened, [made], pack.Parameters(65536, 1, 2))
 
     found = node.images.find_layer(source.chain_ids[0], source.labels)

@@ -13,7 +13,7 @@ from agent.images import Images
 from agent.mapfiles import MapFiles
 from agent.snapshotter import Found
 from agent.store import BootPackRow
-from imagefs import image, reference, trace, tracestore
+from imagefs import image, kernelreadahead, reference, trace, tracestore
 from imagefs.image import LazyImage
 from tests.agent.lazy_node import BASE, LazyNode, Source
 from tests.agent.lazy_node import node as node
@@ -35,6 +35,7 @@ class Sampled:
         self.sampler = sampling.Sampler(
             config.Traces(share, 60.0),
             MapFiles(node.settings.root / "maps"),
+            node.mounts,
             node.devices,
             node.observer,
             sampling.publisher(node.origins),
@@ -77,6 +78,7 @@ def test_a_start_is_traced_and_published(node: LazyNode) -> None:
     sampled.wait_for("trace_published")
     opened, traces = _published(node, source)
     assert [each.command for each in traces] == [()]
+    assert traces[0].read_ahead_kib == kernelreadahead.TRACE_READ_AHEAD_KIB
     assert traces[0].block_image_digest == found.block_digest == opened.manifest.digest
     records = trace.merge(traces)
     pages = {(r.layer, page) for r in records for page in range(r.first_page, r.first_page + r.pages)}

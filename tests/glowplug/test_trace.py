@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from imagefs import image, reference, trace, tracestore
+from imagefs.fuse import control
 from tests.fixtures import block_images, images
 from tests.fixtures.block_images import Command
 from tests.glowplug.test_run import shell_layer
@@ -214,8 +215,6 @@ def test_interrupted_it_leaves_nothing(glowplug: Command, ref: str, tmp_path: Pa
 
 def test_a_worker_that_dies_does_not_end_the_recording(glowplug: Command, ref: str, tmp_path: Path) -> None:
     """The next one on its clone is told what to note."""
-    from imagefs.fuse import control
-
     path = tmp_path / "out.trace"
     process = glowplug.start(
         "trace", ref, "-o", path, "--", "sh", "-c", "echo up; sleep 1; cat /data/b > /dev/null",
@@ -274,6 +273,32 @@ def test_pack_takes_published_traces(glowplug: Command, tmp_path: Path) -> None:
     # What was traced on the block image without a pack holds for the one with it.
     again = json.loads(glowplug("pack", ref, "--trace-from-registry", "--json").stdout)
     assert not again["changed"]
+
+
+def test_a_start_reads_ahead_what_its_trace_did(glowplug: Command, tmp_path: Path) -> None:
+    files = images.tar_of([("data/a", _A), ("data/b", _B)], root=False)
+    ref = block_images.make(tmp_path / "image", [shell_layer(), files])
+    for name, size in (("small", "32KiB"), ("large", "64KiB")):
+        arguments = ["-o", tmp_path / name, "--read-ahead", size, "--json"]
+        said = glowplug("trace", ref, *arguments, "--", "ls", "/data")
+        assert json.loads(said.stdout)["read_ahead_kib"] == int(size[:2])
+    both = ["--trace", tmp_path / "small", "--trace", tmp_path / "large"]
+    assert "1 with 32 KiB, 1 with 64 KiB" in glowplug("pack", ref, *both, code=3).stderr
+    assert "none of the 2 traces" in glowplug("pack", ref, *both, "--read-ahead", "4KiB", code=3).stderr
+    assert "--read-ahead" in glowplug("pack", ref, *both, "--read-ahead", "5KiB", code=2).stderr
+    packed = json.loads(glowplug("pack", ref, *both, "--read-ahead", "32KiB", "--json").stdout)
+    assert packed["read_ahead_kib"] == 32
+    before = set(Path("/sys/class/bdi").iterdir())
+    where = tmp_path / "mnt"
+    where.mkdir()
+    glowplug("mount", ref, where)
+    client = control.DeviceClient.connect(glowplug.state_dir)
+    assert client is not None
+    assert len(client.status()["starting"]) == 1
+    found = [path / "read_ahead_kb" for path in set(Path("/sys/class/bdi").iterdir()) - before]
+    assert [int(path.read_text()) for path in found].count(32) >= 2
+    glowplug("umount", where)
+    assert _left(glowplug) == []
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def tables(draw: st.DrawFn) -> bootpack.Table:
         data_digest=f"sha256:{draw(digests).hex()}",
         data_bytes=offset,
         pages=first_page,
+        read_ahead_kib=draw(st.integers(1, 8192).map(lambda pages: 4 * pages)),
     )
 
 
@@ -62,6 +63,7 @@ def page_sequence(records: list[Record]) -> list[tuple[int, int]]:
 @hypothesis.given(tables())
 def test_round_trip(table: bootpack.Table) -> None:
     assert bootpack.decode(bootpack.encode(table)) == table
+    assert bootpack.decode_read_ahead(bootpack.encode(table)) == table.read_ahead_kib
 
 
 @hypothesis.given(tables(), st.data())
@@ -92,6 +94,26 @@ def test_another_length(table: bootpack.Table, count: int) -> None:
             bootpack.decode(each)
 
 
+@pytest.mark.parametrize(
+    ("version", "kib"), [(1, 4), (1, 128), (2, 0), (2, 128), (2, 6), (2, 40_000), (3, 32)]
+)
+def test_one_form_for_each_read_ahead(version: int, kib: int) -> None:
+    encoded = bytearray(bootpack.encode(ONE))
+    struct.pack_into("<H", encoded, 8, version)
+    struct.pack_into("<H", encoded, 14, kib)
+    with pytest.raises(errors.InvalidInputError, match="version"):
+        bootpack.decode(bytes(encoded))
+
+
+def test_tables_of_the_first_version_are_for_128_kib() -> None:
+    """And those for 128 KiB are of that version, so that packs made before keep their digests."""
+    encoded = bootpack.encode(ONE)
+    assert struct.unpack_from("<HHHH", encoded, 8) == (1, 0, 2, 0)
+    smaller = bootpack.encode(dataclasses.replace(ONE, read_ahead_kib=32))
+    assert struct.unpack_from("<HHHH", smaller, 8) == (2, 0, 2, 32)
+    assert bootpack.decode(encoded).read_ahead_kib == 128
+
+
 ONE = bootpack.Table(
     map_digests=("sha256:" + "ab" * 32, "sha256:" + "cd" * 32),
     records=(Record(1, 7, 16), Record(0, 0, 4)),
@@ -102,6 +124,7 @@ ONE = bootpack.Table(
     data_digest="sha256:" + "00" * 32,
     data_bytes=150,
     pages=20,
+    read_ahead_kib=128,
 )
 
 
@@ -145,7 +168,7 @@ def test_frames_of_several_sizes() -> None:
         bootpack.decode(bootpack.encode(table))
 
 
-@pytest.mark.parametrize(("at", "message"), [(8, "version"), (10, "flags"), (14, "reserved"), (0, "magic")])
+@pytest.mark.parametrize(("at", "message"), [(8, "version"), (10, "flags"), (14, "read-ahead"), (0, "magic")])
 def test_header_fields(at: int, message: str) -> None:
     encoded = bytearray(bootpack.encode(ONE))
     encoded[at] ^= 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import hypothesis
 import pytest
@@ -13,6 +14,7 @@ from imagefs.bootpack import PAGE_BYTES, Record
 from imagefs.trace import Read, Trace
 
 DIGESTS = tuple(f"sha256:{number:064x}" for number in range(3))
+READ_AHEAD_PAGES = st.integers(1, 8192)
 reads = st.builds(
     Read,
     layer=st.integers(0, 2),
@@ -23,10 +25,10 @@ reads = st.builds(
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> Trace:
-    return Trace(
-        DIGESTS[0], DIGESTS[1], DIGESTS, tuple(draw(st.lists(st.text(max_size=5)))), tuple(draw(read_lists()))
-    )
+def traces(draw: st.DrawFn, read_ahead_pages: st.SearchStrategy[int] = READ_AHEAD_PAGES) -> Trace:
+    command = tuple(draw(st.lists(st.text(max_size=5))))
+    kib = draw(read_ahead_pages) * 4
+    return Trace(DIGESTS[0], DIGESTS[1], DIGESTS, command, tuple(draw(read_lists())), kib)
 
 
 def read_lists() -> st.SearchStrategy[list[Read]]:
@@ -36,7 +38,7 @@ def read_lists() -> st.SearchStrategy[list[Read]]:
 
 
 def of(*found: Read, layers: tuple[str, ...] = DIGESTS) -> Trace:
-    return Trace(DIGESTS[0], DIGESTS[1], layers, ("true",), found)
+    return Trace(DIGESTS[0], DIGESTS[1], layers, ("true",), found, 128)
 
 
 def pages_of(records: list[Record]) -> list[tuple[int, int]]:
@@ -72,7 +74,7 @@ def test_the_same_trace_again_changes_nothing(value: Trace, count: int) -> None:
     assert pages_of(trace.merge([value] * count)) == first_pages(value)
 
 
-@hypothesis.given(st.lists(traces(), min_size=2, max_size=4))
+@hypothesis.given(st.lists(traces(st.just(8)), min_size=2, max_size=4))
 def test_several_traces_hold_the_pages_of_all(values: list[Trace]) -> None:
     merged = pages_of(trace.merge(values))
     assert len(merged) == len(set(merged))
@@ -114,6 +116,26 @@ def test_what_does_not_merge() -> None:
         trace.merge([of()])
     with pytest.raises(errors.InvalidInputError, match="trace less of the start"):
         trace.merge([of(Read(0, 0, 1 << 40, 0))])
+    with pytest.raises(errors.InvalidInputError, match="1 with 32 KiB, 2 with 128 KiB"):
+        trace.merge([of(read), dataclasses.replace(of(read), read_ahead_kib=32), of(read)])
+
+
+def test_a_trace_of_the_first_version_was_made_with_128_kib() -> None:
+    document = json.loads(trace.encode(of()))
+    document["version"] = 1
+    del document["read_ahead_kib"]
+    assert trace.decode(json.dumps(document).encode() + b"\n").read_ahead_kib == 128
+    document["version"] = 3
+    with pytest.raises(errors.InvalidInputError, match="versions 1 and 2"):
+        trace.decode(json.dumps(document).encode() + b"\n")
+
+
+@pytest.mark.parametrize("value", [None, 0, -4, 6, 33 * 1024, True, "32", 32.0])
+def test_a_read_ahead_that_is_none(value: object) -> None:
+    document = json.loads(trace.encode(of()))
+    document["read_ahead_kib"] = value
+    with pytest.raises(errors.InvalidInputError, match="read_ahead_kib"):
+        trace.decode(json.dumps(document).encode() + b"\n")
 
 
 HEADER = trace.encode(of())
@@ -126,7 +148,7 @@ HEADER = trace.encode(of())
         (b"[]\n", "line 1"),
         (HEADER[:-1], "cut off"),
         (HEADER + b"[0,0,1,0]", "cut off"),
-        (HEADER.replace(b'"version":1', b'"version":2'), "version 2"),
+        (HEADER.replace(b'"version":2', b'"version":3'), "version 3"),
         (HEADER.replace(b'"layers":[', b'"layers":["x",'), "layers: 'x'"),
         (HEADER.replace(b'"command":["true"]', b'"command":[1]'), "command"),
         (HEADER.replace(b'"source"', b'"sauce"'), "source"),

@@ -21,7 +21,8 @@ def _open(ref: str) -> LazyImage:
 
 def _trace(opened: LazyImage, offset: int) -> Trace:
     digests = tuple(layer.map_digest for layer in opened.layers)
-    return Trace(opened.source_digest, opened.manifest.digest, digests, ("run",), (Read(0, offset, 4096, 1),))
+    reads = (Read(0, offset, 4096, 1),)
+    return Trace(opened.source_digest, opened.manifest.digest, digests, ("run",), reads, 32)
 
 
 @pytest.fixture(params=["oci", "docker"])
@@ -61,7 +62,7 @@ def test_traces_of_other_layers_and_damaged_ones_are_passed_over(ref: str) -> No
     other = _trace(opened, 0)
     tracestore.publish(
         opened.origin,
-        Trace(other.source_digest, other.block_image_digest, other.map_digests[:1], (), other.reads),
+        Trace(other.source_digest, other.block_image_digest, other.map_digests[:1], (), other.reads, 32),
     )
     bad = b"not a trace"
     blob = artifact.Descriptor(tracestore.ARTIFACT_TYPE, artifact.digest_of(bad), len(bad))

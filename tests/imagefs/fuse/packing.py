@@ -56,7 +56,9 @@ def make(
         data += frame
         page += len(content) // bootpack.PAGE_BYTES
     digests = tuple(layer.map_digest for layer in layers)
-    table = bootpack.Table(digests, tuple(made), tuple(frames), stack.digest(bytes(data)), len(data), page)
+    table = bootpack.Table(
+        digests, tuple(made), tuple(frames), stack.digest(bytes(data)), len(data), page, 32
+    )
     return Pack(bootpack.decode(bootpack.encode(table)), bytes(data))
 
 
