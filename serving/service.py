@@ -1,8 +1,8 @@
 """What a router routes: services and their backends, as values. Pure.
 
-Made by sources (`serving.router.sources`) and by `serving.server`; read by `serving.router`. A `Service` is one
-Envoy cluster: its versions, zones and ramps are localities of that one cluster, so that within each of them
-Envoy goes on choosing the less busy of two.
+Made by sources (`serving.router.sources`) and by `serving.server`; read by `serving.router`. A `Service` is
+one Envoy cluster: its versions, zones and ramps are localities of that one cluster, so that within each of
+them Envoy goes on choosing the less busy of two.
 
 Invariants: a value that was constructed can be turned into Envoy's resources; what cannot is refused here, by
 a `DocumentError` that names the field. Backends of a service differ in their (address, port).
@@ -37,8 +37,8 @@ class Balancing(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Backend:
-    """One replica. `healthy`: what its source knows (None: only Envoy's own checks decide). `since`: Unix time
-    at which it became ready, where it is to be ramped up; None where it is warm."""
+    """One replica. `healthy`: what its source knows (None: only Envoy's own checks decide). `since`: Unix
+    time at which it became ready, where it is to be ramped up; None where it is warm."""
 
     address: str
     port: int
@@ -60,7 +60,7 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tls:
-    """A certificate chain with its key, as PEM. With `client_ca_pem`, clients must show a certificate of it."""
+    """A certificate chain with its key, as PEM. With `client_ca_pem`, clients must show one of its own."""
 
     certificate_pem: bytes
     key_pem: bytes = dataclasses.field(repr=False)
@@ -120,7 +120,7 @@ class RouteSettings:
     upstream_idle_seconds: float = 4.0
     connect_timeout_seconds: float = 1.0
     retries: int = 2
-    """Attempts on other backends after the first could not be reached; nothing that was sent is sent twice."""
+    """Attempts on other backends after the first could not be reached; what was sent is not sent twice."""
     retry_budget_percent: float = 20.0
     max_requests: int = 1_024
     """In flight at each Envoy, more get 503; `Router.set_max_requests` changes it without a new cluster."""
@@ -176,9 +176,9 @@ class Service:
 
     `hosts` and `prefix` choose its requests among those of its listener. `version_weights`: relative shares;
     empty, every version gets what its number of backends says; a version that is not named gets none.
-    `prefer_zone`: an Envoy keeps to the backends of its own zone as far as their share reaches, and spills the
-    rest over. `activator` gets requests only while no backend is healthy. With `keys`, a request needs one of
-    them, in `Authorization: Bearer` or `x-api-key`.
+    `prefer_zone`: an Envoy keeps to the backends of its own zone as far as their share reaches, and spills
+    the rest over. `activator` gets requests only while no backend is healthy. With `keys`, a request needs
+    one of them, in `Authorization: Bearer` or `x-api-key`.
     """
 
     name: str
