@@ -1,0 +1,125 @@
+"""The engine as a child process: started in a session of its own, its output read line by line, ended whole.
+
+Owned by the supervisor, on its event loop. The group is what is killed: engines have children, and one that
+hangs must not leave them behind with the port and the accelerator. When the supervisor itself is killed the
+kernel kills the child (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from serving import errors
+
+_TAIL_LINES = 40
+_LINE_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+_AFTER_KILL_SECONDS = 20.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Child:
+    """One run of the engine."""
+
+    def __init__(self, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
+        self._process = process
+        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._reading = asyncio.create_task(self._read(on_line))
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        descriptors: Sequence[int],
+        on_line: Callable[[str], None],
+    ) -> Child:
+        """ConfigurationError where the program cannot be started."""
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=tuple(descriptors),
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+                limit=_LINE_BYTES,
+            )
+        except OSError as exc:
+            raise errors.ConfigurationError(f"engine: {command[0]}: {exc.strerror or exc}") from exc
+        return cls(process, on_line)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Its exit status, negative for a signal."""
+        return await self._process.wait()
+
+    def why(self) -> str:
+        """How it ended, with the last lines that it wrote."""
+        status = self._process.returncode
+        if status is None:
+            how = "the engine was killed"
+        elif status < 0:
+            how = f"the engine was ended by {signal.Signals(-status).name}"
+        else:
+            how = f"the engine exited with status {status}"
+        return "\n".join([how, *list(self._tail)[-10:]])
+
+    async def end(self, grace_seconds: float) -> None:
+        """SIGTERM, and SIGKILL for whatever is left of the group after that time."""
+        if self.running and grace_seconds > 0:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), grace_seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):  # stuck in the kernel: the next start says what is missing
+            await asyncio.wait_for(self._process.wait(), _AFTER_KILL_SECONDS)
+        # A grandchild that left the group may hold the pipe: what it says is not waited for.
+        self._reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reading
+
+    async def _read(self, on_line: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        while True:
+            try:
+                raw = await self._process.stdout.readuntil(b"\n")
+            except asyncio.IncompleteReadError as exc:
+                raw = exc.partial
+                if not raw:
+                    return
+            except asyncio.LimitOverrunError as exc:  # a progress bar without an end
+                raw = await self._process.stdout.read(max(1, exc.consumed))
+            sys.stderr.buffer.write(raw)
+            sys.stderr.buffer.flush()
+            line = raw.decode("utf-8", "replace").rstrip()
+            if line:
+                self._tail.append(line)
+                on_line(line)

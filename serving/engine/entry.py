@@ -1,0 +1,51 @@
+"""Starts vLLM's server in its own interpreter, on the supervisor's listening socket.
+
+`python -m serving.engine.entry FD ARGUMENTS...`, run by `vllm.command_line`'s plan. vLLM has no option for a
+socket that is open already, so the one function with which it makes its socket is replaced. With the socket
+inherited, the port belongs to the supervisor for as long as it lives: nothing is refused while the engine
+starts, and connections that wait while it is respawned are served by whoever comes next.
+
+The `vllm` command is not used because it asks for the metadata of a distribution called vllm, which builds
+for other devices do not have.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import sys
+from typing import Any
+
+_LAUNCHER = "vllm.entrypoints.launchers.launcher"
+
+
+def main(descriptor: int, arguments: list[str]) -> None:
+    """Serve until a signal; never returns before."""
+    try:
+        launcher = importlib.import_module(_LAUNCHER)
+        serve = importlib.import_module("vllm.entrypoints.cli.serve")
+        arguments_module = importlib.import_module("vllm.utils.argparse_utils")
+        utilities = importlib.import_module("vllm.entrypoints.serve.utils.api_utils")
+        log = importlib.import_module("vllm.logger")
+    except ModuleNotFoundError as exc:
+        sys.exit(f"glowplug: this vLLM has no {exc.name}; glowplug engine works with 0.32 and 0.33")
+
+    def inherited(*_: Any, **__: Any) -> socket.socket:
+        return socket.socket(fileno=socket.dup(descriptor))
+
+    if not hasattr(launcher, "create_server_socket"):
+        sys.exit(f"glowplug: this vLLM's {_LAUNCHER} makes its socket in another way; use 0.32 or 0.33")
+    launcher.create_server_socket = inherited  # type: ignore[attr-defined]
+    utilities.cli_env_setup()
+    parser = arguments_module.FlexibleArgumentParser(description="vLLM")
+    commands = parser.add_subparsers()
+    command = serve.cmd_init()[0]
+    command.subparser_init(commands).set_defaults(dispatch_function=command.cmd)
+    parsed = parser.parse_args(["serve", *arguments])
+    log.configure_logging_from_args(parsed)
+    command.validate(parsed)
+    command.cmd(parsed)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,180 @@
+"""The supervisor's two doors: the port, and the control socket.
+
+The port is accepted from by the supervisor while there is no vLLM that does (while it starts, is respawned,
+has failed), and always for command engines, whose requests it passes on. Both share one listening socket with
+the engine's processes, so that `accept` and `leave_to_engine` change who answers, and never whether a
+connection is taken. The control socket (status, limit, drain) is a unix socket for the machine's own.
+
+Runs on the supervisor's event loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from serving import errors
+from serving.engine import admission
+from serving.engine.ledger import Ledger, Limits, State
+from serving.engine.proxy import Proxy
+
+_MAX_CONTROL_BYTES = 1 << 16
+_MOST = 100_000
+_PATH_BYTES = 107
+"""What the kernel takes for a unix socket's address."""
+
+
+class Engine(Protocol):
+    """What the doors lead to: the supervisor."""
+
+    def status(self) -> Mapping[str, Any]:
+        """As JSON values."""
+
+    def set_limits(self, limits: Limits) -> None:
+        """In force for the next request."""
+
+    def drain(self) -> None:
+        """Begin to leave."""
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+
+
+class Front:
+    """Both doors. `open` first, `close` last."""
+
+    def __init__(self, engine: Engine, ledger: Ledger, proxy: Proxy | None) -> None:
+        self._engine, self._ledger, self._proxy = engine, ledger, proxy
+        self._port_runner: web.AppRunner | None = None
+        self._control_runner: web.AppRunner | None = None
+        self._site: web.SockSite | None = None
+
+    async def open(self, listener: socket.socket, control: Path) -> None:
+        """ConfigurationError where the control socket cannot be made."""
+        if len(os.fsencode(control)) > _PATH_BYTES:
+            raise errors.ConfigurationError(
+                f"control: {control}: a socket's path has at most {_PATH_BYTES} bytes; name a shorter one"
+            )
+        self._listener = listener
+        port = web.Application(client_max_size=0)
+        port.router.add_route("*", "/{path:.*}", self._request)
+        self._port_runner = web.AppRunner(
+            port, handler_cancellation=True, access_log=None, keepalive_timeout=75.0, auto_decompress=False
+        )
+        await self._port_runner.setup()
+        inside = web.Application(client_max_size=_MAX_CONTROL_BYTES)
+        inside.router.add_get("/status", self._status)
+        inside.router.add_post("/limit", self._limit)
+        inside.router.add_post("/drain", self._drain)
+        self._control_runner = web.AppRunner(inside, access_log=None)
+        await self._control_runner.setup()
+        control.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            await web.UnixSite(self._control_runner, os.fspath(control)).start()
+        except OSError as exc:
+            raise errors.ConfigurationError(f"control: {control}: {exc.strerror or exc}") from exc
+        finally:
+            os.umask(before)
+
+    async def accept(self) -> None:
+        """Answer on the port."""
+        if self._site is None:
+            assert self._port_runner is not None
+            self._site = web.SockSite(self._port_runner, self._listener.dup())
+            await self._site.start()
+
+    async def leave_to_engine(self) -> None:
+        """Leave the port to the engine's own processes, which accept from it. Requests here are finished."""
+        site, self._site = self._site, None
+        if site is not None:
+            await site.stop()
+
+    async def close(self) -> None:
+        """Close connections; requests have a moment to end."""
+        self._site = None
+        for runner in (self._port_runner, self._control_runner):
+            if runner is not None:
+                await runner.cleanup()
+
+    # -- the port ------------------------------------------------------------------------------------
+
+    async def _request(self, request: web.Request) -> web.StreamResponse:
+        state = self._ledger.state
+        if request.path in admission.PROBES:
+            status, body = admission.probe(request.path, state)
+            return web.Response(status=status, body=body, content_type="application/json")
+        if request.path == admission.METRICS:
+            return await self._metrics()
+        if self._proxy is not None and state in (State.READY, State.DRAINING):
+            return await self._proxy.handle(request)
+        message = f"The engine does not serve now: {state.name.lower()}."
+        return web.Response(
+            status=503,
+            body=admission.refusal(503, message, "engine_unavailable"),
+            content_type="application/json",
+            # The connection must not outlive this state: it belongs to the supervisor, not to the engine.
+            headers={"Retry-After": "1", "Connection": "close"},
+        )
+
+    async def _metrics(self) -> web.Response:
+        text = self._engine.metrics()
+        if self._proxy is not None and self._ledger.state in (State.READY, State.DRAINING):
+            text = await self._proxy.metrics() + text
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    # -- the control socket ----------------------------------------------------------------------------
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response(self._engine.status())
+
+    async def _limit(self, request: web.Request) -> web.Response:
+        """`{"in_flight": 8}`, and `queue_requests`, `queue_seconds` where they change, too."""
+        try:
+            wanted = _limits(await request.json(), self._ledger.limits)
+        except (ValueError, errors.DocumentError) as exc:
+            return web.json_response({"error": str(exc)}, status=400)
+        self._engine.set_limits(wanted)
+        return web.json_response(dataclasses.asdict(wanted))
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        self._engine.drain()
+        return web.json_response({}, status=202)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """The port of the engine, open and listening, for us and for our child. ConfigurationError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(2_048)
+    except OSError as exc:
+        listener.close()
+        raise errors.ConfigurationError(
+            f"port: {address}:{port}: {exc.strerror or exc}; choose another, or 0 for a free one"
+        ) from exc
+    return listener
+
+
+def _limits(document: Any, now: Limits) -> Limits:
+    if not isinstance(document, dict):
+        raise errors.DocumentError(f"a limit is written {json.dumps({'in_flight': now.in_flight})}")
+    fields: dict[str, Callable[[Any], bool]] = {
+        "in_flight": lambda v: isinstance(v, int) and 1 <= v <= _MOST,
+        "queue_requests": lambda v: isinstance(v, int) and 0 <= v <= _MOST,
+        "queue_seconds": lambda v: isinstance(v, (int, float)) and 0 < v <= 86_400,
+    }
+    for key, value in document.items():
+        if key not in fields:
+            raise errors.DocumentError(f"{key}: unknown key; known here: {', '.join(fields)}")
+        if isinstance(value, bool) or not fields[key](value):
+            raise errors.DocumentError(f"{key}: {value!r} is out of range")
+    return dataclasses.replace(now, **document)

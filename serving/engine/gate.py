@@ -1,0 +1,204 @@
+"""The front of vLLM, inside its API server processes: ASGI middleware, so that no request crosses one process
+more than it must.
+
+vLLM imports `serving.engine.gate.Gate` (its option --middleware) in its own interpreter, which sees our
+package `serving` and nothing else of ours: only Python's library, uvicorn (vLLM's own) and `ledger`,
+`limiter`, `admission` are used. One Gate per API server process, on its event loop.
+
+It keeps the limit (429, Retry-After), answers the probes from the ledger's state, says `Connection: close`
+while the engine drains, appends our metrics to the engine's, and opens a unix socket of its own,
+`server-SLOT`, on which the supervisor probes this very process without a limit: the port is shared by all
+server processes, so a request to it says nothing about any one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from serving.engine import admission, limiter
+from serving.engine.ledger import Ledger, State
+
+RUN_DIRECTORY = "GLOWPLUG_ENGINE_RUN"
+"""Environment variable: the supervisor's run directory."""
+
+LEDGER_NAME, METRICS_NAME = "ledger", "metrics.prom"
+_TOKENS = "vllm:iteration_tokens_total_count"
+_SUPERVISOR = "glowplug.supervisor"
+"""Key in the scope of a request that came over the unix socket."""
+_JSON = (b"content-type", b"application/json")
+_CLOSE = (b"connection", b"close")
+
+_Message = MutableMapping[str, Any]
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
+
+
+def server_socket(directory: Path, slot: int) -> Path:
+    """Where the server process of a slot answers the supervisor."""
+    return directory / f"server-{slot}"
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: _App) -> None:
+        self._app = app
+        self._directory = Path(os.environ[RUN_DIRECTORY])
+        self._ledger = Ledger(self._directory / LEDGER_NAME)
+        self._tokens = _token_counter()
+        self._limiter: limiter.Limiter | None = None
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] == "lifespan":
+            async with self._serving(scope["app"]):
+                await self._app(scope, receive, send)
+        elif scope["type"] != "http" or _SUPERVISOR in scope:
+            await self._app(scope, receive, send)
+        elif scope["path"] in admission.PROBES:
+            status, body = admission.probe(scope["path"], self._ledger.state)
+            await _respond(send, status, body)
+        elif scope["path"] == admission.METRICS:
+            await self._metrics(scope, receive, send)
+        elif admission.counts(scope["path"]):
+            await self._limited(scope, receive, send)
+        else:
+            await self._app(scope, receive, self._closing(send))
+
+    async def _limited(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        assert self._limiter is not None
+        body = _Body(receive)
+        try:
+            entered_ns = await body.unless_gone(self._limiter.enter())
+        except limiter.RejectedError as exc:
+            message = admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded")
+            await _respond(send, 429, message, (b"retry-after", str(exc.retry_after_seconds).encode()))
+            return
+        if entered_ns is None:
+            return
+        status = 500  # an application that raises before it answers
+
+        async def watch(message: _Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await closing(message)
+
+        closing = self._closing(send)
+        try:
+            await self._app(scope, body.receive, watch)
+        finally:
+            self._limiter.leave(entered_ns, failed=status >= 500)
+
+    def _closing(self, send: _Send) -> _Send:
+        """While the engine drains, tells clients to go elsewhere next time."""
+
+        async def closing(message: _Message) -> None:
+            if message["type"] == "http.response.start" and self._ledger.state is State.DRAINING:
+                message["headers"] = [*message.get("headers", ()), _CLOSE]
+            await send(message)
+
+        return closing
+
+    async def _metrics(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """The engine's metrics and, after them, the supervisor's. As plain text: two texts of the older
+        format make one, two of OpenMetrics do not."""
+        headers = [each for each in scope["headers"] if each[0] not in (b"accept", b"accept-encoding")]
+        started: list[_Message] = []
+        body = bytearray()
+
+        async def collect(message: _Message) -> None:
+            if message["type"] == "http.response.start":
+                started.append(message)
+            else:
+                body.extend(message.get("body", b""))
+
+        await self._app({**scope, "headers": [*headers, (b"accept", b"text/plain")]}, receive, collect)
+        with contextlib.suppress(OSError):
+            body += (self._directory / METRICS_NAME).read_bytes()
+        kept = [each for each in started[0]["headers"] if each[0].lower() != b"content-length"]
+        length = (b"content-length", str(len(body)).encode())
+        await send({**started[0], "headers": [*kept, length]})
+        await send({"type": "http.response.body", "body": bytes(body)})
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, application: _App) -> AsyncIterator[None]:
+        """While the application lives: claim a slot, beat, answer the supervisor."""
+        import uvicorn
+
+        async def unlimited(scope: _Scope, receive: _Receive, send: _Send) -> None:
+            await application({**scope, _SUPERVISOR: True}, receive, send)
+
+        self._limiter = limiter.Limiter(self._ledger, self._directory, self._tokens)
+        await self._limiter.start()
+        path = server_socket(self._directory, self._limiter.slot)
+        path.unlink(missing_ok=True)
+        config = uvicorn.Config(
+            unlimited, uds=os.fspath(path), lifespan="off", log_config=None, access_log=False
+        )
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # signals belong to vLLM, whose process this is
+        task = asyncio.create_task(server.serve())
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.gather(task, self._limiter.stop(), return_exceptions=True)
+
+
+class _Body:
+    """A request's `receive`, that can be listened to for a client that goes away while its request waits."""
+
+    def __init__(self, receive: _Receive) -> None:
+        self._receive = receive
+        self._read: list[_Message] = []
+
+    async def receive(self) -> _Message:
+        return self._read.pop(0) if self._read else await self._receive()
+
+    async def unless_gone(self, entering: Any) -> int | None:
+        """What `entering` gives, or None when the client went first."""
+        place = asyncio.ensure_future(entering)
+        await asyncio.sleep(0)  # most requests are let in at once, and their body is not ours to read
+        if place.done():
+            return place.result()  # type: ignore[no-any-return]
+        listening = asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait((place, listening), return_when=asyncio.FIRST_COMPLETED)
+            return place.result() if place.done() else None
+        finally:
+            for task in (place, listening):
+                task.cancel()
+            await asyncio.gather(place, listening, return_exceptions=True)
+
+    async def _gone(self) -> None:
+        while True:
+            message = await self._receive()
+            self._read.append(message)
+            if message["type"] == "http.disconnect":
+                return
+
+
+async def _respond(send: _Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _token_counter() -> Callable[[], int]:
+    """Reads how many steps of the engine brought this process tokens, from the metric that vLLM keeps anyway:
+    it grows during a long answer that is not streamed, when nothing is sent."""
+    import prometheus_client
+
+    chosen = prometheus_client.REGISTRY.restricted_registry([_TOKENS])
+
+    def read() -> int:
+        return int(sum(s.value for metric in chosen.collect() for s in metric.samples if s.name == _TOKENS))
+
+    return read

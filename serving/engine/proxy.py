@@ -1,0 +1,138 @@
+"""The front of a command engine: HTTP from the supervisor's port to the child's, within the in-flight limit.
+
+Runs on the supervisor's event loop. Bodies and streams pass in pieces as they come, headers as they are (a
+traceparent, too), less those that belong to one connection. vLLM does not need it: its own processes carry
+`gate`, which does the same without a second hop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from serving.engine import admission, limiter
+from serving.engine.ledger import Ledger, State
+
+_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
+    | {"transfer-encoding", "upgrade", "host", "content-length"}
+)
+_KEEP_ALIVE_SECONDS = 1.0
+"""Shorter than that of any server that we know: a request on a connection that is being closed is lost."""
+_METRICS_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+
+
+class Proxy:
+    """One per supervisor; which port it leads to changes with each start of the engine."""
+
+    def __init__(self, ledger: Ledger, directory: Path) -> None:
+        self._ledger = ledger
+        self.progress = 0
+        """Grows with every piece that the engine has sent."""
+        self._limiter = limiter.Limiter(ledger, directory, lambda: self.progress)
+        self._session: aiohttp.ClientSession | None = None
+        self._port = 0
+
+    async def start(self) -> None:
+        await self._limiter.start()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            skip_auto_headers=("user-agent", "content-type", "accept", "accept-encoding"),
+        )
+
+    async def close(self) -> None:
+        await self._limiter.stop()
+        await self.session.close()
+
+    def connect(self, port: int) -> None:
+        """The engine listens there from now on."""
+        self._port = port
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        assert self._session is not None
+        return self._session
+
+    def url(self, path: str) -> str:
+        """A path of the engine's."""
+        return f"http://127.0.0.1:{self._port}{path}"
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One request, from its client and back."""
+        if not admission.counts(request.path):
+            return await self._forward(request)
+        try:
+            entered_ns = await self._limiter.enter()
+        except limiter.RejectedError as exc:
+            return web.Response(
+                status=429,
+                body=admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded"),
+                content_type="application/json",
+                headers={"Retry-After": str(exc.retry_after_seconds)},
+            )
+        status = 500
+        try:
+            response = await self._forward(request)
+            status = response.status
+            return response
+        finally:
+            self._limiter.leave(entered_ns, failed=status >= 500)
+
+    async def metrics(self) -> bytes:
+        """The engine's own, as text; nothing where it has none."""
+        try:
+            async with self.session.get(
+                self.url(admission.METRICS), headers={"accept": "text/plain"}, timeout=_METRICS_TIMEOUT
+            ) as upstream:
+                if upstream.status != 200:
+                    return b""
+                text = await upstream.read()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return b""
+        return text if text.endswith(b"\n") or not text else text + b"\n"
+
+    async def _forward(self, request: web.Request) -> web.StreamResponse:
+        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP]
+        if request.content_length is not None and request.can_read_body:
+            headers.append(("Content-Length", str(request.content_length)))
+        response: web.StreamResponse | None = None
+        try:
+            async with self.session.request(
+                request.method,
+                self.url(request.raw_path),
+                headers=headers,
+                data=request.content.iter_any() if request.can_read_body else None,
+                allow_redirects=False,
+            ) as upstream:
+                response = self._opened(upstream)
+                await response.prepare(request)
+                async for piece in upstream.content.iter_any():
+                    self.progress += 1
+                    await response.write(piece)
+                await response.write_eof()
+                self.progress += 1
+                return response
+        except (aiohttp.ClientError, OSError) as exc:
+            if response is None or not response.prepared:
+                message = f"The engine did not answer: {exc or type(exc).__name__}."
+                body = admission.refusal(502, message, "engine_error")
+                return web.Response(status=502, body=body, content_type="application/json")
+            # Half an answer must not look like a whole one.
+            with contextlib.suppress(AttributeError):
+                request.transport.abort()  # type: ignore[union-attr]
+            return response
+
+    def _opened(self, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+        response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
+        for name, value in upstream.headers.items():
+            if name.lower() not in _HOP:
+                response.headers.add(name, value)
+        response.content_length = upstream.content_length
+        if self._ledger.state is State.DRAINING:
+            response.force_close()
+        return response
