@@ -27,6 +27,7 @@ VERBS = {
     "check": "Verify a block image's whole chain of digests, and its files against the source.",
     "convert": "Turn an OCI image into a block image.",
     "copy": "Move a source image with its block image to another registry.",
+    "engine": "Run a model server, supervised, behind one port.",
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
     "pack": "Give a block image a boot pack: what its start reads, in that order.",
