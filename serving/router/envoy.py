@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _START_SECONDS = 10.0
 _HOLD_SECONDS = 5.0
 """How long clients wait in the queue of a port whose Envoy does not come back."""
+_QUEUE_SECONDS = 0.02
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.1, 5.0
 _STEADY_SECONDS = 30.0
 """An Envoy that lived this long is started again at once."""
@@ -76,7 +77,8 @@ class Envoy:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._binary = _binary()
         self._process: _Process | None = None
-        self._places: frozenset[handover.Place] = frozenset()
+        self._ports = handover.Ports(self._workers)
+        self._delay_seconds = 0.0
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="envoy", daemon=True)
         self.restarts = 0
@@ -100,8 +102,10 @@ class Envoy:
         self._thread.start()
 
     def keep_open(self, places: Collection[handover.Place]) -> None:
-        """Where Envoy listens: kept open while it is started again after a crash."""
-        self._places = frozenset(places)
+        """Where Envoy is to listen: kept open while it is started, or started again after a crash. Call it
+        before the router is told. ConfigurationError where another process listens."""
+        self._ports.keep(places, self._listens())
+        os.write(self._wake_write, b"p")
 
     def wait_ready(self, seconds: float = _START_SECONDS) -> None:
         """Until it has its configuration and listens. UnavailableError."""
@@ -118,6 +122,7 @@ class Envoy:
         if self._thread.is_alive():
             os.write(self._wake_write, b"x")
             self._thread.join()
+        self._ports.close()
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """End it. With `drain_seconds`, it tells its clients to go, and waits that long for its requests."""
@@ -156,46 +161,41 @@ class Envoy:
     # -- the watching thread -----------------------------------------------------------------------
 
     def _watch(self) -> None:
-        delay = 0.0
         while True:
             process = self._process
             assert process is not None
             began = time.monotonic()
             if not self._await_death(process):
                 return
-            held = handover.hold(self._places)
+            self._ports.alone()
             self.restarts += 1
-            lived = time.monotonic() - began
-            delay = (
-                0.0
-                if lived > _STEADY_SECONDS or self.restarts == 1
-                else min(_MAX_DELAY_SECONDS, max(_FIRST_DELAY_SECONDS, 2 * delay))
-            )
-            _log.error("Envoy %d died; starting it again in %.1f s", process.pid, delay)
-            if not self._start_again(process, held, delay):
+            if time.monotonic() - began > _STEADY_SECONDS:
+                self._delay_seconds = 0.0
+            if not self._start_again(process):
                 return
 
-    def _start_again(self, dead: _Process, held: handover.Held, delay: float) -> bool:
+    def _start_again(self, dead: _Process) -> bool:
         """False: we are to stop."""
         holding_until = time.monotonic() + _HOLD_SECONDS
         while True:
+            delay = self._delay_seconds
+            self._delay_seconds = min(_MAX_DELAY_SECONDS, max(_FIRST_DELAY_SECONDS, 2 * delay))
+            _log.error("Envoy %d died; starting it again in %.1f s", dead.pid, delay)
             if self._stop_within(delay):
-                held.release(successor=False)
                 return False
             try:
                 self._process = self._spawn(0, dead.base_id, self._digest())
                 self.wait_ready(max(0.1, holding_until - time.monotonic()))
-            except errors.UnavailableError as exc:
-                _log.warning("%s", exc)  # it lives, and waits for its configuration
-                held.release(successor=False)
-                return True
             except errors.ConfigurationError as exc:
                 _log.error("%s", exc)
-                held.release(successor=False)
-                delay = min(_MAX_DELAY_SECONDS, max(_FIRST_DELAY_SECONDS, 2 * delay))
+                self._ports.pass_on(ready=False)
                 continue
-            queued = held.release(successor=True)
-            _log.info("Envoy %d is ready; %d connections had waited", self._process.pid, queued)
+            except errors.UnavailableError as exc:
+                _log.warning("%s", exc)  # it lives, and waits for its configuration
+                self._ports.pass_on(ready=False)
+            else:
+                queued = self._ports.pass_on(ready=True)
+                _log.info("Envoy %d is ready; %d connections had waited", self._process.pid, queued)
             return True
 
     def _await_death(self, process: _Process) -> bool:
@@ -205,15 +205,28 @@ class Envoy:
         except ProcessLookupError:
             return True
         try:
-            if not process.alive():
-                return True
-            ready, _, _ = select.select([descriptor, self._wake_read], [], [])
-            return self._wake_read not in ready
+            while process.alive():
+                watched = [descriptor, self._wake_read, *(each.fileno() for each in self._ports.sockets())]
+                ready, _, _ = select.select(watched, [], [])
+                if descriptor in ready:
+                    return True
+                if self._wake_read in ready:
+                    if b"x" in os.read(self._wake_read, 64):
+                        return False
+                elif self._says_ready():
+                    self._ports.pass_on(ready=True)
+                else:
+                    time.sleep(_QUEUE_SECONDS)  # what has queued waits for it to be
+            return True
         finally:
             os.close(descriptor)
 
     def _stop_within(self, seconds: float) -> bool:
-        return bool(select.select([self._wake_read], [], [], seconds)[0])
+        until = time.monotonic() + seconds
+        while select.select([self._wake_read], [], [], max(0.0, until - time.monotonic()))[0]:
+            if b"x" in os.read(self._wake_read, 64):
+                return True
+        return False
 
     # -- one process -------------------------------------------------------------------------------
 
@@ -294,6 +307,14 @@ class Envoy:
         except (errors.UnavailableError, ValueError):
             return False
         return bool(found["command_line_options"]["restart_epoch"] == epoch)
+
+    def _listens(self) -> set[handover.Place]:
+        """Where the Envoy of this directory listens."""
+        if self._recorded() is None:
+            return set()
+        found: Any = json.loads(self.administer("GET", "/listeners?format=json"))
+        addresses = [each["local_address"]["socket_address"] for each in found.get("listener_statuses", [])]
+        return {(each["address"], each["port_value"]) for each in addresses}
 
     def _says_ready(self) -> bool:
         try:

@@ -1,79 +1,149 @@
-"""Keeps the ports of a crashed Envoy open until its successor listens.
+"""Keeps the ports of an Envoy open while it is away.
 
-Called by `envoy`. When Envoy dies, its listening sockets go with it and clients are refused for the tenth of
-a second that a new one takes to start. `hold` listens in its place at once, on sockets that share the port
-(SO_REUSEPORT, which Envoy sets as well), and answers nothing: clients wait in the kernel's queue. When the
-successor listens, `Held.release` stops listening and passes what had queued on to it, byte by byte.
+Called by `envoy`. When Envoy dies its listening sockets go with it, and clients are refused until the next
+one listens. `Ports` listens at the same places all the time, on sockets that share the port (SO_REUSEPORT,
+which Envoy sets too), with a program in the kernel that gives new connections to Envoy's sockets as long
+as there are any. While there are none, clients wait in our queue; what has queued there is passed on to
+the next Envoy, byte by byte.
 
-Invariants: a held socket is closed before anything is connected to its port, or the kernel might give that
-connection to ourselves; whoever is refused (another user's port) is left out, since holding is a kindness.
+Invariants: a place where somebody else listens is refused, since sharing it would split the traffic silently;
+we accept nothing while Envoy cannot take it. Without us the kernel goes on with Envoy's sockets alone.
+
+Spec: socket(7), SO_ATTACH_REUSEPORT_CBPF: the program's result is an index among the sockets of the port, in
+the order in which they began to listen (when one closes, the last takes its place); a result beyond the last
+means a choice by hash.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import socket
+import struct
 import threading
 from collections.abc import Collection
 
-_log = logging.getLogger(__name__)
+from serving import errors
 
-_BACKLOG = 4096
-_PIECE_BYTES = 64 << 10
+_log = logging.getLogger(__name__)
 
 Place = tuple[str, int]
 
+_BACKLOG = 4096
+_PIECE_BYTES = 64 << 10
+_SO_ATTACH_REUSEPORT_CBPF = 51
+_LOAD_RANDOM = (0x20, 0xFFFFF000 + 56)  # BPF_LD | BPF_W | BPF_ABS, SKF_AD_OFF + SKF_AD_RANDOM
+_MODULO, _ADD, _RETURN = 0x94, 0x04, 0x16  # BPF_ALU | BPF_MOD | BPF_K, BPF_ALU | BPF_ADD | BPF_K, BPF_RET | A
 
-class Held:
-    """Ports that are held. Owned by one thread."""
 
-    def __init__(self, sockets: dict[Place, socket.socket]) -> None:
-        self._sockets = sockets
+class Ports:
+    """The ports of one Envoy with `workers` sockets at each. Any thread may call."""
 
-    def release(self, successor: bool) -> int:
-        """Stop listening. With a successor, what had queued goes there, on a thread of its own, for as long
-        as those connections live; without, it is closed. The number of connections that were held."""
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._sockets: dict[Place, socket.socket] = {}
+
+    def keep(self, places: Collection[Place], envoys: Collection[Place]) -> None:
+        """Keep exactly these open. `envoys`: where our Envoy listens already. ConfigurationError where
+        another process does; nothing has changed then."""
+        with self._lock:
+            added = {}
+            try:
+                for place in set(places) - self._sockets.keys():
+                    first = place not in envoys
+                    if first:
+                        _require_free(place)
+                    added[place] = _listen(place)
+                    self._steer(added[place], first)
+            except OSError as exc:
+                for each in added.values():
+                    each.close()
+                raise errors.ConfigurationError(
+                    f"listen: {place[0]}:{place[1]}: {exc.strerror}; choose another port or address"
+                ) from exc
+            for place in self._sockets.keys() - set(places):
+                self._sockets.pop(place).close()
+            self._sockets |= added
+
+    def alone(self) -> None:
+        """Envoy's sockets are gone: ours are the first for its successor's."""
+        with self._lock:
+            for each in self._sockets.values():
+                self._steer(each, first=True)
+
+    def sockets(self) -> list[socket.socket]:
+        """Readable when somebody has queued."""
+        with self._lock:
+            return list(self._sockets.values())
+
+    def pass_on(self, ready: bool) -> int:
+        """Give those who have queued to Envoy, on a thread of its own, for as long as their connections live;
+        where it is not ready, hang up. Their number."""
         queued: list[tuple[Place, socket.socket]] = []
-        for place, listening in self._sockets.items():
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    queued.append((place, listening.accept()[0]))
-            listening.close()
-        self._sockets = {}
-        if not successor:
+        with self._lock:
+            for place, listening in self._sockets.items():
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        queued.append((place, listening.accept()[0]))
+        if not ready:
             for _, connection in queued:
                 connection.close()
         elif queued:
             threading.Thread(target=_relay_all, args=(queued,), name="handover", daemon=True).start()
         return len(queued)
 
+    def close(self) -> None:
+        with self._lock:
+            for each in self._sockets.values():
+                each.close()
+            self._sockets = {}
 
-def hold(places: Collection[Place]) -> Held:
-    """Listen at `places`, as far as we may."""
-    sockets = {}
-    for place in places:
-        family = socket.AF_INET6 if ipaddress.ip_address(place[0]).version == 6 else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listening.setblocking(False)
-            listening.bind(place)
-            listening.listen(_BACKLOG)
-        except OSError as exc:
-            listening.close()
-            _log.warning("port %d is not held while Envoy starts: %s", place[1], exc)
-        else:
-            sockets[place] = listening
-    return Held(sockets)
+    def _steer(self, listening: socket.socket, first: bool) -> None:
+        """Have new connections go to Envoy's sockets, which come after ours, or before."""
+        offset = 1 if first else 0
+        code = (_LOAD_RANDOM, (_MODULO, self._workers), (_ADD, offset), (_RETURN, 0))
+        program = ctypes.create_string_buffer(
+            b"".join(struct.pack("HBBI", operation, 0, 0, value) for operation, value in code)
+        )
+        pointer = struct.pack("HP", len(code), ctypes.addressof(program))  # struct sock_fprog
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, pointer)
+
+
+def _listen(place: Place) -> socket.socket:
+    listening = socket.socket(_family(place), socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.setblocking(False)
+        listening.bind(place)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _require_free(place: Place) -> None:
+    """Not to be found out by SO_REUSEPORT: it would share with another Envoy of the same user."""
+    with socket.socket(_family(place), socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(place)
+
+
+def _family(place: Place) -> socket.AddressFamily:
+    return socket.AF_INET6 if ipaddress.ip_address(place[0]).version == 6 else socket.AF_INET
 
 
 def _relay_all(queued: list[tuple[Place, socket.socket]]) -> None:
     async def run() -> None:
-        await asyncio.gather(*(_relay(place, each) for place, each in queued), return_exceptions=True)
+        results = await asyncio.gather(*(_relay(*each) for each in queued), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                _log.warning("a connection that had waited for Envoy is lost: %s", result)
 
     asyncio.run(run())
 

@@ -14,6 +14,8 @@ from serving import service as services
 
 INTERVAL_SECONDS = 1.0
 LATE_SECONDS = 2.5
+ACTIVATOR_PREFIX = "activator/"
+"""Of the node ids of activators, which report on themselves alone."""
 
 Place = tuple[str, int]
 
@@ -74,12 +76,21 @@ class Loads:
 
 
 def _sum(service: str, place: Place, reports: list[Report]) -> services.Load:
-    counts = [each.counts.get(service, {}).get(place, Counts()) for each in reports]
+    """One backend's load. Requests at an activator are counted by it, at once, and by the Envoys, later: the
+    same requests, so that the larger number counts."""
+    by_envoys, by_itself = (
+        [
+            each.counts.get(service, {}).get(place, Counts())
+            for each in reports
+            if each.node.startswith(ACTIVATOR_PREFIX) == itself
+        ]
+        for itself in (False, True)
+    )
     return services.Load(
         service,
         *place,
-        in_flight=sum(each.in_flight for each in counts),
-        issued=sum(each.issued for each in counts),
-        errors=sum(each.errors for each in counts),
+        in_flight=max(sum(each.in_flight for each in some) for some in (by_envoys, by_itself)),
+        issued=max(sum(each.issued for each in some) for some in (by_envoys, by_itself)),
+        errors=max(sum(each.errors for each in some) for some in (by_envoys, by_itself)),
         seconds=max(each.seconds for each in reports),
     )

@@ -125,9 +125,9 @@ class Front:
 
     def serve(self, *found: services.Service) -> None:
         """Update, start Envoy if need be, and wait until it has accepted everything."""
+        self.envoy.keep_open({(each.listen.address, each.listen.port) for each in found})
         self.router.update(found)
         if self.envoy.pid is None:
-            self.envoy.keep_open({(each.listen.address, each.listen.port) for each in found})
             self.envoy.start()
             self.envoy.wait_ready()
         self.settle()
