@@ -154,7 +154,7 @@ class Routing(_Part):
     """The longest that a request may take, streams included."""
     idle_timeout_seconds: _Seconds = 300.0
     """The longest that a stream may say nothing."""
-    retry_budget_percent: float = Field(default=20.0, ge=0, le=100, strict=False)
+    retry_budget_percent: float = Field(default=20.0, gt=0, le=100, strict=False)
     """Retries, where a connection could not be made, as a part of the requests in flight."""
     max_requests: int | None = Field(default=None, ge=1, le=1_000_000)
     """In flight on the whole endpoint; above it the router refuses. None: twice what the replicas admit, at

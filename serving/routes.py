@@ -1,0 +1,83 @@
+"""From an endpoint, its replicas and the weights of its versions to the router's `Service`. Pure.
+
+Called by the server at each turn of its loop; the router sends only what differs. A replica is routed to
+while it is ready; one that drains is named as draining, so that it leaves the endpoint set before it is told
+to stop; one that is not ready yet, or failed, is not named at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from serving import errors
+from serving.endpoint import Endpoint
+from serving.replica import Replica, State
+from serving.service import Backend, Key, Listen, RouteSettings, Service
+
+_ROUTED = (State.READY, State.DRAINING)
+
+
+def service(
+    wanted: Endpoint,
+    replicas: Sequence[Replica],
+    weights: Mapping[str, int],
+    port: int,
+    keys: tuple[Key, ...] = (),
+) -> Service:
+    """The endpoint as it is to be routed now. `port` is the document's, or the one that was found for 0."""
+    backends = tuple(
+        Backend(
+            each.address[0],
+            each.address[1],
+            version=each.version,
+            zone=each.zone,
+            draining=each.state is State.DRAINING,
+        )
+        for each in replicas
+        if each.address is not None and each.state in _ROUTED
+    )
+    routing = wanted.routing
+    return Service(
+        name=wanted.name,
+        listen=Listen(port, routing.address),
+        backends=backends,
+        version_weights=dict(weights),
+        keys=keys,
+        settings=RouteSettings(
+            request_timeout_seconds=routing.request_timeout_seconds,
+            stream_idle_seconds=routing.idle_timeout_seconds,
+            retry_budget_percent=routing.retry_budget_percent,
+            max_requests=max_requests(wanted),
+            max_request_bytes=wanted.limits.request_bytes,
+            health_path="/readyz",
+        ),
+    )
+
+
+def max_requests(wanted: Endpoint) -> int:
+    """What the router lets through at once: more than the replicas admit, so that they, who know better, say
+    429 first."""
+    most = max(1, wanted.replicas.most)
+    return wanted.routing.max_requests or 2 * most * wanted.replicas.limit
+
+
+def keys(text: str, where: str) -> tuple[Key, ...]:
+    """API keys: `TENANT KEY [REQUESTS_PER_SECOND]` a line, `#` begins a comment. DocumentError."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.partition("#")[0].split()
+        if not fields:
+            continue
+        if len(fields) not in (2, 3) or (len(fields) == 3 and not _is_count(fields[2])):
+            raise errors.DocumentError(f"{where}:{number}: write TENANT KEY [REQUESTS_PER_SECOND]")
+        try:
+            found.append(Key(fields[0], fields[1], int(fields[2]) if len(fields) == 3 else None))
+        except errors.DocumentError as exc:
+            raise errors.DocumentError(f"{where}:{number}: {exc}") from exc
+    if not found:
+        raise errors.DocumentError(f"{where}: no key in it; nobody could use the endpoint")
+    return tuple(found)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
