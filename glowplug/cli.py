@@ -22,7 +22,9 @@ from glowplug import terminal
 from imagefs import errors
 
 VERBS = {
+    "activator": "Hold requests while a service has no replica, until one is up.",
     "agent": "The node agent: containerd starts containers from block images.",
+    "bench": "Measure how soon containers are ready on this machine.",
     "cache": "Show, pin, verify and tidy what the block cache holds.",
     "check": "Verify a block image's whole chain of digests, and its files against the source.",
     "convert": "Turn an OCI image into a block image.",
