@@ -1,9 +1,9 @@
-"""`make bench`: what the figures in README.md and docs/benchmarks.md come from.
+"""What the figures in README.md and docs/benchmarks.md come from, beside those of starts (`startup.py`).
 
-Five parts, each measured against something in the same run, so that a noisy or slow machine falls on both
-sides: `ready` (containerd against lazy, without and with a boot pack, at 1 Gbit/s), `warm` (the mount against
-the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent under containerd against
-containerd alone). Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
+Four parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+sides: `warm` (the mount against the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent
+under containerd against containerd alone). Prints a table and writes results/bench.json. Nothing is asserted.
+Needs root.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import containerd, cri, demo, lazy, plain, registry, timeline, workloads
-from glowplug.startup import link, machine
+from e2e import cri, plain, startup, workloads
+from glowplug.startup import lazy, link, machine, registry
+from glowplug.startup.speed import Speed
 
-PARTS = ("ready", "warm", "convert", "metadata", "cri")
+PARTS = ("warm", "convert", "metadata", "cri")
+_SPEED = Speed(10**9)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,69 +67,14 @@ class Bench:
     folder: Path
     runs: int
 
-
-def ready(bench: Bench) -> Result:
-    """Start at the link's speed, in turns: containerd, lazily by blocks, by blocks that are here already
-    (warm), and lazily with a boot pack."""
-    name, packed_name = bench.registry.push(bench.workload), bench.registry.push(bench.workload, "packed")
-    command = bench.workload.command
-    starts: dict[str, list[timeline.Start]] = {}
-    misses: list[float] = []
-
-    def cold(who: str, image: str) -> list[dict[str, Any]]:
-        machine.drop_page_cache()
-        start, events = glowplug.start(image, command)
-        starts.setdefault(who, []).append(start)
-        return events
-
-    with (
-        lazy.use(bench.link, bench.folder / "glowplug") as glowplug,
-        containerd.serve(bench.link, bench.folder / "containerd") as daemon,
-    ):
-        glowplug.convert(name)
-        glowplug.convert(packed_name)
-        pack = glowplug.pack(packed_name, command)
-        for _ in range(bench.runs):
-            machine.drop_page_cache()
-            starts.setdefault("containerd", []).append(daemon.start(name, command))
-            daemon.forget(name)
-            cold("glowplug", name)
-            cold("warm", name)
-            glowplug.forget()
-            misses.append(_misses(cold("boot pack", packed_name)))
-            glowplug.forget()
-    rows: Result = [
-        _row("ready", f"{who}: to {mark}", "s", [each.seconds[mark] for each in measured])
-        for who, measured in starts.items()
-        for mark in measured[0].seconds
-    ]
-    moved: dict[str, Row] = {
-        who: _row("ready", f"{who}: moved", "MB", [each.moved_bytes / 1e6 for each in measured])
-        for who, measured in starts.items()
-    }
-    rows += moved.values()
-    rows.append(_row("ready", "boot pack: its size", "MB", [pack["data_bytes"] / 1e6]))
-    rows.append(_row("ready", "boot pack: blocks that a reader waited for", "", misses))
-    pulled, by_blocks, warm_start, by_pack = (_find(rows, f"{who}: to ready") for who in starts)
-    image = _row("ready", "gzip image", "MB", [bench.workload.compressed_bytes / 1e6])
-    rows += [
-        _ratio("ready", "glowplug is ready sooner by", pulled, by_blocks),
-        _ratio("ready", "with a boot pack sooner by", pulled, by_pack),
-        _ratio("ready", "with a boot pack takes, of a warm start", by_pack, warm_start),
-        _ratio("ready", "with a boot pack moves, of the gzip image", moved["boot pack"], image),
-    ]
-    return rows
-
-
-def _misses(events: Sequence[dict[str, Any]]) -> float:
-    """Reads that had to wait for a block which was not on its way in the pack."""
-    waited = [each for each in events if each["priority"] == "demand" and each["outcome"] != "cache"]
-    return float(sum(each["reason"] != "boot" for each in waited))
+    def push(self) -> str:
+        """The image's name, once it is in the registry."""
+        return self.registry.push(self.workload.source, f"bench/{self.workload.name}:{workloads.TAG}")
 
 
 def warm(bench: Bench) -> Result:
     """Block cache full, page cache dropped: the lazy mount against the same layer images on local disk."""
-    name = bench.registry.push(bench.workload)
+    name = bench.push()
     root, local = bench.folder / "lazy-root", bench.folder / "local-root"
     with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
         glowplug.convert(name)
@@ -183,7 +130,7 @@ def convert(bench: Bench) -> Result:
 
 def metadata(bench: Bench) -> Result:
     """Empty cache, registry on loopback: until the image is mounted, and until every inode was seen."""
-    name = bench.registry.push(bench.workload)
+    name = bench.push()
     root = bench.folder / "metadata-root"
     mounting, listing = [], []
     with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
@@ -206,7 +153,7 @@ def metadata(bench: Bench) -> Result:
 
 def cri_starts(bench: Bench) -> Result:
     """Over CRI: cold starts by the agent and starts from unpacked files in turns; then a node on loopback."""
-    name = bench.registry.push(bench.workload)
+    name = bench.push()
     sandbox_image = cri.push_pause(bench.registry, bench.folder)
     cri.convert(bench.link, bench.folder, name)
     lazily, local = [], []
@@ -238,10 +185,6 @@ def _ratio(part: str, name: str, of: Row, to: Row) -> Ratio:
     return Ratio(part, name, round(statistics.median(of.values) / statistics.median(to.values), 3))
 
 
-def _find(rows: Result, name: str) -> Row:
-    return next(row for row in rows if isinstance(row, Row) and row.name == name)
-
-
 def _largest(root: Path) -> Path:
     files = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
     return max(
@@ -271,7 +214,7 @@ def main() -> None:
     parser.add_argument("--image", choices=sorted(workloads.RECIPES), default="torch")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=demo.RESULTS)
+    parser.add_argument("--results", type=Path, default=startup.RESULTS)
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("bench: needs root, for network namespaces and mounts")
@@ -288,14 +231,14 @@ def _run(image: str, parts: Sequence[str], runs: int, results: Path) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    workload = workloads.build(image, demo.CACHE, say)
+    workload = workloads.build(image, startup.CACHE, say)
     measured: Result = []
     for part in parts:
         say(f"bench: {part}, {runs} runs")
         # A registry of its own for each part: none finds what another has left.
         with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
             folder = Path(name)
-            with link.open_link(demo.BITS_PER_SECOND) as over, registry.serve(over, folder) as server:
+            with link.open_link(_SPEED) as over, registry.serve(over, folder, folder / "registry") as server:
                 rows = _PART[part](Bench(workload, over, server, folder, runs))
         print(_table(rows), flush=True)
         measured += rows
@@ -306,7 +249,6 @@ def _run(image: str, parts: Sequence[str], runs: int, results: Path) -> None:
 
 
 _PART: dict[str, Callable[[Bench], Result]] = {
-    "ready": ready,
     "warm": warm,
     "convert": convert,
     "metadata": metadata,
@@ -330,7 +272,7 @@ def _document(workload: workloads.Workload, rows: Result) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "system": platform.platform(),
         "image": image,
-        "bits_per_second": demo.BITS_PER_SECOND,
+        "bits_per_second": _SPEED.bits_per_second,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 

@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from e2e import lazy, registry, workloads
-from glowplug.startup import link, machine
+from e2e import workloads
+from glowplug.startup import lazy, link, machine, registry
 from tests.fixtures import containerd, cri, node, pause
 
 _POLL_SECONDS = 0.005

@@ -21,8 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from e2e import lazy
-from glowplug.startup import link, machine
+from glowplug.startup import lazy, link, machine
 from imagefs.fuse import control
 
 _PREFIX = "glowplug-fleet"

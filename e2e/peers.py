@@ -26,9 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import demo, fleet, lazy, workloads
-from glowplug.startup import machine
+from e2e import fleet, startup, workloads
+from glowplug.startup import lazy, machine
 from imagefs.fuse import control
+
+_ORIGIN_BITS_PER_SECOND = 10**9
 
 
 def measure(workload: workloads.Workload, nodes: int, runs: int) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def measure(workload: workloads.Workload, nodes: int, runs: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="glowplug-peers-") as name:
         folder = Path(name)
         try:
-            with fleet.open_fleet(nodes, folder, demo.BITS_PER_SECOND) as made:
+            with fleet.open_fleet(nodes, folder, _ORIGIN_BITS_PER_SECOND) as made:
                 ref = _publish(made, workload)
                 for _ in range(runs):
                     alone.append(_start_on(made, made.nodes[:1], ref, workload))
@@ -50,7 +52,7 @@ def measure(workload: workloads.Workload, nodes: int, runs: int) -> dict[str, An
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "image": workload.name,
         "nodes": nodes,
-        "origin_bits_per_second": demo.BITS_PER_SECOND,
+        "origin_bits_per_second": _ORIGIN_BITS_PER_SECOND,
         "alone": alone,
         "together": together,
         "origin_bytes_ratio": round(_median(together) / _median(alone), 3),
@@ -141,13 +143,15 @@ def main() -> None:
     parser.add_argument("--image", choices=sorted(workloads.RECIPES), default="small")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=demo.RESULTS)
+    parser.add_argument("--results", type=Path, default=startup.RESULTS)
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("peers: needs root, for network namespaces and mounts")
     try:
         with machine.interruptible():
-            workload = workloads.build(options.image, demo.CACHE, lambda text: print(text, file=sys.stderr))
+            workload = workloads.build(
+                options.image, startup.CACHE, lambda text: print(text, file=sys.stderr)
+            )
             result = measure(workload, options.nodes, options.runs)
     except (machine.CommandError, workloads.BuildError) as exc:
         sys.exit(f"peers: {exc}")

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from e2e import lazy, workloads
-from glowplug.startup import machine
+from e2e import workloads
+from glowplug.startup import lazy, machine
 from imagefs import artifact, mount
 
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 
 from glowplug.startup import machine
+from glowplug.startup.speed import Speed
+from imagefs import syscalls
 
 SERVER_ADDRESS = "10.213.77.1"
 CLIENT_ADDRESS = "10.213.77.2"
 _PREFIX = "glowplug"
 _DEVICE = "shaped0"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)-(?:server|client)\Z")
+_COUNTERS_BYTES = 64 * 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,10 +32,15 @@ class Namespace:
 
     name: str
 
+    @property
+    def file(self) -> str:
+        """What setns(2) opens."""
+        return f"/run/netns/{self.name}"
+
     def command(self, argv: Sequence[str]) -> list[str]:
         """The same command, on this namespace's network. Not `ip netns exec`, which would also give it a
         mount namespace, and hide what it mounts."""
-        return ["nsenter", f"--net=/run/netns/{self.name}", "--", *argv]
+        return ["nsenter", f"--net={self.file}", "--", *argv]
 
     def ip(self, *arguments: str) -> str:
         """`ip` inside this namespace."""
@@ -41,21 +49,28 @@ class Namespace:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """Both ends; what the server listens on is `SERVER_ADDRESS`, reached by the client through the link."""
+    """Both ends; what the server listens on is `SERVER_ADDRESS`, reached by the client through the link.
+    `counters` is the client's /proc/net/dev, open."""
 
     server: Namespace
     client: Namespace
-    bits_per_second: int
+    speed: Speed
+    counters: int
 
     def received_bytes(self) -> int:
-        """Bytes that came down to the client since the link was made, packet headers included."""
-        (interface,) = json.loads(self.client.ip("-s", "-json", "link", "show", "dev", _DEVICE))
-        return int(interface["stats64"]["rx"]["bytes"])
+        """Bytes that came down to the client since the link was made, packet headers included. Cheap, and
+        any thread may ask."""
+        for line in os.pread(self.counters, _COUNTERS_BYTES, 0).decode().splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == _DEVICE:
+                return int(numbers.split()[0])
+        raise AssertionError(f"{_DEVICE} is not in {self.client.name}")
 
 
 @contextlib.contextmanager
-def open_link(bits_per_second: int) -> Iterator[Link]:
-    """A link, up and shaped. Gone on the way out; processes still inside keep their dead end only."""
+def open_link(speed: Speed) -> Iterator[Link]:
+    """A link, up and shaped; its delay is added by whoever listens at the server's end (`registry`). Gone on
+    the way out; processes still inside keep their dead end only."""
     _remove_stale()
     server, client = (Namespace(f"{_PREFIX}-{os.getpid()}-{side}") for side in ("server", "client"))
     try:
@@ -66,8 +81,12 @@ def open_link(bits_per_second: int) -> Iterator[Link]:
         for namespace, address in ((server, SERVER_ADDRESS), (client, CLIENT_ADDRESS)):
             namespace.ip("address", "add", f"{address}/30", "dev", _DEVICE)
             namespace.ip("link", "set", _DEVICE, "up")
-        shape(server, bits_per_second)
-        yield Link(server, client, bits_per_second)
+        shape(server, speed.bits_per_second)
+        counters = _open_counters(client)
+        try:
+            yield Link(server, client, speed, counters)
+        finally:
+            os.close(counters)
     finally:
         _remove((server.name, client.name))
 
@@ -78,6 +97,22 @@ def shape(sender: Namespace, bits_per_second: int, device: str = _DEVICE) -> Non
     burst_bytes = max(128 * 1024, bits_per_second // 8 // 500)
     options = ["rate", f"{bits_per_second}bit", "burst", str(burst_bytes), "latency", "20ms"]
     machine.check_call(["tc", "-n", sender.name, "qdisc", "add", "dev", device, "root", "tbf", *options])
+
+
+def _open_counters(namespace: Namespace) -> int:
+    """The namespace's /proc/net/dev: the file belongs to where it was opened, whoever reads it."""
+    opened: list[int] = []
+
+    def enter() -> None:
+        syscalls.enter_network(namespace.file)
+        opened.append(os.open("/proc/thread-self/net/dev", os.O_RDONLY | os.O_CLOEXEC))
+
+    thread = threading.Thread(target=enter, name="link-counters")
+    thread.start()
+    thread.join()
+    if not opened:
+        raise machine.CommandError(f"{namespace.name}: its counters cannot be read")
+    return opened[0]
 
 
 def _remove_stale() -> None:

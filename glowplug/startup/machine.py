@@ -9,15 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from imagefs import errors
+
+_START_SECONDS = 30.0
+_PACKAGES = {
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "docker-registry": "docker-registry",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
+    "runc": "runc",
+    "skopeo": "skopeo",
+    "tc": "iproute2",
+    "umount": "mount",
+}
+"""Which Debian package has a program that measurements start."""
 
 
 class CommandError(errors.ConfigurationError):
@@ -39,6 +55,13 @@ def facts() -> dict[str, str | int]:
     }
 
 
+def need(programs: Sequence[str]) -> None:
+    """Raise ConfigurationError naming the Debian packages of those that are not installed."""
+    missing = sorted({_PACKAGES[name] for name in programs if shutil.which(name) is None})
+    if missing:
+        raise errors.ConfigurationError(f"not installed: as root, apt-get install {' '.join(missing)}")
+
+
 def drop_page_cache() -> None:
     """Forget cached file data, names and inodes, so that the next read is a cold one."""
     os.sync()
@@ -55,16 +78,36 @@ def check_call(command: Sequence[str], *, allow: tuple[int, ...] = (0,)) -> str:
 
 
 @contextlib.contextmanager
-def daemon(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def daemon(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program in the background, its output in `log`; ended on the way out, gently, then not."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
         )
     try:
         yield process
     finally:
         end(process)
+
+
+def await_log(process: subprocess.Popen[bytes], log: Path, pattern: str) -> re.Match[str]:
+    """Where what a `daemon` has said first matches. Raises CommandError when it ends, or takes too long."""
+    until = time.monotonic() + _START_SECONDS
+    while True:
+        ended = process.poll() is not None
+        said = log.read_text(errors="replace")
+        if match := re.search(pattern, said):
+            return match
+        if ended or time.monotonic() > until:
+            raise CommandError(f"{log.stem} did not start\n{said[-2000:].strip()}")
+        time.sleep(0.01)
 
 
 def end(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None:

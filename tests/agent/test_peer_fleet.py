@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e import fleet, lazy
-from glowplug.startup import machine
+from e2e import fleet
+from glowplug.startup import lazy, machine
 from imagefs.fuse import control
 from tests.fixtures import block_images, images
 

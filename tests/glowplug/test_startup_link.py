@@ -11,10 +11,12 @@ import sys
 import pytest
 
 from glowplug.startup import link, machine
+from glowplug.startup.speed import Speed
 
 pytestmark = pytest.mark.root
 
 RATE = 200 * 10**6
+SPEED = Speed(RATE)
 
 SEND = """\
 import socket, sys
@@ -37,7 +39,7 @@ def namespaces() -> str:
 
 def test_bytes_come_through_and_are_counted() -> None:
     size = 3_000_000
-    with link.open_link(RATE) as over:
+    with link.open_link(SPEED) as over:
         before = over.received_bytes()
         send = over.server.command([sys.executable, "-c", SEND, link.SERVER_ADDRESS, str(size)])
         with subprocess.Popen(send, stdout=subprocess.PIPE) as server:
@@ -50,7 +52,7 @@ def test_bytes_come_through_and_are_counted() -> None:
 
 
 def test_only_the_way_down_is_shaped() -> None:
-    with link.open_link(RATE) as over:
+    with link.open_link(SPEED) as over:
         queues = {
             side.name: json.loads(machine.check_call(["tc", "-n", side.name, "-json", "qdisc", "show"]))
             for side in (over.server, over.client)
@@ -61,7 +63,7 @@ def test_only_the_way_down_is_shaped() -> None:
 
 
 def test_this_machine_has_no_address_of_the_link() -> None:
-    with link.open_link(RATE), pytest.raises(OSError, match=r".+"), socket.socket() as probe:
+    with link.open_link(SPEED), pytest.raises(OSError, match=r".+"), socket.socket() as probe:
         probe.bind((link.SERVER_ADDRESS, 0))
 
 
@@ -69,7 +71,7 @@ def test_nothing_is_left_even_after_an_error() -> None:
     names: list[str] = []
 
     def fail_inside() -> None:
-        with link.open_link(RATE) as over:
+        with link.open_link(SPEED) as over:
             names.extend([over.server.name, over.client.name])
             assert all(name in namespaces() for name in names)
             raise ZeroDivisionError
@@ -85,6 +87,6 @@ def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
         pass
     stale = f"glowplug-{ended.pid}-server"
     machine.check_call(["ip", "netns", "add", stale])
-    with link.open_link(RATE):
+    with link.open_link(SPEED):
         assert stale not in namespaces()
         assert f"glowplug-{os.getpid()}-server" in namespaces()

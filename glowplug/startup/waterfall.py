@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 from collections.abc import Sequence
 
-from e2e import timeline
+from glowplug.startup.axis import Axis
+from glowplug.startup.result import MARKS, Fetch, Layer, Start
 
 _LEFT = 16
 _RIGHT = 16
@@ -15,55 +15,7 @@ _HEAD = 30
 _CELL = 11
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """One layer of the image, as the page names it."""
-
-    name: str
-    blocks: int
-    compressed_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fetch:
-    """One block that came from the origin. Seconds since the start began; `layer` counts from the bottom."""
-
-    layer: int
-    block: int
-    demand: bool
-    reason: str
-    compressed_bytes: int
-    wanted_seconds: float
-    started_seconds: float
-    arrived_seconds: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Axis:
-    """A time axis: 0 at `left`, `seconds` at `right`."""
-
-    left: float
-    right: float
-    seconds: float
-
-    def x(self, seconds: float) -> float:
-        """Where a moment lies."""
-        return self.left + (self.right - self.left) * seconds / self.seconds
-
-    def grid(self, top: float, bottom: float, text: float) -> str:
-        """Vertical lines at round times, labelled at height `text`."""
-        step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if self.seconds / s <= 10)
-        parts = []
-        for number in range(int(self.seconds / step) + 1):
-            x = self.x(number * step)
-            parts.append(
-                f'<line x1="{x:.1f}" y1="{top:.1f}" x2="{x:.1f}" y2="{bottom:.1f}" class="grid"/>'
-                f'<text x="{x:.1f}" y="{text:.1f}" class="mid">{number * step:g} s</text>'
-            )
-        return "".join(parts)
-
-
-def draw(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], start: timeline.Start, width: int) -> str:
+def draw(layers: Sequence[Layer], fetches: Sequence[Fetch], start: Start, width: int) -> str:
     """All fetches, one row each in the order in which they were wanted, layer by layer, top layer first."""
     last = max([start.ready_seconds, *(fetch.arrived_seconds for fetch in fetches)])
     axis = Axis(_LEFT, width - _RIGHT, last * 1.02)
@@ -82,7 +34,8 @@ def draw(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], start: timeline
     marks = "".join(
         # On two heights in turns: two moments may be close to one another.
         _moment(mark, start.seconds[mark], axis, 12 + 12 * (number % 2), top)
-        for number, mark in enumerate(timeline.MARKS)
+        for number, mark in enumerate(MARKS)
+        if mark in start.seconds
     )
     return (
         f'<svg viewBox="0 0 {width} {top + 24:.0f}" role="img" aria-label="Waterfall of fetched blocks">'
@@ -90,7 +43,7 @@ def draw(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], start: timeline
     )
 
 
-def _summary(layer: LayerFacts, own: Sequence[Fetch]) -> str:
+def _summary(layer: Layer, own: Sequence[Fetch]) -> str:
     moved = sum(fetch.compressed_bytes for fetch in own)
     return (
         f"{html.escape(layer.name)}: {len(own)} of {layer.blocks} blocks, "
@@ -125,7 +78,7 @@ def _moment(mark: str, seconds: float, axis: Axis, top: float, bottom: float) ->
     )
 
 
-def draw_touched(layers: Sequence[LayerFacts], fetches: Sequence[Fetch], width: int) -> str:
+def draw_touched(layers: Sequence[Layer], fetches: Sequence[Fetch], width: int) -> str:
     """Every block of the image as a cell: on demand, ahead, or never fetched."""
     per_row = (width - _LEFT - _RIGHT) // _CELL
     top = 0

@@ -1,0 +1,142 @@
+"""The lazy start: the `glowplug` command, as a user would call it, on the link's client side.
+
+State, cache and mounts lie in a folder of the caller's. What the device server knows about its fetches is
+asked of it while the started process still runs: it ends with the last mount. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from glowplug import readiness
+from glowplug.startup import link, machine, timeline
+from imagefs import errors
+from imagefs.fuse import control
+
+COMMAND = Path(sys.executable).with_name("glowplug")
+_NOT_FOUND = 4
+"""The command's exit code for what is not there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Glowplug:
+    """The command with its directories. `image` is HOST/REPOSITORY:TAG everywhere."""
+
+    folder: Path
+    link: link.Link
+
+    def _storage(self, folder: Path | None = None) -> list[str]:
+        folder = folder or self.folder
+        return ["--state", str(folder / "state"), "--cache", str(folder / "cache")]
+
+    def _near(self, verb: str, *words: str) -> str:
+        """What a verb says that works from the registry's side of the link."""
+        return machine.check_call(self.link.server.command([str(COMMAND), verb, "--plain-http", *words]))
+
+    def convert(self, image: str) -> None:
+        """Convert in place."""
+        self._near("convert", "--json", f"docker://{image}")
+
+    def copy(self, image: str, target: str) -> None:
+        """Copy with what refers to it."""
+        self._near("copy", f"docker://{image}", f"docker://{target}")
+
+    def inspect(self, image: str) -> dict[str, Any] | None:
+        """What `glowplug inspect --json` says, None if there is no block image."""
+        words = [str(COMMAND), "inspect", "--plain-http", "--json", f"docker://{image}"]
+        said = machine.check_call(self.link.server.command(words), allow=(0, _NOT_FOUND))
+        facts: dict[str, Any] | None = json.loads(said) if said else None
+        return facts
+
+    def pack(
+        self, image: str, command: Sequence[str], environment: Sequence[str], until: readiness.Until
+    ) -> None:
+        """Trace a start until it is ready, and give the block image a boot pack."""
+        folder = self.folder / "tracing"
+        folder.mkdir()
+        recorded = ["--output", str(folder / "trace"), *_until(until), *_environment(environment)]
+        self._near("trace", *self._storage(folder), *recorded, f"docker://{image}", "--", *command)
+        self._near("pack", "--trace", str(folder / "trace"), f"docker://{image}")
+        shutil.rmtree(folder)
+
+    def start(
+        self,
+        image: str,
+        command: Sequence[str],
+        environment: Sequence[str],
+        until: readiness.Until,
+        clock: timeline.Clock,
+        *,
+        near: bool = False,
+    ) -> list[dict[str, Any]]:
+        """`glowplug run`, as one start; the device server's fetch events until it was ready, none where ready
+        means that it has ended. Over the link or, `near`, from the registry's side of it."""
+        events: list[dict[str, Any]] = []
+        side = self.link.server if near else self.link.client
+        options = ["--plain-http", *self._storage(), *_environment(environment), f"docker://{image}"]
+        run = side.command([str(COMMAND), "run", *options, "--", *command])
+        until = dataclasses.replace(until, network=side.file)
+        watch = timeline.Watch(self._has_overlay, lambda: events.extend(self._events()))
+        timeline.follow(run, clock, until, watch)
+        return events
+
+    def _has_overlay(self, pid: int) -> bool:
+        """Whether the root filesystem stands in the mount namespace of `glowplug run`."""
+        try:
+            lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+        except OSError:
+            return False
+        return any(" - overlay " in line and str(self.folder) in line for line in lines)
+
+    def _events(self) -> list[dict[str, Any]]:
+        client = control.DeviceClient.connect(self.folder / "state")
+        return [] if client is None else client.events()
+
+    @contextlib.contextmanager
+    def mounted(self, image: str, directory: Path, *, near: bool = False) -> Iterator[None]:
+        """The image at `directory`; fetched over the link, or, `near`, from the registry's own side of it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        side = self.link.server if near else self.link.client
+        options = ["--plain-http", *self._storage(), f"docker://{image}", str(directory)]
+        machine.check_call(side.command([str(COMMAND), "mount", *options]))
+        try:
+            yield
+        finally:
+            umount = [str(COMMAND), "umount", "--state", str(self.folder / "state"), str(directory)]
+            machine.check_call(umount)
+
+    def forget(self) -> None:
+        """Empty the block cache."""
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+
+
+def _until(until: readiness.Until) -> list[str]:
+    if until.log is not None:
+        return ["--until-log", until.log.pattern.decode()]
+    return ["--until-http", until.address] if until.address else []
+
+
+def _environment(variables: Sequence[str]) -> list[str]:
+    return [word for each in variables for word in ("--env", each)]
+
+
+@contextlib.contextmanager
+def use(over: link.Link, folder: Path) -> Iterator[Glowplug]:
+    """The command with directories below `folder`, all of it removed on the way out."""
+    folder.mkdir(parents=True)
+    try:
+        yield Glowplug(folder, over)
+    finally:
+        with contextlib.suppress(errors.ImagefsError, OSError):
+            client = control.DeviceClient.connect(folder / "state")
+            if client is not None:  # of a start that was cut short
+                client.stop()
+        machine.unmount_below(folder)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""Starts of one image, of every kind that was asked for, in turns over one link.
+
+Called by `glowplug bench startup` and `e2e/`, on the main thread, since programs are started that die with
+it. Needs root. Everything that is made here is gone afterwards, also after an interrupt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from glowplug import interrupts
+from glowplug.startup import containerd, contestants, link, machine, registry, result, scratch, timeline
+from glowplug.startup.speed import Speed
+from imagefs import errors
+
+_PROGRAMS = ("docker-registry", "ip", "nsenter", "skopeo", "tc", "umount")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rival:
+    """A containerd to measure against, beside the one in PATH; tuned, if it can be."""
+
+    binaries: containerd.Binaries
+    label: str
+
+
+def rival_label(binaries: containerd.Binaries) -> str:
+    """What the table calls a containerd that nobody named."""
+    return f"containerd {binaries.version}{', tuned' if binaries.options else ''}"
+
+
+def check(modes: Sequence[str]) -> None:
+    """Raise ConfigurationError, before anything is made, when this machine cannot measure these modes."""
+    if os.geteuid() != 0:
+        raise errors.ConfigurationError("bench startup needs root, for network namespaces and mounts")
+    pulls = {result.CONTAINERD, result.TUNED, result.LOCAL} & set(modes)
+    machine.need((*_PROGRAMS, "containerd", "ctr", "runc") if pulls else _PROGRAMS)
+
+
+@contextlib.contextmanager
+def closing_whole() -> Iterator[contextlib.ExitStack]:
+    """A stack that is closed to the end, whatever signals come meanwhile."""
+    stack = contextlib.ExitStack()
+    try:
+        yield stack
+    finally:
+        with interrupts.deferred():
+            stack.close()
+
+
+def measure(
+    workload: scratch.Workload,
+    prepared: scratch.Scratch,
+    modes: Sequence[str],
+    rivals: Sequence[Rival],
+    speed: Speed,
+    runs: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> result.Measurement:
+    """All modes `runs` times, in turns; who goes first changes from round to round. What is made lies below
+    `folder`, of which the path must be short: sockets lie in it."""
+    with closing_whole() as stack:
+        over = stack.enter_context(link.open_link(speed))
+        server = stack.enter_context(registry.serve(over, folder, prepared.storage))
+        racing = [
+            stack.enter_context(entry)
+            for entry in _entries(workload, prepared, modes, rivals, server, folder)
+        ]
+        starts: dict[str, list[result.Start]] = {each.label: [] for each in racing}
+        for number in range(runs):
+            first = number % len(racing)
+            for each in (*racing[first:], *racing[:first]):
+                start = _start(each, server)
+                starts[each.label].append(start)
+                say(f"{speed}, run {number + 1} of {runs}: {each.label}: {start.ready_seconds:.2f} s")
+    return result.Measurement(
+        image=workload.name,
+        command=workload.command,
+        until=str(workload.until),
+        speed=speed,
+        machine={**machine.facts(), "decompressor of containerd": containerd.decompressor()},
+        source_bytes=prepared.source_bytes,
+        unpacked_bytes=prepared.unpacked_bytes,
+        layers=prepared.layers,
+        series=tuple(result.Series(each.mode, each.label, tuple(starts[each.label])) for each in racing),
+    )
+
+
+def _start(contestant: contestants.Contestant, server: registry.Registry) -> result.Start:
+    machine.drop_page_cache()
+    clock = timeline.Clock(server.link.received_bytes, server.requests)
+    with clock.sampled():
+        return contestant.start(clock)
+
+
+def _entries(
+    workload: scratch.Workload,
+    prepared: scratch.Scratch,
+    modes: Sequence[str],
+    rivals: Sequence[Rival],
+    server: registry.Registry,
+    folder: Path,
+) -> Iterator[contextlib.AbstractContextManager[contestants.Contestant]]:
+    """What takes part, in the order of result.MODES."""
+    if result.CONTAINERD in modes:
+        binaries = containerd.installed()
+        label = f"containerd {binaries.version}"
+        yield contestants.pulled(binaries, label, server, folder / "pull", prepared, workload, tuned=False)
+    if result.TUNED in modes:
+        for number, rival in enumerate(rivals):
+            place = folder / f"pull-{number}"
+            yield contestants.pulled(
+                rival.binaries, rival.label, server, place, prepared, workload, tuned=True
+            )
+    for mode in (result.BLOCKS, result.PACK, result.WARM):
+        if mode in modes:
+            yield contestants.lazily(mode, server, folder / mode, prepared, workload)
+    if result.LOCAL in modes:
+        yield contestants.unpacked(containerd.installed(), server, folder / "local", prepared, workload)

@@ -1,0 +1,127 @@
+"""What a benchmark starts, brought into a registry of its own: source image, block image, boot pack.
+
+    bench/given     the source image, with its block image, as they are; converted here if it has none
+    bench/blocks    the same, converted here, only made where the block image above has a boot pack
+    bench/pack      a copy of bench/given with a boot pack traced here, only made where that has none
+
+The registry's storage is a folder: `prepare` fills it, each link's own registry serves it (`registry`).
+Called by `measure`, on the main thread; needs root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from glowplug import readiness
+from glowplug.startup import lazy, link, machine, registry, result
+from glowplug.startup.speed import Speed
+from imagefs import artifact, errors
+
+_GIVEN = "bench/given:latest"
+_BLOCKS = "bench/blocks:latest"
+_PACK = "bench/pack:latest"
+_NEAR_ONLY = Speed(10**10)
+"""Preparing needs both ends, and not the link between them."""
+
+Bring = Callable[[str], None]
+"""Puts the image that is measured, with its block image if it has one, at a docker:// REF on loopback."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """What is started: an image by any name, `bring` that fetches it, the command, its environment
+    (KEY=VALUE), and when it is ready. An empty command is the image's own."""
+
+    name: str
+    bring: Bring
+    command: tuple[str, ...]
+    environment: tuple[str, ...]
+    until: readiness.Until
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scratch:
+    """A filled registry's storage. Names are REPOSITORY:TAG; `blocks` and `pack` are there if they were asked
+    for."""
+
+    storage: Path
+    given: str
+    blocks: str
+    pack: str
+    source_bytes: int
+    unpacked_bytes: int
+    layers: tuple[result.Layer, ...]
+
+
+def prepare(workload: Workload, modes: Sequence[str], folder: Path, say: Callable[[str], None]) -> Scratch:
+    """Fill a registry's storage below `folder` with what these modes start."""
+    storage = folder / "registry"
+    say(f"copying {workload.name} to a registry of its own")
+    with registry.loopback(folder, storage) as host:
+        workload.bring(f"docker://{host}/{_GIVEN}")
+    with link.open_link(_NEAR_ONLY) as over, registry.serve(over, folder, storage) as server:
+        source_bytes = _source_bytes(server)
+        if not {result.BLOCKS, result.PACK, result.WARM} & set(modes):
+            return Scratch(storage, _GIVEN, _GIVEN, _GIVEN, source_bytes, 0, ())
+        with lazy.use(over, folder / "preparing") as glowplug:
+            facts, blocks, pack = _prepare_lazy(glowplug, server, workload, modes, say)
+    unpacked_bytes = sum(layer["image_bytes"] for layer in facts["layers"])
+    return Scratch(storage, _GIVEN, blocks, pack, source_bytes, unpacked_bytes, _layers(facts))
+
+
+def _prepare_lazy(
+    glowplug: lazy.Glowplug,
+    server: registry.Registry,
+    workload: Workload,
+    modes: Sequence[str],
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], str, str]:
+    """Block images and boot pack; the facts of the fullest, and the names without and with a pack."""
+
+    def at(name: str) -> str:
+        return f"{server.host}/{name}"
+
+    facts = glowplug.inspect(at(_GIVEN))
+    if facts is None:
+        say("converting: it has no block image")
+        glowplug.convert(at(_GIVEN))
+        facts = glowplug.inspect(at(_GIVEN))
+    assert facts is not None
+    if facts["boot_pack"] is not None:
+        if {result.BLOCKS, result.WARM} & set(modes):
+            say("converting once more: its block image has a boot pack, and one without is measured, too")
+            server.push(f"docker://{at(_GIVEN)}", _BLOCKS)
+            glowplug.convert(at(_BLOCKS))
+        return facts, _BLOCKS, _GIVEN
+    if result.PACK in modes:
+        say("tracing a start, for the boot pack")
+        glowplug.copy(at(_GIVEN), at(_PACK))
+        glowplug.pack(at(_PACK), workload.command, workload.environment, workload.until)
+        facts = glowplug.inspect(at(_PACK)) or facts
+    return facts, _GIVEN, _PACK
+
+
+def _source_bytes(server: registry.Registry) -> int:
+    """The compressed size of the source image's layers."""
+    inspect = ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{server.host}/{_GIVEN}"]
+    manifest = json.loads(machine.check_call(server.link.server.command(inspect)))
+    if artifact.is_block_image(manifest):
+        raise errors.InvalidInputError(
+            "that is a block image, which nothing can pull: name the source image that it lies beside"
+        )
+    return sum(layer["size"] for layer in manifest["layers"])
+
+
+def _layers(facts: dict[str, Any]) -> tuple[result.Layer, ...]:
+    layers = []
+    pack = facts["boot_pack"]
+    if pack is not None and pack["usable"]:
+        layers.append(result.Layer("boot pack", pack["table_digest"], pack["frames"], pack["data_bytes"]))
+    for layer in facts["layers"]:
+        name = f"layer {layer['number'] + 1}"
+        layers.append(result.Layer(name, layer["map_digest"], layer["blocks"], layer["compressed_bytes"]))
+    return tuple(layers)

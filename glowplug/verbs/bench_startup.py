@@ -1,0 +1,139 @@
+"""`glowplug bench startup REF -- CMD`: how soon a container is ready, pulled and lazily, on a stated link."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from glowplug import settings
+from glowplug.startup import result, speed
+from glowplug.verbs.trace import until_options
+from imagefs import duration
+
+if TYPE_CHECKING:
+    from glowplug.readiness import Until
+    from glowplug.startup import measure, scratch
+    from imagefs.origin.connect import Options
+
+
+@click.command("startup")
+@click.argument("ref")
+@click.argument("cmd", metavar="[-- CMD...]", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(result.MODES),
+    multiple=True,
+    help="What to measure; repeatable (default: all).",
+)
+@click.option(
+    "--containerd",
+    "others",
+    metavar="DIR[,LABEL]",
+    multiple=True,
+    help="A directory with another containerd, for mode tuned; repeatable.",
+)
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Starts of each kind.")
+@click.option("--rate", default="1gbit", show_default=True, help="The link's rate, as tc writes it.")
+@click.option("--rtt", default="0", show_default=True, help="Round-trip time to add, as in 50ms.")
+@until_options
+@click.option("-e", "--env", "environment", metavar="K=V", multiple=True, help="As in run.")
+@click.option("--platform", metavar="OS/ARCH", help="Image of a multi-platform index (default: this host's).")
+@click.option(
+    "--json",
+    "document",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write every start, as JSON.",
+)
+@click.option(
+    "--report",
+    "page",
+    metavar="FILE.html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write a page with plots.",
+)
+@settings.origin_options
+def command(
+    *,
+    ref: str,
+    cmd: tuple[str, ...],
+    modes: tuple[str, ...],
+    others: tuple[str, ...],
+    runs: int,
+    rate: str,
+    rtt: str,
+    until: Until,
+    environment: tuple[str, ...],
+    platform: str | None,
+    document: Path | None,
+    page: Path | None,
+    origins: Options,
+) -> None:
+    """Measure how soon CMD (default: the image's own command) in REF is ready, started in turns:
+
+    \b
+    containerd  pulled, unpacked and run by the containerd in PATH
+    tuned       by those of --containerd, fetching and unpacking in parallel where they can
+    blocks      lazily, block by block
+    pack        lazily, with a boot pack
+    warm        lazily, block cache full, page cache dropped
+    local       by containerd, unpacked before, page cache dropped
+
+    The image is copied into a registry of its own, behind a link of the given speed; what it lacks, block
+    image or boot pack, is made there. It is ready when --until-log or --until-http say so, or when CMD ends.
+    """
+    if until.seconds is not None:
+        raise click.UsageError("--seconds says nothing of a start: use --until-log or --until-http")
+    link_speed = speed.Speed(speed.parse_rate(rate), duration.parse(rtt, "--rtt"))
+    modes = tuple(mode for mode in result.MODES if mode in (modes or result.MODES))
+    from glowplug.startup import measure, report, scratch, table
+
+    measure.check(modes)
+    rivals = [_rival(text) for text in others]
+    workload = scratch.Workload(ref, _bringer(ref, platform, origins), cmd, environment, until)
+
+    def say(text: str) -> None:
+        click.echo(f"bench: {text}", err=True)
+
+    with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
+        folder = Path(name)
+        prepared = scratch.prepare(workload, modes, folder, say)
+        measured = measure.measure(workload, prepared, modes, rivals, link_speed, runs, folder, say)
+    if document is not None:
+        document.write_text(json.dumps(measured.document(), indent=1) + "\n")
+    if page is not None:
+        page.write_text(report.page([measured]))
+    click.echo(table.text(measured))
+
+
+def _rival(text: str) -> measure.Rival:
+    from glowplug.startup import containerd, measure
+
+    directory, _, label = text.partition(",")
+    binaries = containerd.inspect(Path(directory).absolute())
+    return measure.Rival(binaries, label or measure.rival_label(binaries))
+
+
+def _bringer(text: str, platform: str | None, origins: Options) -> scratch.Bring:
+    """Copies REF, with its block image where it can have one."""
+    from imagefs import platforms, reference
+
+    ref = reference.parse(text)
+    wanted = platforms.parse(platform) if platform else platforms.host()
+
+    def bring(destination: str) -> None:
+        if ref.transport in ("docker-archive", "docker-daemon"):
+            from glowplug.startup import machine
+
+            machine.check_call(["skopeo", "copy", "-q", "--dest-tls-verify=false", text, destination])
+            return
+        from converter import copying
+
+        copying.copy(ref, reference.parse(destination), origins, wanted)
+
+    return bring

@@ -1,0 +1,179 @@
+"""`glowplug bench startup` for real: a small image, each kind of start once, on a shaped and delayed link."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glowplug.startup import machine, measure, result
+from imagefs import errors
+from tests.fixtures import block_images, images, pause, tars
+from tests.fixtures.block_images import GLOWPLUG
+
+pytestmark = pytest.mark.root
+
+_READ_BYTES, _UNREAD_BYTES = 1_500_000, 9_000_000
+_NOISE = random.Random(7)
+_COMMAND = "echo hello; cat /data/read >/dev/null; echo ready; cat"
+
+
+@pytest.fixture(scope="module")
+def ref(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image that reads a part of what it has; it has no block image."""
+    data = tars.Builder().directory(b"./").directory(b"data/")
+    data.file(b"data/read", _NOISE.randbytes(_READ_BYTES))
+    data.file(b"data/unread", _NOISE.randbytes(_UNREAD_BYTES))
+    made = images.make([pause.root_layer(), bytes(data)], architecture=pause.ARCHITECTURE)
+    return block_images.layout(tmp_path_factory.mktemp("startup"), made)
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever happens, nothing is left: no namespace, no mount, no process, no folder."""
+    # Sockets lie below it: pytest's own paths would be too long for them.
+    with tempfile.TemporaryDirectory(prefix="gp-bst-") as name:
+        monkeypatch.setenv("TMPDIR", name)
+        yield
+        assert name not in Path("/proc/self/mountinfo").read_text()
+        assert os.listdir(name) == []
+        assert _using(name) == []
+
+
+def _using(text: str) -> list[str]:
+    """Command lines of the processes that name `text`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (line := path.read_bytes()):
+                found.append(line.decode(errors="replace"))
+    return found
+
+
+def _namespaces(pid: int) -> list[str]:
+    names = machine.check_call(["ip", "netns", "list"]).split()
+    return [name for name in names if f"-{pid}-" in name]
+
+
+def _bench(*arguments: object) -> list[str]:
+    return [GLOWPLUG, "bench", "startup", *map(str, arguments)]
+
+
+def test_every_kind_of_start(ref: str, tmp_path: Path) -> None:
+    document, page = tmp_path / "out.json", tmp_path / "out.html"
+    link = ["--rate", "200mbit", "--rtt", "20ms", "--runs", 1]
+    out = ["--json", document, "--report", page, "--until-log", "^ready"]
+    said = subprocess.run(
+        _bench(ref, *link, *out, "--", "sh", "-c", _COMMAND), capture_output=True, text=True, timeout=120
+    )
+    assert said.returncode == 0, said.stderr
+    measured = json.loads(document.read_text())
+    assert measured["speed"] == {"bits_per_second": 200_000_000, "rtt_seconds": 0.02}
+    series: dict[str, dict[str, Any]] = {each["mode"]: each for each in measured["series"]}
+    # No other containerd was named, so none was tuned.
+    assert set(series) == {*result.MODES} - {result.TUNED}
+    for each in series.values():
+        (start,) = each["starts"]
+        marks = [start["seconds"][mark] for mark in result.MARKS if mark in start["seconds"]]
+        assert marks == sorted(marks)
+        assert each["label"] in said.stdout
+        assert each["label"] in page.read_text()
+    moved = {mode: each["median_moved_bytes"] for mode, each in series.items()}
+    assert moved["containerd"] > _READ_BYTES + _UNREAD_BYTES
+    assert _READ_BYTES < moved["pack"] < moved["containerd"] / 2
+    assert max(moved["warm"], moved["local"]) < _READ_BYTES / 4
+    assert series["pack"]["median_requests"] > 0
+    assert series["pack"]["limit_seconds"] > series["warm"]["median_seconds"]["ready"]
+    assert series["pack"]["starts"][0]["fetches"]
+
+
+def test_ready_when_an_address_answers_from_a_block_image_that_has_a_pack(ref: str, tmp_path: Path) -> None:
+    layout = tmp_path / "given"
+    shutil.copytree(ref.split(":")[1], layout)
+    given = f"oci:{layout}:latest"
+    served = ["--until-http", "http://127.0.0.1:8080/read"]
+    command = ["busybox", "httpd", "-f", "-p", "8080", "-h", "/data"]
+    convert = ["convert", given, "--trace-run", "cat /data/unread"]
+    storage = ["--state", str(tmp_path / "state"), "--cache", str(tmp_path / "cache")]
+    machine.check_call([GLOWPLUG, *convert, *storage])
+    document = tmp_path / "out.json"
+    modes = [word for mode in ("blocks", "pack") for word in ("--mode", mode)]
+    words = _bench(given, "--runs", 2, *modes, *served, "--json", document, "--", *command)
+    said = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    blocks, pack = json.loads(document.read_text())["series"]
+    # Its own pack was taken, useless as it is for this command, and not for the start by blocks.
+    assert pack["median_moved_bytes"] > _UNREAD_BYTES / 2
+    assert {fetch["layer"] for fetch in pack["starts"][0]["fetches"]} >= {0}
+    assert 0 not in {fetch["layer"] for fetch in blocks["starts"][0]["fetches"]}
+
+
+def test_an_interrupt_leaves_nothing(ref: str) -> None:
+    words = _bench(ref, "--mode", "containerd", "--mode", "blocks", "--runs", 50, "--", "sleep", "3")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "run 1 of 50" in line:
+                break
+        assert _namespaces(process.pid)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "interrupted" in said
+    assert not _namespaces(process.pid)
+
+
+def test_a_command_that_fails_says_so_and_leaves_nothing(ref: str) -> None:
+    words = _bench(ref, "--mode", "containerd", "--", "sh", "-c", "echo broken >&2; exit 3")
+    said = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 8
+    assert "broken" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["oci:x", "--rate", "fast"], 3, "not a rate"),
+        (["oci:x", "--rtt", "5 parsecs"], 3, "--rtt"),
+        (["oci:x", "--seconds", "3"], 2, "--until-log or --until-http"),
+        (["oci:x", "--mode", "magic"], 2, "magic"),
+        (["oci:x", "--containerd", "/nowhere,mine"], 8, "/nowhere/containerd"),
+        (["nonsense"], 3, "nonsense"),
+        (["oci:/nowhere", "--mode", "blocks"], 4, "/nowhere"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], code: int, message: str) -> None:
+    said = subprocess.run(_bench(*arguments), capture_output=True, text=True, timeout=60)
+    assert (said.returncode, message in said.stderr) == (code, True), said.stderr
+
+
+def test_a_block_image_without_its_source_is_refused(ref: str, tmp_path: Path) -> None:
+    target = f"oci:{tmp_path}/alone:latest"
+    machine.check_call([GLOWPLUG, "convert", ref, "--to", target])
+    said = subprocess.run(_bench(target, "--mode", "containerd"), capture_output=True, text=True, timeout=60)
+    assert said.returncode == 3
+    assert "name the source image" in said.stderr
+
+
+def test_what_is_not_installed_is_named_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(errors.ConfigurationError, match="containerd docker-registry iproute2 mount runc"):
+        measure.check(result.MODES)
+    with pytest.raises(errors.ConfigurationError, match="apt-get install docker-registry iproute2 mount"):
+        measure.check([result.PACK])
+
+
+def test_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(errors.ConfigurationError, match="needs root"):
+        measure.check(result.MODES)

@@ -1,0 +1,56 @@
+"""Time lines: what of a real program's output marks what, and what happens when it never gets there."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from glowplug import readiness
+from glowplug.startup import machine, result, timeline
+
+SERVER = (
+    "import sys; print('hello', flush=True); print('ready 1', flush=True); sys.stdin.read(); print('end')"
+)
+READY = readiness.Until(log=re.compile(b"^ready"))
+
+
+def start(script: str, until: readiness.Until = READY, watch: timeline.Watch | None = None) -> result.Start:
+    moved, answered = iter((100, 350)), iter((3, 5))
+    clock = timeline.Clock(lambda: next(moved), lambda: next(answered))
+    timeline.follow([sys.executable, "-c", script], clock, until, watch or timeline.Watch())
+    return clock.start()
+
+
+def test_marks_come_in_order_and_bytes_and_requests_are_those_of_the_start() -> None:
+    measured = start(SERVER, watch=timeline.Watch(mounted=lambda pid: pid > 0))
+    assert set(measured.seconds) == set(result.MARKS)
+    assert 0 < measured.seconds[result.FIRST_OUTPUT] <= measured.ready_seconds
+    assert measured.moved_bytes == 250
+    assert measured.requests == 2
+    assert measured.flow[-1] == (measured.ready_seconds, 250)
+
+
+def test_when_ready_is_called_while_the_program_still_runs_and_then_it_ends() -> None:
+    seen: list[str] = []
+    calls = timeline.Watch(
+        when_ready=lambda: seen.append("still waits for its input"), end=lambda: seen.append("end")
+    )
+    start(SERVER, watch=calls)
+    assert seen == ["still waits for its input", "end"]
+
+
+def test_without_another_sign_the_end_is_ready() -> None:
+    assert start("pass", readiness.Until()).seconds.keys() == {result.READY}
+
+
+@pytest.mark.parametrize("until", [READY, readiness.Until()])
+def test_a_program_that_fails_is_an_error_with_its_last_words(until: readiness.Until) -> None:
+    with pytest.raises(machine.CommandError, match="no such library"):
+        start("import sys; sys.exit('no such library')", until)
+
+
+def test_a_program_that_never_says_ready_is_an_error() -> None:
+    with pytest.raises(machine.CommandError, match="ready"):
+        start("print('hello')")
