@@ -46,7 +46,8 @@ def measure(
     def bring(destination: str) -> None:
         machine.check_call(["skopeo", "copy", "-q", "--dest-tls-verify=false", workload.source, destination])
 
-    until = readiness.Until(log=re.compile(rf"^{workloads.READY}\b".encode()))
+    said = re.compile(rf"^{workloads.READY}\b".encode())
+    until = readiness.Until(address=workload.url) if workload.url else readiness.Until(log=said)
     started = scratch.Workload(workload.name, bring, workload.command, (), until)
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
         folder = Path(name)
