@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from e2e.workloads import builder, files100k, layers70, node, server, small, torch, weights
+from e2e.workloads import builder, files100k, jvm, layers70, node, server, small, torch, weights
 from e2e.workloads.debian import mirror
 from e2e.workloads.recipe import READY, TAG, BuildError, Recipe, Workload
 
 __all__ = ["READY", "RECIPES", "TAG", "BuildError", "Recipe", "Workload", "build", "mirror"]
 
 RECIPES = {
-    module.RECIPE.name: module.RECIPE for module in (torch, small, server, node, layers70, files100k, weights)
+    module.RECIPE.name: module.RECIPE
+    for module in (torch, small, server, node, jvm, layers70, files100k, weights)
 }
 
 

@@ -84,7 +84,7 @@ class Packages:
         """Install them, with what they need and nothing that they recommend."""
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LANG": "C.UTF-8"}
         install = ["install", "-y", "--no-install-recommends", *self.names]
-        with _proc(kitchen.root):
+        with proc(kitchen.root):
             for command in (["update"], install):
                 said = subprocess.run(
                     ["chroot", str(kitchen.root), "apt-get", "-q", *command],
@@ -99,8 +99,8 @@ class Packages:
 
 
 @contextlib.contextmanager
-def _proc(root: Path) -> Iterator[None]:
-    """What installing a Java runtime reads."""
+def proc(root: Path) -> Iterator[None]:
+    """/proc in the image, without which no Java runs."""
     machine.check_call(["mount", "-t", "proc", "proc", str(root / "proc")])
     try:
         yield

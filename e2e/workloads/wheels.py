@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,13 +40,12 @@ class Wheels:
         options = ["--no-index", f"--find-links={wheels}", "--no-compile", "--root-user-action=ignore"]
         site = f"--target={kitchen.root / SITE}"
         machine.check_call([*pip, "install", *target, *options, "--upgrade", site, *self.requirements])
-        compile_sources(kitchen, SITE)
-
-
-def compile_sources(kitchen: Kitchen, folder: str) -> None:
-    """Leave .pyc files beside the sources, written by the image's own Python."""
-    command = ["python3", "-m", "compileall", "-q", "-j", "0", f"/{folder}"]
-    machine.check_call(["chroot", str(kitchen.root), *command], allow=(0, 1))  # 1: not all is for this Python
+        # Scripts that name the wrong interpreter; the next pip would remove those of the last.
+        shutil.rmtree(kitchen.root / SITE / "bin", ignore_errors=True)
+        command = ["python3", "-m", "compileall", "-q", "-j", "0", f"/{SITE}"]
+        machine.check_call(
+            ["chroot", str(kitchen.root), *command], allow=(0, 1)
+        )  # 1: some are for other Pythons
 
 
 def _refuse_cuda(wheels: Path) -> None:
