@@ -1,9 +1,10 @@
 """What the figures in README.md and docs/benchmarks.md come from, beside those of starts (`startup.py`).
 
-Four parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+Five parts, each measured against something in the same run, so that a noisy or slow machine falls on both
 sides: `warm` (the mount against the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent
-under containerd against containerd alone). Prints a table and writes results/bench.json. Nothing is asserted.
-Needs root.
+under containerd against containerd alone), `readahead` (what the kernel reads ahead during a start, one value
+against the other; not among the parts that run when none is named). Prints a table and writes
+results/bench.json. Nothing is asserted. Needs root.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import cri, plain, startup, workloads
+from e2e import cri, plain, readahead, startup, workloads
 from glowplug.startup import lazy, link, machine, registry
 from glowplug.startup.speed import Speed
 
 PARTS = ("warm", "convert", "metadata", "cri")
+EXTRA_PARTS = ("readahead",)
 _SPEED = Speed(10**9)
 
 
@@ -177,6 +179,26 @@ def cri_starts(bench: Bench) -> Result:
     ]
 
 
+def read_ahead(bench: Bench) -> Result:
+    """Cold and warm starts at the link's speed, in turns, with other sizes of the kernel's read-ahead."""
+    rows: Result = []
+    with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
+        trial = readahead.Trial(glowplug, bench.registry, bench.workload)
+        for variant, pack_bytes in (variants := trial.variants()).items():
+            if pack_bytes:
+                rows.append(_row("readahead", f"{variant.name}: its size", "MB", [pack_bytes / 1e6]))
+        measured = list(trial.rounds(list(variants), bench.runs))
+    for variant in variants:
+        own = [each for each in measured if each.variant == variant.name]
+        rows += [
+            _row("readahead", f"{variant.name}: cold", "s", [each.cold_seconds for each in own]),
+            _row("readahead", f"{variant.name}: warm", "s", [each.warm_seconds for each in own]),
+            _row("readahead", f"{variant.name}: moved", "MB", [each.moved_bytes / 1e6 for each in own]),
+            _row("readahead", f"{variant.name}: waits for blocks", "", [each.misses for each in own]),
+        ]
+    return rows
+
+
 def _row(part: str, name: str, unit: str, values: Sequence[float]) -> Row:
     return Row(part, name, unit, tuple(round(value, 4) for value in values))
 
@@ -212,7 +234,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--image", choices=sorted(workloads.RECIPES), default="torch")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS + EXTRA_PARTS, default=list(PARTS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--results", type=Path, default=startup.RESULTS)
     options = parser.parse_args()
@@ -253,6 +275,7 @@ _PART: dict[str, Callable[[Bench], Result]] = {
     "convert": convert,
     "metadata": metadata,
     "cri": cri_starts,
+    "readahead": read_ahead,
 }
 
 

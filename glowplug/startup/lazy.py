@@ -17,7 +17,7 @@ from typing import Any
 
 from glowplug import readiness
 from glowplug.startup import link, machine, timeline
-from imagefs import errors
+from imagefs import errors, kernelreadahead
 from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
@@ -27,10 +27,12 @@ _NOT_FOUND = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Glowplug:
-    """The command with its directories. `image` is HOST/REPOSITORY:TAG everywhere."""
+    """The command with its directories. `image` is HOST/REPOSITORY:TAG everywhere. `starter` is how it is
+    called for what is measured."""
 
     folder: Path
     link: link.Link
+    starter: Sequence[str] = (str(COMMAND),)
 
     def _storage(self, folder: Path | None = None) -> list[str]:
         folder = folder or self.folder
@@ -56,15 +58,25 @@ class Glowplug:
         return facts
 
     def pack(
-        self, image: str, command: Sequence[str], environment: Sequence[str], until: readiness.Until
-    ) -> None:
-        """Trace a start until it is ready, and give the block image a boot pack."""
+        self,
+        image: str,
+        command: Sequence[str],
+        environment: Sequence[str],
+        until: readiness.Until,
+        read_ahead_kib: int = kernelreadahead.TRACE_READ_AHEAD_KIB,
+    ) -> dict[str, Any]:
+        """Trace a start until it is ready, and give the block image a boot pack; what `glowplug pack --json`
+        says of it."""
         folder = self.folder / "tracing"
         folder.mkdir()
-        recorded = ["--output", str(folder / "trace"), *_until(until), *_environment(environment)]
+        recorded = ["--output", str(folder / "trace"), "--read-ahead", f"{read_ahead_kib}KiB"]
+        recorded += [*_until(until), *_environment(environment)]
         self._near("trace", *self._storage(folder), *recorded, f"docker://{image}", "--", *command)
-        self._near("pack", "--trace", str(folder / "trace"), f"docker://{image}")
+        packed: dict[str, Any] = json.loads(
+            self._near("pack", "--json", "--trace", str(folder / "trace"), f"docker://{image}")
+        )
         shutil.rmtree(folder)
+        return packed
 
     def start(
         self,
@@ -81,7 +93,7 @@ class Glowplug:
         events: list[dict[str, Any]] = []
         side = self.link.server if near else self.link.client
         options = ["--plain-http", *self._storage(), *_environment(environment), f"docker://{image}"]
-        run = side.command([str(COMMAND), "run", *options, "--", *command])
+        run = side.command([*self.starter, "run", *options, "--", *command])
         until = dataclasses.replace(until, network=side.file)
         watch = timeline.Watch(self._has_overlay, lambda: events.extend(self._events()))
         timeline.follow(run, clock, until, watch)
