@@ -1,7 +1,8 @@
 # Everything a developer, CI or a curious reader runs. `make` lists the targets.
 #
 #   DEMO=small        demo and bench on a small image (numpy and scipy, about 120 MB) instead of PyTorch
-#   BENCH_ARGS="..."  options of e2e/bench.py, e.g. BENCH_ARGS="--parts ready --runs 5"
+#   BENCH_ARGS="..."  options of e2e/bench.py, e.g. BENCH_ARGS="--parts warm --runs 5"
+#   STARTUP_ARGS="..."  options of e2e/startup.py, e.g. STARTUP_ARGS="--workloads torch --runs 5"
 #   TEST_ARGS="..."   options of pytest, e.g. TEST_ARGS="tests/imagefs -k blockmap"
 
 SHELL := /bin/bash
@@ -10,6 +11,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= torch
 BENCH_ARGS ?=
+STARTUP_ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -34,7 +36,7 @@ $(STAMP): pyproject.toml | debian
 	$(PYTHON) -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: setup ## Start PyTorch from a registry at 1 Gbit/s twice: pulled, and lazily (DEMO=small: less to download)
+demo: setup ## Start PyTorch from a registry at 1 Gbit/s: pulled, and lazily (DEMO=small: less to download)
 	$(PYTHON) -m e2e.demo --image $(DEMO)
 
 test: setup ## Run all tests but the soak ones, and report coverage
@@ -59,7 +61,8 @@ fmt: setup ## Format, and fix what the linter can fix
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: setup ## Measure start, warm reads, conversion, metadata; results/bench.json (long: see docs/benchmarks.md)
+bench: setup ## Measure starts, warm reads, conversion, metadata; results/ (long: see docs/benchmarks.md)
+	$(PYTHON) -m e2e.startup $(STARTUP_ARGS)
 	$(PYTHON) -m e2e.bench --image $(DEMO) $(BENCH_ARGS)
 
 # An old enough protoc: what it writes works with every protobuf that the agent extra allows.

@@ -2,8 +2,9 @@
 
 A daemon of our own: root, state, socket and configuration in a folder of the caller's, on the link's client
 side. Any binary of containerd 1.6 or later; as it comes, or tuned: what it offers for pulling and unpacking
-in parallel is turned on. A `gzip` that is faster than Go's (Debian: isal, pigz) is used by containerd itself
-where it is installed, tuned or not. Needs root. Whatever it mounted is unmounted on the way out.
+in parallel is turned on. A program that inflates faster than Go's library (Debian: isal for containerd 2,
+pigz) is used by containerd itself where it is installed, tuned or not. Needs root. Whatever it mounted is
+unmounted on the way out.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ class Binaries:
     def environment(self) -> dict[str, str]:
         """Its own programs first."""
         return {**os.environ, "PATH": f"{self.directory}:{os.environ.get('PATH', os.defpath)}"}
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: its version, and what it inflates layers with if not by itself."""
+        known = ("igzip", "unpigz") if self.config_version >= 3 else ("unpigz",)
+        found = next((f", {name}" for name in known if shutil.which(name)), "")
+        return f"containerd {self.version}{found}"
 
     @property
     def own_transfer(self) -> bool:
@@ -180,8 +188,3 @@ def _config(binaries: Binaries, folder: Path, *, tuned: bool) -> str:
     if tuned:
         lines += [f"  {name} = {value}" for name, value in binaries.options.items()]
     return "\n".join(lines) + "\n"
-
-
-def decompressor() -> str:
-    """What containerd inflates layers with on this machine."""
-    return next((name for name in ("igzip", "unpigz") if shutil.which(name)), "Go")

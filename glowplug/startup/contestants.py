@@ -160,8 +160,9 @@ def unpacked(
     with containerd.serve(binaries, server.link, folder, tuned=False) as daemon:
         image = f"{server.host}/{scratch.given}"
         daemon.pull(image, near=True)
-        label = f"containerd {binaries.version}, unpacked before"
-        yield Unpacked(result.LOCAL, label, daemon, image, workload)
+        yield Unpacked(
+            result.LOCAL, f"containerd {binaries.version}, unpacked before", daemon, image, workload
+        )
 
 
 @contextlib.contextmanager

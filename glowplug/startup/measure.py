@@ -30,7 +30,7 @@ class Rival:
 
 def rival_label(binaries: containerd.Binaries) -> str:
     """What the table calls a containerd that nobody named."""
-    return f"containerd {binaries.version}{', tuned' if binaries.options else ''}"
+    return f"{binaries.name}{', tuned' if binaries.options else ''}"
 
 
 def check(modes: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def measure(
         command=workload.command,
         until=str(workload.until),
         speed=speed,
-        machine={**machine.facts(), "decompressor of containerd": containerd.decompressor()},
+        machine=machine.facts(),
         source_bytes=prepared.source_bytes,
         unpacked_bytes=prepared.unpacked_bytes,
         layers=prepared.layers,
@@ -109,8 +109,8 @@ def _entries(
     """What takes part, in the order of result.MODES."""
     if result.CONTAINERD in modes:
         binaries = containerd.installed()
-        label = f"containerd {binaries.version}"
-        yield contestants.pulled(binaries, label, server, folder / "pull", prepared, workload, tuned=False)
+        place = folder / "pull"
+        yield contestants.pulled(binaries, binaries.name, server, place, prepared, workload, tuned=False)
     if result.TUNED in modes:
         for number, rival in enumerate(rivals):
             place = folder / f"pull-{number}"

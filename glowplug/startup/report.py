@@ -1,8 +1,8 @@
 """The page of a benchmark: what was measured, as one HTML file.
 
-Pure: measurements in, text out. The page (report.html is its template) holds everything that it shows, works
-without a network and without scripts, and follows the reader's light or dark setting. `plots` and `waterfall`
-draw.
+Measurements in, text out. The page (its template is report.html, package data) holds everything that it
+shows, works without a network and without scripts, and follows the reader's light or dark setting. `plots`
+and `waterfall` draw.
 """
 
 from __future__ import annotations
