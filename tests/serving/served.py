@@ -1,4 +1,5 @@
-"""An endpoint that is served for a test by the real command: replicas, Envoy and control plane, and load on it."""
+"""An endpoint that is served for a test by the real command: replicas, Envoy and control plane, and load on
+it."""
 
 from __future__ import annotations
 
@@ -190,8 +191,8 @@ class Asked:
 
 
 class Load:
-    """So many clients, each asking again and again, on keep-alive connections; one in `stream_each` asks for a
-    stream. Use: `async with Load(url) as load`; `asked` is all of them after it."""
+    """So many clients, each asking again and again, on keep-alive connections; one in `stream_each` asks for
+    a stream. Use: `async with Load(url) as load`; `asked` is all of them after it."""
 
     def __init__(
         self, url: str, clients: int = 16, pause_seconds: float = 0.05, stream_each: int = 20

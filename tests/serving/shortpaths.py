@@ -1,4 +1,5 @@
-"""Directories with short names: a unix socket's path has 107 bytes, and pytest's own directories take most."""
+"""Directories with short names: a unix socket's path has 107 bytes, and pytest's own directories take
+most."""
 
 from __future__ import annotations
 

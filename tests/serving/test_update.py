@@ -27,8 +27,8 @@ async def _in_thread(function: Any, *arguments: Any) -> Any:
 
 
 async def _through_everything(served: Served, load: Load) -> tuple[float, float]:
-    """An update, the server killed in the middle of it, a replica killed after it. When the replica died: from,
-    to."""
+    """An update, the server killed in the middle of it, a replica killed after it. When the replica died:
+    from, to."""
     await asyncio.sleep(0.5)
     second = document("two", 3)
     version = (await _in_thread(served.apply, second), await _in_thread(served.status))[1]["version"]

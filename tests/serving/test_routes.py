@@ -1,0 +1,57 @@
+"""From replicas to routes: who is named, and how API keys are read."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import endpoint, errors, routes
+from serving.replica import Replica, State
+from tests.serving.served import document
+
+
+def _endpoint(**sections: object) -> endpoint.Endpoint:
+    return endpoint.load(yaml.safe_dump(document(**sections)), "e.yaml")
+
+
+def test_who_is_ready_is_routed_to_and_who_drains_is_named_as_draining() -> None:
+    replicas = [
+        Replica(state.value, "v", ("127.0.0.1", 8_000 + number), state, 0.0)
+        for number, state in enumerate(State)
+    ]
+    service = routes.service(_endpoint(), replicas, {"v": 100}, 9_000)
+    assert [(each.port, each.draining) for each in service.backends] == [(8_001, False), (8_002, True)]
+    assert (service.listen.address, service.listen.port) == ("127.0.0.1", 9_000)
+    assert service.version_weights == {"v": 100}
+
+
+def test_what_the_document_limits_reaches_the_routes() -> None:
+    wanted = _endpoint(limits={"request_bytes": 4_096}, routing={"request_timeout_seconds": 7, "port": 0})
+    settings = routes.service(wanted, [], {}, 9_000).settings
+    assert settings.max_request_bytes == 4_096
+    assert settings.request_timeout_seconds == 7
+    assert settings.max_requests == 2 * 8 * wanted.replicas.limit
+
+
+def test_keys_with_their_tenants_and_rates() -> None:
+    found = routes.keys("# ours\nalice k1\n\nbob k2 30 # slower\n", "keys")
+    assert [(each.tenant, each.secret, each.requests_per_second) for each in found] == [
+        ("alice", "k1", None),
+        ("bob", "k2", 30),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "# nobody", "alice", "alice k1 many", "alice k1 1 2", "alice k1 0"])
+def test_a_keys_file_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(errors.DocumentError, match="keys"):
+        routes.keys(text, "keys")
+
+
+@given(st.text(max_size=100))
+def test_whatever_the_keys_file_only_our_error_leaves(text: str) -> None:
+    with contextlib.suppress(errors.DocumentError):
+        assert routes.keys(text, "keys")
