@@ -30,8 +30,9 @@ from typing import Final
 
 import zstandard
 
-from converter import memory
+from converter import memory, stages
 from converter.erofs_writer import Layout
+from converter.stages import Stage
 from imagefs import artifact, blockmap, errors, origin, seektable
 
 DEFAULT_LEVEL: Final = 2
@@ -82,7 +83,8 @@ class _Packed:
 
 
 class LayerBlobWriter:
-    """Makes one layer blob in `spool_path`. All methods but the executor's are for one thread."""
+    """Makes one layer blob in `spool_path`. All methods but the executor's are for one thread, whose
+    stopwatch is `laps`."""
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class LayerBlobWriter:
         level: int,
         executor: concurrent.futures.Executor,
         pool: memory.BufferPool,
+        laps: stages.Laps,
     ) -> None:
         blockmap.check_block_bytes(block_bytes)
         blockmap.check_frame_bytes(frame_bytes, block_bytes)
@@ -101,6 +104,7 @@ class LayerBlobWriter:
         self._level = level
         self._executor = executor
         self._pool = pool
+        self._laps = laps
 
         self._lock = threading.Condition()
         self._in_flight = 0
@@ -121,7 +125,11 @@ class LayerBlobWriter:
 
     def acquire(self) -> bytearray:
         """A buffer of `block_bytes`; waits for one, raises the first error of any thread."""
-        return self._pool.acquire(self._check)
+        around = self._laps.enter(None)
+        try:
+            return self._pool.acquire(self._check)
+        finally:
+            self._laps.enter(around)
 
     def put(self, index: int, buffer: bytearray, length: int) -> None:
         """Take block `index`; `buffer` is not the caller's any more."""
@@ -168,7 +176,9 @@ class LayerBlobWriter:
             table = _seek_table(entries)
             _write_at(self._fd, self._end, table)
             size = self._end + len(table) - start
+            self._laps.enter(Stage.BLOB_DIGEST)
             blob_digest = _digest_of_slice(self._fd, start, size)
+            self._laps.enter(None, size)
         except OSError as exc:
             raise self._spool_error(exc) from exc
         os.close(self._fd)
@@ -218,10 +228,14 @@ class LayerBlobWriter:
     def _work(self, index: int, buffer: bytearray, length: int) -> None:
         # Reading an error without the lock risks one block of wasted work, no more.
         if self._error is None:
-            with memoryview(buffer) as view:
-                packed = _pack(compressor(self._level), view[:length], self._frame_bytes, self._block_bytes)
-            with self._lock:
-                self._arrive(index, packed, buffer)
+            with memoryview(buffer) as view, self._laps.meter.laps() as laps:
+                packed = _pack(
+                    compressor(self._level), view[:length], self._frame_bytes, self._block_bytes, laps
+                )
+                laps.enter(Stage.WRITE)
+                with self._lock:
+                    self._arrive(index, packed, buffer)
+                laps.enter(None, len(packed.data))
 
     def _settle(self, future: concurrent.futures.Future[None]) -> None:
         cancelled = future.cancelled()
@@ -283,11 +297,17 @@ def _new_compressor(level: int) -> zstandard.ZstdCompressor:
 
 
 def _pack(
-    compressor: zstandard.ZstdCompressor, view: memoryview, frame_bytes: int, block_bytes: int
+    compressor: zstandard.ZstdCompressor,
+    view: memoryview,
+    frame_bytes: int,
+    block_bytes: int,
+    laps: stages.Laps,
 ) -> _Packed:
     frames = [view[at : at + frame_bytes] for at in range(0, len(view), frame_bytes)]
-    compressed = [compressor.compress(frame) for frame in frames]
     several = frame_bytes < block_bytes
+    laps.enter(Stage.COMPRESS)
+    compressed = [compressor.compress(frame) for frame in frames]
+    laps.enter(Stage.BLOCK_DIGEST, len(view))
     entry = _Entry(
         digest=hashlib.sha256(view).digest(),
         frame_lengths=tuple(map(len, frames)),
@@ -295,13 +315,20 @@ def _pack(
         frame_digests=tuple(hashlib.sha256(frame).digest() for frame in frames) if several else (),
         zero=False,
     )
+    laps.enter(None, len(view))
     return _Packed(entry, b"".join(compressed))
 
 
 @functools.lru_cache(maxsize=1)
 def _packed_zeros(block_bytes: int, frame_bytes: int, level: int) -> _Packed:
     """A full block of zeros, the same for all layers of a conversion."""
-    packed = _pack(_new_compressor(level), memoryview(_zeros(block_bytes)), frame_bytes, block_bytes)
+    packed = _pack(
+        _new_compressor(level),
+        memoryview(_zeros(block_bytes)),
+        frame_bytes,
+        block_bytes,
+        stages.Meter().laps(),
+    )
     return dataclasses.replace(packed, entry=dataclasses.replace(packed.entry, zero=True))
 
 

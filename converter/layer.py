@@ -1,10 +1,10 @@
 """One source layer becomes one layer blob in a spool file, in one pass.
 
-    blob -> sha256, size, inflate | diff_id | tar -> tree -> layer image -> blocks | sha256, zstd (a pool)
+    blob -> sha256, size, inflate | diff_id, tar -> tree -> layer image -> blocks | sha256, zstd (a pool)
 
 Each bar is a change of thread, over a pipe of a few pieces of 1 MiB, so that memory does not grow with the
-layer. The heavy work (hashes, inflate, zstd) releases the GIL. Called by the pipeline's workers; the threads
-made here belong to its group.
+layer. The heavy work (hashes, inflate, zstd) releases the GIL. Called by the pipeline's workers; the thread
+made here belongs to its group. A thread for diff_id alone was no faster, and every change of thread costs.
 
 A digest that differs explains whatever damage was found in the bytes. So before damage is reported, the rest
 of the blob is read and its digest compared. Messages start with image, layer number and layer digest.
@@ -12,20 +12,19 @@ of the blob is read and its digest compared. Messages start with image, layer nu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
 
-from converter import blob, erofs_writer, errors, inflate, memory, tarstream, tasks, tree
+from converter import blob, erofs_writer, errors, inflate, memory, sourcetar, stages, tarstream, tasks, tree
 from converter.limits import Limits
 from converter.source import SourceLayer, media
-from imagefs import errors as imagefs_errors
+from converter.stages import Stage
 
-_PIPE_PIECES = 2
+_PIPE_PIECES = 4
+_PIPE_BATCH = 2
 _RATIO_FLOOR_BYTES = 64 << 20
 """Up to here the ratio says nothing: small layers are mostly padding."""
 
@@ -54,7 +53,8 @@ class NewLayer:
 
 
 class LayerConversion:
-    """One run over one layer. `advance` is told the compressed bytes as they are read."""
+    """One run over one layer. `advance` is told the compressed bytes as they are read, `meter` what the
+    stages cost."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class LayerConversion:
         executor: Executor,
         pool: memory.BufferPool,
         advance: Callable[[int], None],
+        meter: stages.Meter,
     ) -> None:
         self._layer = layer
         self._where = f"{image_name}: layer {layer.number} ({layer.descriptor.digest})"
@@ -73,9 +74,8 @@ class LayerConversion:
         self._executor = executor
         self._pool = pool
         self._advance = advance
-        self._tar: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES)
-        self._hashed: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES)
-        self._verified: tasks.Promise[None] = tasks.Promise(group)
+        self._meter = meter
+        self._tar: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES, _PIPE_BATCH)
         self._compressed_bytes = 0
         self._tar_bytes = 0
 
@@ -84,14 +84,14 @@ class LayerConversion:
         it is called only if this layer depends on them."""
         started = time.monotonic()
         self._group.start(f"read-{self._layer.number}", self._read)
-        self._group.start(f"diff-id-{self._layer.number}", self._check_diff_id)
-        source = _PipeSource(self._tar)
-        with located(self._where):
+        with sourcetar.located(self._where), self._meter.laps() as laps:
+            # The parser gets the tar's end once the digest was found right: what it then complains of is
+            # what the image's author wrote.
+            source = sourcetar.TarSource(iter(self._tar), self._layer, laps)
             try:
-                finished, layer_tree, chain_id = self._write(spool, source, lower)
+                finished, layer_tree, chain_id = self._write(spool, source, laps, lower)
             except errors.InvalidLayerError:
                 source.drain()
-                self._verified.get()
                 raise
         return NewLayer(
             finished=finished,
@@ -103,7 +103,11 @@ class LayerConversion:
         )
 
     def _write(
-        self, spool: Path, source: tarstream.Source, lower: Callable[[], tree.Lower | None]
+        self,
+        spool: Path,
+        source: tarstream.Source,
+        laps: stages.Laps,
+        lower: Callable[[], tree.Lower | None],
     ) -> tuple[blob.FinishedBlob, tree.LayerTree, str | None]:
         parameters, layer = self._parameters, self._layer
         sink = blob.LayerBlobWriter(
@@ -113,11 +117,13 @@ class LayerConversion:
             parameters.compression_level,
             self._executor,
             self._pool,
+            laps,
         )
         try:
             layer_tree = tree.LayerTree(parameters.limits)
+            laps.enter(Stage.TREE)
             layout, depends = self._write_image(sink, source, layer_tree, lower)
-            self._verified.get()
+            laps.enter(None, layout.image_bytes)
             chain_id = layer.chain_id if depends else None
             finished = sink.finish(
                 layout, layer.descriptor.digest, layer.diff_id, chain_id, layer_tree.root_implied
@@ -157,20 +163,29 @@ class LayerConversion:
         """Thread: the source blob, to the tar's bytes."""
         descriptor = self._layer.descriptor
         encoding = media.encoding(descriptor)
-        with located(self._where), self._layer.open() as pieces:
-            blob_bytes = VerifiedBlob(pieces, descriptor.digest, descriptor.size, self._advance)
+        with (
+            sourcetar.located(self._where),
+            self._meter.laps() as laps,
+            self._layer.open() as pieces,
+        ):
+            blob_bytes = sourcetar.VerifiedBlob(
+                laps.through(Stage.READ, pieces), descriptor.digest, descriptor.size, self._advance
+            )
+            verified = laps.through(Stage.SOURCE_DIGEST, iter(blob_bytes))
+            inflated = inflate.inflate(verified, encoding)
+            if encoding is not media.Encoding.PLAIN:
+                inflated = laps.through(Stage.INFLATE, inflated)
             try:
-                for piece in inflate.inflate(iter(blob_bytes), encoding):
+                for piece in inflated:
                     self._tar_bytes += len(piece)
                     self._check_limits(blob_bytes.count)
-                    self._hashed.put(piece)
                     self._tar.put(piece)
             except errors.InvalidLayerError:
                 blob_bytes.drain()
                 raise
             blob_bytes.drain()
             self._compressed_bytes = blob_bytes.count
-        self._hashed.close()
+        self._tar.close()
 
     def _check_limits(self, compressed_bytes: int) -> None:
         limits = self._parameters.limits
@@ -183,91 +198,6 @@ class LayerConversion:
                 f"{compressed_bytes} compressed bytes gave {self._tar_bytes}, "
                 f"a ratio above {limits.max_ratio} (--max-ratio)"
             )
-
-    def _check_diff_id(self) -> None:
-        """Thread: the digest of the uncompressed tar. The parser gets the end of the tar from here, once
-        the digest was found right: what it then complains of is what the image's author wrote."""
-        hasher = hashlib.sha256()
-        for piece in self._hashed:
-            hasher.update(piece)
-        found = f"sha256:{hasher.hexdigest()}"
-        with located(self._where):
-            if found != self._layer.diff_id:
-                raise errors.LayerDigestError(
-                    f"the uncompressed tar ({self._tar_bytes} bytes) has digest {found}, "
-                    f"the image config's diff_id is {self._layer.diff_id}"
-                )
-        self._verified.set(None)
-        self._tar.close()
-
-
-@contextlib.contextmanager
-def located(where: str) -> Iterator[None]:
-    """Put `where` before the message of our errors."""
-    try:
-        yield
-    except (errors.ConverterError, imagefs_errors.ImagefsError) as exc:
-        exc.args = (f"{where}: {exc}", *exc.args[1:])
-        raise
-
-
-class VerifiedBlob:
-    """The pieces of a source blob; once they were all read, size and digest are what was declared."""
-
-    def __init__(
-        self, pieces: Iterator[bytes], digest: str, size: int, advance: Callable[[int], None]
-    ) -> None:
-        self._pieces = pieces
-        self._digest = digest
-        self._size = size
-        self._advance = advance
-        self._hasher = hashlib.sha256()
-        self.count = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        for piece in self._pieces:
-            self._hasher.update(piece)
-            self.count += len(piece)
-            if self.count > self._size:
-                raise errors.LayerDigestError(f"the blob has more than its declared {self._size} bytes")
-            self._advance(len(piece))
-            yield piece
-        if self.count != self._size:
-            raise errors.LayerDigestError(
-                f"the blob ends after {self.count} of its declared {self._size} bytes"
-            )
-        found = f"sha256:{self._hasher.hexdigest()}"
-        if found != self._digest:
-            raise errors.LayerDigestError(f"the blob's {self.count} bytes have digest {found}")
-
-    def drain(self) -> None:
-        """Read and verify what is left."""
-        for _ in self:
-            pass
-
-
-class _PipeSource:
-    """The tar's bytes as the parser reads them."""
-
-    def __init__(self, pipe: tasks.Pipe[bytes]) -> None:
-        self._pieces = iter(pipe)
-        self._left = memoryview(b"")
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return 0
-            self._left = memoryview(piece)
-        count = min(len(buffer), len(self._left))
-        buffer[:count] = self._left[:count]
-        self._left = self._left[count:]
-        return count
-
-    def drain(self) -> None:
-        """Read what is left."""
-        for _ in self._pieces:
-            pass
 
 
 class _LowerData:

@@ -31,8 +31,9 @@ _MOST_BUFFERS: Final = 64
 _MOST_THREADS: Final = 16
 
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGE_BYTES = 2 << 20
+_KEPT_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,11 +64,14 @@ def return_what_is_freed() -> None:
     """Have glibc give freed compressed blocks and upload parts back to the system; other libraries do.
 
     Left to itself, it keeps them in an arena for each thread: 359 MB instead of 235 at eight incompressible
-    layers in 16 MiB blocks to S3."""
+    layers in 16 MiB blocks to S3. But each arena keeps a few pieces' worth at its top: given back after every
+    piece of 1 MiB, and faulted in again for the next, it was 210,000 page faults for 1.2 GB of tar, not
+    60,000, and 0.2 of 8.8 processor seconds."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 class BufferPool:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter import blob, layer, lower, memory, publish, report, reuse, tasks, tree
+from converter import blob, layer, lower, memory, publish, report, reuse, stages, tasks, tree
 from converter import source as sources
 from converter.observer import Observer
 from imagefs import artifact, errors, reference
@@ -118,7 +118,11 @@ def _convert_images(
         )
         published.append((descriptor, image))
         ref = str(place.with_digest(descriptor.digest))
-        reports.append(report.of_image(image, descriptor.digest, ref, [each.report for each in layers]))
+        reports.append(
+            report.of_image(
+                image, descriptor.digest, ref, [each.report for each in layers], conversion.meter.times()
+            )
+        )
     index = None
     if several and place.tag is not None:
         index = conversion.destination.put_index(published, place.tag).digest
@@ -157,6 +161,7 @@ class _ImageConversion:
         self._directory = directory
         self._observer = observer
         self._group = tasks.Group()
+        self.meter = stages.Meter()
         self.destination = publish.Destination(origin, cache, self._group.check)
         self._places: list[tuple[str, reuse.LayerIndex | reuse.ReferrerLayers]] = []
         if request.reuse:
@@ -205,8 +210,10 @@ class _ImageConversion:
 
     def _upload(self, done: _Done) -> None:
         """Thread: one finished layer to the destination."""
-        with self._uploads:
+        with self._uploads, self.meter.laps() as laps:
+            laps.enter(stages.Stage.UPLOAD)
             self.destination.put_layer(done.layer)
+            laps.enter(None, 0 if done.layer.found else done.layer.blob.size)
         self._observer.published(done.report.number)
 
     def _key(self, each: sources.SourceLayer, chain_id: str | None) -> reuse.Key:
@@ -247,7 +254,14 @@ class _ImageConversion:
             self._observer.advanced(each.number, compressed_bytes)
 
         run = layer.LayerConversion(
-            each, self._image.name, self._request.parameters, self._group, self._executor, self._pool, advance
+            each,
+            self._image.name,
+            self._request.parameters,
+            self._group,
+            self._executor,
+            self._pool,
+            advance,
+            self.meter,
         )
         new = run.run(self._directory / f"layer-{each.number}", lambda: self._below(each.number))
         made = new.finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from converter import layer, publish, source
+from converter import layer, publish, source, stages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageReport:
-    """One image. `ref` is the block image by digest, in the destination."""
+    """One image. `ref` is the block image by digest, in the destination; `stages` what converting took."""
 
     platform: str
     source_digest: str
@@ -57,6 +57,7 @@ class ImageReport:
     ref: str
     layers: tuple[LayerReport, ...]
     totals: Totals
+    stages: tuple[stages.Times, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +117,11 @@ def of_found(
 
 
 def of_image(
-    image: source.SourceImage, block_image: str, ref: str, layers: Sequence[LayerReport]
+    image: source.SourceImage,
+    block_image: str,
+    ref: str,
+    layers: Sequence[LayerReport],
+    times: tuple[stages.Times, ...],
 ) -> ImageReport:
     """The report of one image."""
     return ImageReport(
@@ -135,4 +140,5 @@ def of_image(
             blocks=sum(each.blocks for each in layers),
             holes=sum(each.holes for each in layers),
         ),
+        stages=times,
     )

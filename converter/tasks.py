@@ -107,12 +107,15 @@ class Group:
 
 
 class Pipe(Generic[_T]):
-    """A bounded queue from one thread to another, ended by `close`, broken by the group's cancellation."""
+    """A bounded queue from one thread to another, ended by `close`, broken by the group's cancellation.
 
-    def __init__(self, group: Group, capacity: int) -> None:
+    Who has to wait, waits for `batch` items, or places, because every change of thread costs."""
+
+    def __init__(self, group: Group, capacity: int, batch: int = 1) -> None:
         self._condition = threading.Condition()
         self._items: collections.deque[_T] = collections.deque()
         self._capacity = capacity
+        self._batch = batch
         self._closed = False
         self._group = group
         group.on_cancel(self._wake)
@@ -120,12 +123,14 @@ class Pipe(Generic[_T]):
     def put(self, item: _T) -> None:
         """Append, waiting for room."""
         with self._condition:
-            while len(self._items) >= self._capacity:
-                self._group.check()
-                self._condition.wait()
+            if len(self._items) >= self._capacity:
+                while len(self._items) > self._capacity - self._batch:
+                    self._group.check()
+                    self._condition.wait()
             self._group.check()
             self._items.append(item)
-            self._condition.notify_all()
+            if len(self._items) >= self._batch:
+                self._condition.notify_all()
 
     def close(self) -> None:
         """No more items."""
@@ -137,13 +142,16 @@ class Pipe(Generic[_T]):
         """The items until `close`."""
         while True:
             with self._condition:
-                while not self._items:
+                if not self._items:
+                    while len(self._items) < self._batch and not self._closed:
+                        self._group.check()
+                        self._condition.wait()
                     self._group.check()
-                    if self._closed:
+                    if not self._items:
                         return
-                    self._condition.wait()
                 item = self._items.popleft()
-                self._condition.notify_all()
+                if len(self._items) <= self._capacity - self._batch:
+                    self._condition.notify_all()
             yield item
 
     def _wake(self) -> None:

@@ -241,9 +241,11 @@ def _summary(result: Result) -> str:
 
 def _image_lines(image: ImageReport) -> list[str]:
     totals = image.totals
+    stages = ", ".join(f"{each.stage.replace('_', ' ')} {each.mb_per_second:.0f}" for each in image.stages)
     return [
         f"{image.platform} {image.source_digest}",
         f"  {totals.layers} layers ({totals.reused} reused), {totals.blocks} blocks ({totals.holes} holes)",
         f"  {totals.compressed_bytes / 1e6:.1f} MB of source blobs -> {totals.blob_bytes / 1e6:.1f} MB",
+        *([f"  MB per processor second: {stages}"] if stages else []),
         f"  {image.ref}",
     ]

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from hypothesis import strategies as st
 
-from converter import blob, erofs_writer, memory, tasks
+from converter import blob, erofs_writer, memory, stages, tasks
 from converter.erofs_writer import Layout
 from imagefs import blockmap, errors, frames
 from tests.converter.test_erofs_writer import noise, torture
@@ -40,7 +40,7 @@ def new_writer(
     buffers: int = 8,
 ) -> blob.LayerBlobWriter:
     pool = memory.BufferPool(tasks.Group(), BLOCK, buffers)
-    return blob.LayerBlobWriter(path, BLOCK, frame_bytes, level, executor, pool)
+    return blob.LayerBlobWriter(path, BLOCK, frame_bytes, level, executor, pool, stages.Meter().laps())
 
 
 def write(

@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-from converter import blob, erofs_writer, lower, memory, tasks
+from converter import blob, erofs_writer, lower, memory, stages, tasks
 from converter.tree import Node
 from imagefs import errors
 from imagefs.lazylayer import LazyLayer
@@ -25,7 +25,7 @@ DIGEST = "sha256:" + "1" * 64
 def convert(path: pathlib.Path, root: Node, contents: layer_image.Contents) -> blob.FinishedBlob:
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         pool = memory.BufferPool(tasks.Group(), BLOCK, 4)
-        sink = blob.LayerBlobWriter(path, BLOCK, BLOCK, 1, executor, pool)
+        sink = blob.LayerBlobWriter(path, BLOCK, BLOCK, 1, executor, pool, stages.Meter().laps())
         writer = erofs_writer.ErofsWriter(sink, BLOCK)
         for node, data in contents.items():
             writer.add_file(node, len(data), layer_image.Content((0, data)))

@@ -87,3 +87,38 @@ def test_the_first_error_hides_those_that_follow_from_it() -> None:
     group.fail(ValueError("the cause"))
     with pytest.raises(ValueError, match="the cause"):
         group.wait()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1001])
+def test_a_pipe_in_batches_gives_every_item_in_order(count: int) -> None:
+    group = tasks.Group()
+    pipe: tasks.Pipe[int] = tasks.Pipe(group, 4, 2)
+    seen: list[int] = []
+
+    def produce() -> None:
+        for number in range(count):
+            pipe.put(number)
+        pipe.close()
+
+    group.start("produce", produce)
+    group.start("consume", lambda: seen.extend(pipe))
+    group.wait()
+    assert seen == list(range(count))
+
+
+def test_who_waits_for_a_batch_is_woken_by_a_cancellation() -> None:
+    group = tasks.Group()
+    pipe: tasks.Pipe[int] = tasks.Pipe(group, 4, 2)
+    pipe.put(0)  # less than a batch
+    seen: list[int] = []
+    consumer_ended = threading.Event()
+
+    def consume() -> None:
+        try:
+            seen.extend(pipe)
+        finally:
+            consumer_ended.set()
+
+    group.start("consume", consume)
+    group.cancel()
+    assert consumer_ended.wait(10)
