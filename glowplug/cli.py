@@ -36,6 +36,7 @@ VERBS = {
     "pack": "Give a block image a boot pack: what its start reads, in that order.",
     "prefetch": "Have an image on this node before anybody starts it.",
     "pull": "Make an image runnable in containerd without fetching its layers.",
+    "router": "Tell Envoys what to route where, from a file or from Kubernetes.",
     "run": "Run a command in an image, in namespaces of its own.",
     "serve": "Serve a model as one endpoint: replicas, Envoy, updates without downtime.",
     "status": "Show what is mounted, whether it works, what was fetched.",
