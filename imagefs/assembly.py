@@ -213,7 +213,9 @@ def metadata_spans(layer: LazyLayer) -> list[tuple[int, int]]:
 
 
 def _check_layer(image: LazyImage, number: int, device: Path) -> RootAttributes | None:
-    """Check one superblock; the root's attributes unless the layer only implies them."""
+    """Check one superblock; the root's attributes unless the layer only implies them. It is read as the
+    kernel will read it, through the boot pack where that has the page: a block that the kernel is not shown
+    proves nothing."""
     layer = image.layers[number]
     what = f"{image.reference}: layer {number} ({layer.map_digest})"
     fd = _open(device, what)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import tarfile
 from io import BytesIO
@@ -17,6 +18,7 @@ import pytest
 
 from converter import pack
 from imagefs import blockmap, mounts
+from imagefs.erofs import ondisk
 from imagefs.fuse import control
 from tests.fixtures import block_images, boot_packs, images, tars
 from tests.fixtures.block_images import Command
@@ -254,6 +256,24 @@ def test_a_forged_pack_changes_no_other_image(glowplug: Command, tmp_path: Path,
     glowplug("umount", points["forged"])
     assert (points["honest"] / "data").read_bytes() == b"d" * 300_000
     glowplug("umount", points["honest"])
+
+
+def test_a_superblock_that_only_a_pack_has_is_refused(glowplug: Command, tmp_path: Path) -> None:
+    """The check reads what the kernel will read: through the pack, which may say something else than the
+    block."""
+    ref = block_images.make(tmp_path / "layout", [BASE])
+    opened = boot_packs.open_image(ref)
+    pack.pack(opened, [boot_packs.trace_of(opened, (0, 0, 8192))], boot_packs.PARAMETERS)
+
+    def change(content: bytearray) -> None:
+        content[content.index(struct.pack("<I", ondisk.MAGIC)) + 80] |= 0x10
+
+    boot_packs.forge(ref, change)
+    where = tmp_path / "mnt"
+    where.mkdir()
+    said = glowplug("mount", ref, where, code=3)
+    assert "refused before mounting: EROFS superblock: incompatible features 0x10" in said.stderr
+    assert glowplug.left() == []
 
 
 def test_what_is_not_ours_is_left_alone(glowplug: Command, tmp_path: Path, directory: Path) -> None:

@@ -99,6 +99,8 @@ class BlobServer:
         self.open.set()
         self.arrived = threading.Semaphore(0)
         self.dead = False
+        self.cut_after_bytes: int | None = None
+        """Of the next answer, and then it is dead."""
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -148,6 +150,9 @@ class BlobServer:
         if status == 206:
             handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         handler.end_headers()
+        if self.cut_after_bytes is not None and end - start > self.cut_after_bytes:
+            end = start + self.cut_after_bytes
+            self.dead = handler.close_connection = True
         with contextlib.suppress(OSError):
             handler.wfile.write(data[start:end])
 
@@ -231,6 +236,28 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.01)
+
+
+def keeper_pid(state_dir: Path) -> int:
+    """Who holds the keeper's lock; 0 if nobody does."""
+    inode = (state_dir / "keeper.lock").stat().st_ino
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
+            return _holder(state_dir / "keeper.lock")
+    return 0
+
+
+def _holder(path: Path) -> int:
+    """The lock is taken before the keeper becomes a daemon, so that /proc/locks names its parent."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if any(os.readlink(fd) == os.fspath(path) for fd in (entry / "fd").iterdir()):
+                    return int(entry.name)
+            except OSError:
+                continue
+    return 0
 
 
 def drop_cached_pages(path: Path) -> None:

@@ -226,6 +226,31 @@ def test_an_origin_that_dies_in_the_middle(tmp_path: Path, blobs: stack.BlobServ
         assert reader.outcome() == stack.digest(layer.image)
 
 
+def test_an_origin_that_dies_in_the_middle_of_the_frames(tmp_path: Path, blobs: stack.BlobServer) -> None:
+    """Frames that came are read with the origin dead; the readers of the others get their blocks once it
+    lives again, and no frame is asked for a second time."""
+    layer = _layer()
+    pack = packing.make([layer], [(0, 0, 512)])
+    frame_pages = pack.table.frames[0].uncompressed_bytes // 4096
+    values = stack.settings(tmp_path, read_deadline_seconds=60.0)
+    with stack.running(values) as client:
+        blobs.cut_after_bytes = 3 * pack.table.frames[0].compressed_bytes + 1
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
+        eventually(lambda: _pack_status(client)["failed_frames"] > 0, "frames fail")
+        status = _pack_status(client)
+        assert 3 <= status["present_frames"] < status["frames"]
+        fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+        assert _read_direct(fd, 0, 3 * frame_pages) == layer.image[: 3 * frame_pages * 4096]
+        os.close(fd)
+        reader = Reader(device)
+        tried = blobs.requests
+        eventually(lambda: blobs.requests > tried, "a block is tried in vain")
+        blobs.dead, blobs.cut_after_bytes = False, None
+        assert reader.outcome() == stack.digest(layer.image)
+        assert _pack_status(client)["failed_frames"] > 0
+        assert _pack_status(client)["error"] is None
+
+
 def test_an_origin_that_is_dead_at_the_start(tmp_path: Path, blobs: stack.BlobServer) -> None:
     layer = _layer()
     pack = packing.make([layer], _SCATTERED)
@@ -239,7 +264,7 @@ def test_an_origin_that_is_dead_at_the_start(tmp_path: Path, blobs: stack.BlobSe
         assert reader.outcome() == stack.digest(layer.image)
 
 
-@pytest.mark.parametrize("victims", ["workers", "server", "both"])
+@pytest.mark.parametrize("victims", ["keeper", "workers", "server", "both"])
 def test_killed_in_mid_stream(tmp_path: Path, blobs: stack.BlobServer, victims: str) -> None:
     """Readers go on; a successor fetches what the cache lacks of the pack, and no more."""
     layer = _layer()
@@ -251,12 +276,14 @@ def test_killed_in_mid_stream(tmp_path: Path, blobs: stack.BlobServer, victims: 
         reader = Reader(device)
         assert blobs.arrived.acquire(timeout=30)
         before = client.status()["processes"]
-        dying = [*before["workers"]] if victims != "server" else []
-        dying += [before["server"]] if victims != "workers" else []
+        dying = [stack.keeper_pid(tmp_path / "state")] if victims == "keeper" else []
+        dying += before["workers"] if victims in ("workers", "both") else []
+        dying += [before["server"]] if victims in ("server", "both") else []
         for pid in dying:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        eventually(lambda: client.status()["processes"]["workers"] != before["workers"], "successors")
+        replaced = "keepers_replaced" if victims == "keeper" else "workers"
+        eventually(lambda: client.status()["processes"][replaced] != before[replaced], "successors")
         blobs.open.set()
         assert reader.outcome() == stack.digest(layer.image)
         eventually(lambda: _streamed(client), "the successor goes on")

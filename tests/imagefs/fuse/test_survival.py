@@ -107,12 +107,12 @@ def test_a_keeper_that_is_killed_is_replaced(tmp_path: Path, blobs: stack.BlobSe
     values = stack.settings(tmp_path)
     with stack.running(values) as client:
         (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
-        old = _keeper(values.state_dir)
+        old = stack.keeper_pid(values.state_dir)
         blobs.open.clear()
         reader = Reader(device)
         assert blobs.arrived.acquire(timeout=30)
         _kill([old])
-        eventually(lambda: _keeper(values.state_dir) not in (0, old), "another keeper")
+        eventually(lambda: stack.keeper_pid(values.state_dir) not in (0, old), "another keeper")
         # The new one does what the old one was for, from its first moment.
         before = _processes(client)
         _server(client)
@@ -129,10 +129,10 @@ def test_a_keeper_that_is_killed_while_it_starts_is_replaced_too(
     with stack.running(values) as client:
         (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
         server = client.status()["processes"]["server"]
-        _kill([_keeper(values.state_dir)])
+        _kill([stack.keeper_pid(values.state_dir)])
         eventually(lambda: _starting_keepers(values.state_dir), "the next keeper")
         _kill(_starting_keepers(values.state_dir))
-        eventually(lambda: _keeper(values.state_dir) != 0, "another keeper")
+        eventually(lambda: stack.keeper_pid(values.state_dir) != 0, "another keeper")
         assert Reader(device).outcome() == stack.digest(layer.image)
         assert client.status()["processes"]["server"] == server
 
@@ -148,28 +148,6 @@ def _starting_keepers(state_dir: Path) -> list[int]:
     return found
 
 
-def _keeper(state_dir: Path) -> int:
-    """Who holds the keeper's lock; 0 if nobody does."""
-    inode = (state_dir / "keeper.lock").stat().st_ino
-    for line in Path("/proc/locks").read_text().splitlines():
-        fields = line.split()
-        if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
-            return _holder(state_dir / "keeper.lock")
-    return 0
-
-
-def _holder(path: Path) -> int:
-    """The lock is taken before the keeper becomes a daemon, so that /proc/locks names its parent."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if any(os.readlink(fd) == os.fspath(path) for fd in (entry / "fd").iterdir()):
-                    return int(entry.name)
-            except OSError:
-                continue
-    return 0
-
-
 def test_everything_killed_and_started_anew(tmp_path: Path, blobs: stack.BlobServer) -> None:
     """What a reboot or the death of all leaves: a dead mount, stale sockets, a table of dead devices."""
     layer = stack.make_layer(stack.random_image(1 << 20, 4), _BLOCK)
@@ -179,7 +157,7 @@ def test_everything_killed_and_started_anew(tmp_path: Path, blobs: stack.BlobSer
     fd = os.open(device, os.O_RDONLY)  # keeps the dead mount busy
     try:
         found = _processes(client)
-        old = _keeper(values.state_dir)
+        old = stack.keeper_pid(values.state_dir)
         os.kill(old, signal.SIGSTOP)  # else it would start another server
         _kill([*found["server"], *found["workers"], old])
         with pytest.raises(OSError, match=r"."):
