@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 
-from serving.engine.ledger import State
+from serving.engine.state import State
 
 LIVE, READY, STARTED, METRICS = "/livez", "/readyz", "/startupz", "/metrics"
 PROBES = frozenset({LIVE, READY, STARTED})

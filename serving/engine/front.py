@@ -22,8 +22,9 @@ from aiohttp import web
 
 from serving import errors
 from serving.engine import admission
-from serving.engine.ledger import Ledger, Limits, State
+from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
+from serving.engine.state import Limits, State
 
 _MAX_CONTROL_BYTES = 1 << 16
 _MOST = 100_000

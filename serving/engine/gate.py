@@ -2,7 +2,7 @@
 more than it must.
 
 vLLM imports `serving.engine.gate.Gate` (its option --middleware) in its own interpreter, which sees our
-package `serving` and nothing else of ours: only Python's library, uvicorn (vLLM's own) and `ledger`,
+package `serving` and nothing else of ours: only Python's library, uvicorn (vLLM's own) and `ledger`, `state`,
 `limiter`, `admission` are used. One Gate per API server process, on its event loop.
 
 It keeps the limit (429, Retry-After), answers the probes from the ledger's state, says `Connection: close`
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from serving.engine import admission, limiter
-from serving.engine.ledger import Ledger, State
+from serving.engine.ledger import Ledger
+from serving.engine.state import State
 
 RUN_DIRECTORY = "GLOWPLUG_ENGINE_RUN"
 """Environment variable: the supervisor's run directory."""

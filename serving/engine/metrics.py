@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.engine.ledger import Counters, Limits, State
+from serving.engine.state import Counters, Limits, State
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import aiohttp
 from aiohttp import web
 
 from serving.engine import admission, limiter
-from serving.engine.ledger import Ledger, State
+from serving.engine.ledger import Ledger
+from serving.engine.state import State
 
 _HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}

@@ -31,9 +31,10 @@ from serving.endpoint import VllmEngine
 from serving.engine import front, gate, health, kinds, limiter, metrics, phases
 from serving.engine.child import Child
 from serving.engine.kinds import Outcome
-from serving.engine.ledger import Ledger, Limits, State
+from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
 from serving.engine.settings import Settings
+from serving.engine.state import Limits, State
 
 _TICK_SECONDS = 0.5
 _FIRST_PAUSE_SECONDS = 1.0

@@ -1,0 +1,53 @@
+"""What an engine's processes tell one another: plain values, kept in the ledger.
+
+Pure, and with nothing but Python's library: the engine's own interpreter imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class State(enum.IntEnum):
+    """What the engine is doing, as its probes say it."""
+
+    STARTING = 0
+    READY = 1
+    DRAINING = 2
+    FAILED = 3
+    """Waits for its next start."""
+    HUNG = 4
+    """Being killed, because it made no progress."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How many requests run at once, how many may wait for that, and how long."""
+
+    in_flight: int
+    queue_requests: int
+    queue_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counters:
+    """Sums since the engine's first start. `rejected` are answered 429, `failed` are answers from 500 on."""
+
+    admitted: int = 0
+    rejected: int = 0
+    finished: int = 0
+    failed: int = 0
+    busy_nanoseconds: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
+    """What one server process says of itself. `progress` grows whenever it, or the engine for it, gets on."""
+
+    number: int
+    pid: int
+    in_flight: int
+    waiting: int
+    heartbeat_ns: int
+    progress: int
