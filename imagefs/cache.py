@@ -357,7 +357,7 @@ class BlockCache:
             if len(data) != length or hashlib.sha256(data).digest() != digest:
                 continue  # the number is another file's by now
             draft = self.draft(length)
-            draft.write(memoryview(data))
+            draft.write(memoryview(data), 0)
             os.close(self.put(digest, draft, data))
             if time.monotonic() < self._disk_retry_at:
                 return  # not yet

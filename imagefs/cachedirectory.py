@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 
-from imagefs import errors, eviction, privatedirectory
+from imagefs import errors, eviction, privatedirectory, syscalls
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +76,12 @@ class CacheDirectory:
         return file
 
     def finish(self, file: WritingFile, data: bytes | memoryview) -> int:
-        """All of `data`, verified, is in the file: a descriptor for reading. Zeros at its end become a hole.
-        The file is to be published, or dropped after an error."""
+        """All of `data`, verified, is in the file: a descriptor for reading. Zeros at its end become a hole,
+        while others read them, perhaps. The file is to be published, or dropped after an error."""
         end = _end_of_data(data)
         if end < len(data):
-            os.ftruncate(file.fd, end)
-            os.ftruncate(file.fd, len(data))
+            with contextlib.suppress(OSError):  # a filesystem without holes keeps the zeros
+                syscalls.punch_hole(file.fd, end, len(data) - end)
         self.mark_checked(file.fd)
         fd = os.open(file.path, os.O_RDONLY)
         os.close(file.fd)

@@ -1,11 +1,11 @@
 """The fetcher: threads that carry out the plan. Ask for a block by layer and index; its descriptor comes.
+Ask for some frames of it, and a descriptor comes as soon as those are valid.
 
 Used inside the device server and by the file-level mount and `check`; every method from any thread. Owned
 here: the connection threads (started as they are needed, ended when idle), one clock thread, and two threads
 that hash cache files not used since boot. Not owned: the cache, and the origins, which stay open until the
 last `detach` of their layers. What to fetch is decided by `plan.py`, under one lock that is never held during
-I/O. A thread decodes a range while it arrives; each block goes to those who wait as soon as it was verified,
-whole, and to the cache, which writes.
+I/O; one fetch is carried out by `carrier.py`.
 
 Callbacks run in fetcher threads, or in the caller's when the block was cached; they must not block.
 """
@@ -23,11 +23,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from imagefs import blockmap, errors, fetchlog, frames, plan
+from imagefs import blockmap, carrier, errors, fetchlog, framemask, frames, plan
+from imagefs.arrival import Arrival, Part
 from imagefs.cache import BlockCache
-from imagefs.draft import Draft
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
 from imagefs.plan import Priority as Priority
@@ -37,8 +37,12 @@ if TYPE_CHECKING:  # what reads without a cluster need not load HTTP for peers
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Done = Callable[[int | Exception], None]
 """Called once: with a descriptor of the block, the callee's to close, or with the error."""
+PartDone = Callable[[int | Part | Exception], None]
+"""As Done, of one who asked for some frames, and may be answered with a Part."""
 
 _IDLE_SECONDS = 30.0
 _CHECK_THREADS = 2
@@ -53,6 +57,20 @@ class FetchSettings:
     read_deadline_seconds: float = 60.0
     events: int = 16384
     policy: plan.Policy = dataclasses.field(default_factory=plan.Policy)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Request:
+    """What somebody wants: `frames` of a block, or framemask.WHOLE."""
+
+    map_digest: str
+    index: int
+    priority: Priority
+    done: Done | None
+    wanted_at: float
+    patience_seconds: float
+    has_other_way: bool = False
+    frames: int = framemask.WHOLE
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,13 +98,15 @@ class Fetcher:
         self._idle = 0
         self._clock_until = 0.0
         self._closed = False
+        self._arrivals: dict[tuple[str, int], Arrival] = {}
         self._log = fetchlog.FetchLog(settings.events)
+        self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds)
         self._zeros = _zeros()
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
         self._clock.start()
         if peers is not None:
-            peers.bind(self._want, self._hand_out, self._call, self._log)
+            peers.bind(self._want_in_place_of_peer, self._hand_out, self._call, self._log)
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -147,30 +167,39 @@ class Fetcher:
         a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes
         (another node, a reader who can do with blocks), unless that has some patience; that neither goes to a
         peer nor says anything about what will be read next."""
-        wanted_at = time.monotonic()
         patience = patience_seconds if has_other_way else self._settings.read_deadline_seconds
+        wanted_at = time.monotonic()
+        self._request(_Request(map_digest, index, priority, done, wanted_at, patience, has_other_way))
+
+    def request_frames(self, map_digest: str, index: int, frames: int, done: PartDone) -> None:
+        """As `request` at demand priority, of one who can do with these frames (framemask.py) of the block:
+        `done` may get a Part that has them, while the rest of the block is on its way to the cache."""
+        wanted_at, patience = time.monotonic(), self._settings.read_deadline_seconds
+        self._request(_Request(map_digest, index, Priority.DEMAND, done, wanted_at, patience, frames=frames))
+
+    def _request(self, request: _Request) -> None:
+        map_digest, index = request.map_digest, request.index
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
-            done(errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"))
+            error = errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block")
+            self._reply(request, error)
             return
         block = known.layer.block_map.blocks[index]
         if block.zero:
             self._log.count(zero_hits=1)
-            self._hand_out(done, self._zeros)
+            self._reply(request, os.dup(self._zeros))
             return
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
         if fd is not None:
-            self._log.note_hit(map_digest, index, priority, wanted_at, length)
-            self._call(done, fd)
+            self._log.note_hit(map_digest, index, request.priority, request.wanted_at, length)
+            self._reply(request, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
-            self._checkers.submit(
-                self._check, map_digest, index, priority, done, wanted_at, has_other_way, patience
-            )
+            self._checkers.submit(self._check, request)
         else:
-            self._miss(known.layer, index, priority, done, wanted_at, has_other_way, patience)
-        if priority is Priority.DEMAND and not has_other_way:
+            self._miss(known.layer, request)
+        if request.priority is Priority.DEMAND and not request.has_other_way:
             self._read_ahead(map_digest, index)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
@@ -186,25 +215,25 @@ class Fetcher:
             )
         if length == 0:
             return b""
-        block_bytes = block_map.block_bytes
-        last = (offset + length - 1) // block_bytes
-        ahead: collections.deque[concurrent.futures.Future[int]] = collections.deque()
-        index = offset // block_bytes
+        ahead: collections.deque[tuple[concurrent.futures.Future[int], int, int]] = collections.deque()
+        end = offset + length
         out = bytearray()
         try:
             while len(out) < length:
-                while index <= last and len(ahead) < _READ_WINDOW_BLOCKS:
-                    ahead.append(self._future(map_digest, index))
-                    index += 1
-                fd = ahead.popleft().result()
-                start = (offset + len(out)) % block_bytes
+                while offset < end and len(ahead) < _READ_WINDOW_BLOCKS:
+                    index, start = divmod(offset, block_map.block_bytes)
+                    count = min(block_map.block_bytes - start, end - offset)
+                    needed = framemask.touched(start, count, block_map.frame_bytes)
+                    ahead.append((self._future(map_digest, index, needed), start, count))
+                    offset += count
+                future, start, count = ahead.popleft()
+                fd = future.result()
                 try:
-                    piece = os.pread(fd, min(block_bytes - start, length - len(out)), start)
+                    out += os.pread(fd, count, start)
                 finally:
                     os.close(fd)
-                out += piece
         finally:
-            for future in ahead:
+            for future, _, _ in ahead:
                 future.add_done_callback(_close_result)
         return bytes(out)
 
@@ -250,56 +279,59 @@ class Fetcher:
 
     # -- queueing ----------------------------------------------------------------------------------
 
-    def _miss(
-        self,
-        layer: LazyLayer,
-        index: int,
-        priority: Priority,
-        done: Done | None,
-        wanted_at: float,
-        has_other_way: bool = False,
-        patience_seconds: float = 0.0,
-    ) -> None:
+    def _miss(self, layer: LazyLayer, request: _Request) -> None:
         """The cache lacks it: the block's home among the peers is asked, or the origin."""
-        peers = None if has_other_way else self._peers
-        if peers is None or not peers.ask(layer, index, priority, done, wanted_at):
-            self._want(layer.map_digest, index, priority, done, wanted_at, patience_seconds)
-        elif priority is Priority.DEMAND:
+        peers = None if request.has_other_way else self._peers
+        wanted = (request.index, request.priority, request.done, request.wanted_at)
+        if peers is None or not peers.ask(layer, *wanted):
+            self._want(request)
+        elif request.priority is Priority.DEMAND:
             with self._lock:
                 known = self._layers.get(layer.map_digest)
                 if known is not None:
-                    known.missed_at = wanted_at
+                    known.missed_at = request.wanted_at
 
-    def _want(
-        self,
-        map_digest: str,
-        index: int,
-        priority: Priority,
-        done: Done | None,
-        wanted_at: float,
-        patience_seconds: float | None = None,
+    def _want_in_place_of_peer(
+        self, map_digest: str, index: int, priority: Priority, done: Done | None, wanted_at: float
     ) -> None:
-        """`patience_seconds` None is the settings'; only demands have any."""
-        if patience_seconds is None:
-            patience_seconds = self._settings.read_deadline_seconds
+        patience = self._settings.read_deadline_seconds
+        self._want(_Request(map_digest, index, priority, done, wanted_at, patience))
+
+    def _want(self, request: _Request) -> None:
+        """The origin is asked. Only demands have any patience."""
+        map_digest, wanted_at = request.map_digest, request.wanted_at
         deadline = None
-        if priority is Priority.DEMAND and patience_seconds:
-            deadline = wanted_at + patience_seconds
+        if request.priority is Priority.DEMAND and request.patience_seconds:
+            deadline = wanted_at + request.patience_seconds
+        arrival = None
         with self._lock:
             known = self._layers.get(map_digest)
-            attached = known is not None
             if known is not None:
+                frames_wanted = request.frames if known.layer.block_map.blocks[request.index].frames else 0
                 if deadline is not None:
                     known.missed_at = wanted_at
-                    self._calm.notify_all()  # it may be for what a fill is bringing
-                self._plan.want(map_digest, index, priority, wanted_at, done, deadline)
+                    self._calm.notify_all()  # it may be for what another fetch is bringing, and holds back
+                self._plan.want(
+                    map_digest,
+                    request.index,
+                    request.priority,
+                    wanted_at,
+                    request.done,
+                    deadline,
+                    frames_wanted,
+                )
                 self._start_worker()
+                arrival = self._arrivals.get((map_digest, request.index)) if frames_wanted else None
                 # A layer whose origin failed, with nothing queued, had no pause that the clock could see.
                 paused = self._plan.is_paused(map_digest, wanted_at)
                 if paused or (deadline is not None and deadline < self._clock_until):
                     self._time.notify()
-        if not attached and done is not None:
-            self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
+        if known is None:
+            self._reply(request, errors.NotFoundError(f"layer {map_digest} is not attached"))
+        elif arrival is not None:
+            # The thread that brings it has looked for its waiters already. It will find the same wrong frame.
+            with contextlib.suppress(errors.ImagefsError):
+                self.frame_came(arrival)
 
     def _start_worker(self) -> None:
         """With the lock held: let one more thread look at the plan."""
@@ -309,29 +341,20 @@ class Fetcher:
             threading.Thread(target=self._run, name="fetch", daemon=True).start()
             self._threads += 1
 
-    def _check(
-        self,
-        map_digest: str,
-        index: int,
-        priority: Priority,
-        done: Done,
-        wanted_at: float,
-        has_other_way: bool,
-        patience_seconds: float,
-    ) -> None:
-        known = self._layers.get(map_digest)
+    def _check(self, request: _Request) -> None:
+        known = self._layers.get(request.map_digest)
         fd = None
         if known is not None:
             block_map = known.layer.block_map
-            length = block_map.block_length(index)
-            fd = self._cache.get(block_map.blocks[index].digest, length)
+            length = block_map.block_length(request.index)
+            fd = self._cache.get(block_map.blocks[request.index].digest, length)
         if known is None:
-            self._call(done, errors.NotFoundError(f"layer {map_digest} is not attached"))
+            self._reply(request, errors.NotFoundError(f"layer {request.map_digest} is not attached"))
         elif fd is None:
-            self._miss(known.layer, index, priority, done, wanted_at, has_other_way, patience_seconds)
+            self._miss(known.layer, request)
         else:
-            self._log.note_hit(map_digest, index, priority, wanted_at, length)
-            self._call(done, fd)
+            self._log.note_hit(request.map_digest, request.index, request.priority, request.wanted_at, length)
+            self._reply(request, fd)
 
     def _read_ahead(self, map_digest: str, index: int) -> None:
         with self._lock:
@@ -340,18 +363,19 @@ class Fetcher:
         for ahead in proposed:
             block = known.layer.block_map.blocks[ahead] if known else None
             if known and block is not None and not block.zero and not self._cache.present(block.digest):
-                self._miss(known.layer, ahead, Priority.READ_AHEAD, None, time.monotonic())
+                now = time.monotonic()
+                self._miss(known.layer, _Request(map_digest, ahead, Priority.READ_AHEAD, None, now, 0.0))
 
-    def _future(self, map_digest: str, index: int) -> concurrent.futures.Future[int]:
+    def _future(self, map_digest: str, index: int, needed: int) -> concurrent.futures.Future[int]:
         future: concurrent.futures.Future[int] = concurrent.futures.Future()
 
-        def done(result: int | Exception) -> None:
-            if isinstance(result, int):
-                future.set_result(result)
-            else:
+        def done(result: int | Part | Exception) -> None:
+            if isinstance(result, Exception):
                 future.set_exception(result)
+            else:
+                future.set_result(result.fd if isinstance(result, Part) else result)
 
-        self.request(map_digest, index, Priority.DEMAND, done)
+        self.request_frames(map_digest, index, needed, done)
         return future
 
     # -- threads -----------------------------------------------------------------------------------
@@ -373,9 +397,9 @@ class Fetcher:
                     buffer = bytearray(known.layer.block_map.block_bytes)
             except MemoryError as exc:
                 for index in fetch.indices:
-                    self._fail(fetch, index, exc, more_origins=False)
+                    self.fail(fetch, index, exc, more_origins=False)
             else:
-                self._carry_out(fetch, known.layer, origins, memoryview(buffer))
+                self._carrier.carry_out(fetch, known.layer, origins, memoryview(buffer))
             finally:
                 with self._lock:
                     self._plan.finished(fetch)
@@ -421,52 +445,36 @@ class Fetcher:
             f"{self._settings.read_deadline_seconds:g} s: {answer.error or 'its origin does not answer'}"
         )
 
-    # -- one fetch ---------------------------------------------------------------------------------
+    # -- what the carrier says ---------------------------------------------------------------------
 
-    def _carry_out(
-        self, fetch: plan.Fetch, layer: LazyLayer, origins: list[Origin], buffer: memoryview
-    ) -> None:
-        block_map = layer.block_map
-        missing = []
-        for index in fetch.indices:
-            # Another layer, or another process, may have brought it since it was asked for.
-            fd = self._cache.get(block_map.blocks[index].digest, block_map.block_length(index))
-            if fd is None:
-                missing.append(index)
-            else:
-                self._deliver(layer, index, fd, "cache")
-        if not missing:
+    def begun(self, arrival: Arrival) -> None:
+        """See carrier.Desk, here and below."""
+        self._arrivals[arrival.key] = arrival
+
+    def frame_came(self, arrival: Arrival) -> None:
+        """By the thread that brings the block, or by that of one who wants what came before."""
+        if self._closed:
+            raise _closing()
+        with self._lock:
+            wanted = self._plan.awaited_frames(*arrival.key, arrival.decoded)
+        part = arrival.part(wanted) if wanted else None
+        if part is None:
             return
-        start = block_map.blocks[missing[0]].offset
-        last = block_map.blocks[missing[-1]]
-        length = last.offset + last.compressed_bytes - start
-        origin = origins[fetch.attempt % len(origins)]
-        deadline = time.monotonic() + self._settings.read_deadline_seconds
-        self._log.count(origin_requests=1, coalesced_blocks=len(missing) - 1)
-        stream = origin.stream_range(layer.blob_digest, start, length, deadline)
-        pieces = frames.Pieces(self._giving_way(fetch, stream), start)
-        with contextlib.closing(stream):
-            for number, index in enumerate(missing):
-                with contextlib.closing(self._cache.draft(block_map.block_length(index))) as draft:
-                    try:
-                        pieces.skip_to(block_map.blocks[index].offset)
-                        data = frames.decode_block(
-                            block_map, index, pieces, layer.map_digest, buffer, draft.write
-                        )
-                    except errors.IntegrityError as exc:
-                        origin.doubt(layer.blob_digest, exc)
-                        self._fail(fetch, index, exc, more_origins=False)
-                    except Exception as exc:
-                        for unread in missing[number:]:
-                            self._fail(fetch, unread, exc, more_origins=len(origins) > 1)
-                        break
-                    else:
-                        self._keep(fetch, layer, index, draft, data)
-        self._log.count(fetched_bytes=pieces.position - start)
+        with self._lock:
+            served = self._plan.frames_arrived(*arrival.key, part.frames, time.monotonic())
+            self._calm.notify_all()
+        self._log.count(frame_answers=len(served))
+        for done in served:
+            self._hand_out_part(done, part)
+        os.close(part.fd)
 
-    def _giving_way(self, fetch: plan.Fetch, stream: Iterator[bytes]) -> Iterator[bytes]:
-        """The stream, which stands still while the plan says so: neither link nor processor is for a fill
-        while somebody waits. Not for ever, because an origin takes a reader that never reads for dead."""
+    def ended(self, arrival: Arrival) -> None:
+        del self._arrivals[arrival.key]
+
+    def giving_way(self, fetch: plan.Fetch, stream: Iterator[bytes]) -> Iterator[bytes]:
+        """The stream, which stands still while the plan says so: neither link nor processor is for what
+        nobody waits for while somebody waits. Not for ever, because an origin takes a reader that never reads
+        for dead."""
         until = time.monotonic() + self._settings.read_deadline_seconds / 2
         for piece in stream:
             yield piece
@@ -474,19 +482,7 @@ class Fetcher:
                 while not self._closed and self._plan.gives_way(fetch) and time.monotonic() < until:
                     self._calm.wait(until - time.monotonic())
 
-    def _keep(self, fetch: plan.Fetch, layer: LazyLayer, index: int, draft: Draft, data: memoryview) -> None:
-        """Cache a block that came, and answer those who wait for it."""
-        try:
-            if self._closed:
-                raise _closing()
-            fd = self._cache.put(layer.block_map.blocks[index].digest, draft, data)
-        except Exception as exc:
-            self._fail(fetch, index, exc, more_origins=False)
-        else:
-            self._log.count(fetched_blocks=1, uncompressed_bytes=len(data))
-            self._deliver(layer, index, fd, "origin")
-
-    def _deliver(self, layer: LazyLayer, index: int, fd: int, outcome: str) -> None:
+    def deliver(self, layer: LazyLayer, index: int, fd: int, outcome: str) -> None:
         with self._lock:
             answer, recovered = self._plan.arrived(layer.map_digest, index)
         self._log.note(answer, outcome, layer.block_map.blocks[index].compressed_bytes)
@@ -500,7 +496,7 @@ class Fetcher:
             self._hand_out(waiter, fd)
         self._call(first, fd)  # the descriptor itself, to a reader: there may be none left to be had
 
-    def _fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
+    def fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
         failure, error = _classify(exc)
         if failure is plan.Failure.FINAL and more_origins:
             failure = plan.Failure.UNAVAILABLE
@@ -529,6 +525,21 @@ class Fetcher:
         for waiter in answer.waiters:
             self._call(waiter, error)
 
+    def _reply(self, request: _Request, result: int | Exception) -> None:
+        if request.done is not None:
+            self._call(request.done, result)
+        elif isinstance(result, int):
+            os.close(result)
+
+    def _hand_out_part(self, done: Done, part: Part) -> None:
+        try:
+            own = Part(os.dup(part.fd), part.frames)
+        except OSError as exc:
+            self._call(done, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
+        else:
+            # Only who asked for frames is given back by `frames_arrived`.
+            self._call(cast("PartDone", done), own)
+
     def _hand_out(self, done: Done, fd: int) -> None:
         try:
             own = os.dup(fd)
@@ -537,7 +548,7 @@ class Fetcher:
         else:
             self._call(done, own)
 
-    def _call(self, done: Done, result: int | Exception) -> None:
+    def _call(self, done: Callable[[T], None], result: T) -> None:
         try:
             done(result)
         except Exception:

@@ -16,9 +16,11 @@ from imagefs import plan
 @dataclasses.dataclass(frozen=True, slots=True)
 class FetchEvent:
     """One block's way. `number` grows from event to event, also over a restart of the process: whoever has
-    seen one can ask for what came after. Times are time.monotonic_ns(). `reason` is why it was first wanted
-    ("demand", "boot", "read_ahead", "fill"), `priority` how urgent it was in the end. `outcome`: "origin",
-    "peer", "cache" or "failed". `compressed_bytes` is 0 for what cost the origin nothing."""
+    seen one can ask for what came after. Times are time.monotonic_ns(): `arrived_ns` when the block was here,
+    whole, `served_ns` when the first who waited had what they waited for, some frames or all. `reason` is why
+    it was first wanted ("demand", "boot", "read_ahead", "fill"), `priority` how urgent it was in the end.
+    `outcome`: "origin", "peer", "cache" or "failed". `compressed_bytes` is 0 for what cost the origin
+    nothing."""
 
     number: int
     map_digest: str
@@ -27,6 +29,7 @@ class FetchEvent:
     reason: str
     wanted_ns: int
     started_ns: int
+    served_ns: int
     arrived_ns: int
     compressed_bytes: int
     outcome: str
@@ -38,9 +41,10 @@ class FetchStats:
     compressed; `failed_blocks` counts tries, `expired_reads` readers that got an error at their deadline,
     `failed_reads` all demanded blocks whose readers got an error; `demand_misses` are blocks that a reader
     waited for and that had to come from elsewhere; a demand for a frame of a boot pack that was on its way
-    anyway counts as `boot_waits` instead. `boot_bytes` of `fetched_bytes` were boot packs. `queued` blocks
-    wait, by priority. `peer_` is what this node got from others (bytes uncompressed; a hedge is a demand for
-    which the origin was asked as well), `served_` what it gave to them."""
+    anyway counts as `boot_waits` instead. `frame_answers` are reads that got some frames of a block before
+    the rest of it came. `boot_bytes` of `fetched_bytes` were boot packs. `queued` blocks wait, by priority.
+    `peer_` is what this node got from others (bytes uncompressed; a hedge is a demand for which the origin
+    was asked as well), `served_` what it gave to them."""
 
     cache_hits: int
     cache_bytes: int
@@ -56,6 +60,7 @@ class FetchStats:
     failed_reads: int
     demand_misses: int
     boot_waits: int
+    frame_answers: int
     boot_bytes: int
     peer_requests: int
     peer_blocks: int
@@ -96,6 +101,7 @@ class FetchLog:
                 reason=answer.reason.name.lower(),
                 wanted_ns=int(answer.wanted_at * 1e9),
                 started_ns=int(answer.started_at * 1e9),
+                served_ns=arrived_ns if answer.served_at is None else int(answer.served_at * 1e9),
                 arrived_ns=arrived_ns,
                 compressed_bytes=compressed_bytes if outcome == "origin" else 0,
                 outcome=outcome,
@@ -121,7 +127,17 @@ class FetchLog:
             number = next(self._numbers)
             self._events.append(
                 FetchEvent(
-                    number, map_digest, block, priority, reason, wanted_ns, wanted_ns, arrived_ns, 0, "cache"
+                    number=number,
+                    map_digest=map_digest,
+                    block=block,
+                    priority=priority,
+                    reason=reason,
+                    wanted_ns=wanted_ns,
+                    started_ns=wanted_ns,
+                    served_ns=arrived_ns,
+                    arrived_ns=arrived_ns,
+                    compressed_bytes=0,
+                    outcome="cache",
                 )
             )
             self._counts["cache_hits"] += 1

@@ -5,7 +5,9 @@ Pure: pieces in, bytes out. Called by the fetcher's threads, by the converter fo
 Every piece is decoded and hashed while the next one is on its way, so that once a block's last byte came
 only the last piece's work is left: at the median 0.6 ms on busy cores, in place of 7 ms for all 4 MiB.
 
-What comes out was compared with the digest in the block map, whole. Output goes into the caller's buffer and
+What comes out was compared with the digest in the block map: a frame with its own, where somebody waits for
+frames, and the block, whole, with its own in any case. So bytes that nobody waits for are hashed once, not
+twice, and a map whose digests disagree gives no block. Output goes into the caller's buffer and
 never past the block's length in it; a frame's declared size is compared with the map before libzstd sees the
 frame; libzstd's own window is bounded by MAX_BLOCK_BYTES. So no frame can ask for more memory than that.
 """
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable
 
 import zstandard
 
-from imagefs import blockmap, errors, zstdframe
+from imagefs import blockmap, errors, framemask, zstdframe
 
 _local = threading.local()
 
@@ -74,41 +76,102 @@ class Pieces:
             pass
 
 
+class Assembly:
+    """One block that is put together, in the front of `buffer`, from its frames in any order. `appeared` gets
+    every piece of it and its place, as they appear, not verified yet.
+
+    For one thread, but for `verify`, which may be called by one other at a time.
+    """
+
+    def __init__(
+        self,
+        block_map: blockmap.BlockMap,
+        index: int,
+        layer: str,
+        buffer: memoryview,
+        appeared: Callable[[memoryview, int], object] = lambda piece, at: None,
+    ) -> None:
+        self._map = block_map
+        self._index = index
+        self._layer = layer
+        self._block = block_map.blocks[index]
+        self._frames = self._block.frames or (
+            blockmap.Frame(self._block.digest, self._block.compressed_bytes),
+        )
+        self._out = buffer[: block_map.block_length(index)]
+        self._appeared = appeared
+        self._hasher = hashlib.sha256()
+        self._hashed_bytes = 0
+        self.decoded = 0
+        """The frames (framemask.py) whose bytes are in the buffer."""
+        self._verified = 0
+
+    @property
+    def count(self) -> int:
+        """Of its frames."""
+        return len(self._frames)
+
+    def place(self, number: int) -> int:
+        """Where in the blob a frame begins, or, for `count`, where the block ends."""
+        return self._block.offset + sum(frame.compressed_bytes for frame in self._frames[:number])
+
+    def decode(self, number: int, pieces: Pieces) -> None:
+        """Take a frame from `pieces`, which stand at its first byte, and no byte beyond its last one. Raises
+        IntegrityError, naming layer, block and offset, unless it is a frame of the length that the map says;
+        and what `pieces` raises."""
+        at = number * self._map.frame_bytes
+        out = self._out[at : at + self._map.frame_bytes]
+
+        def see(piece: memoryview) -> None:
+            nonlocal at
+            if at == self._hashed_bytes:
+                self._hasher.update(piece)
+                self._hashed_bytes += len(piece)
+            self._appeared(piece, at)
+            at += len(piece)
+
+        try:
+            _decode_frame(pieces, self._frames[number].compressed_bytes, out, see)
+        except (ValueError, zstandard.ZstdError) as exc:
+            raise self._damaged(str(exc)) from exc
+        self.decoded |= 1 << number
+
+    def verify(self, wanted: int) -> int:
+        """Compare the frames `wanted`, all of them decoded, with their digests; all that were so far. Raises
+        IntegrityError."""
+        for number in framemask.numbers(wanted & ~self._verified):
+            start = number * self._map.frame_bytes
+            digest = hashlib.sha256(self._out[start : start + self._map.frame_bytes]).digest()
+            if digest != self._frames[number].digest:
+                raise self._damaged(f"the bytes differ from the digest of its frame {number}")
+            self._verified |= 1 << number
+        return self._verified
+
+    def finish(self) -> memoryview:
+        """The block, once all frames were decoded. Raises IntegrityError unless it hashes to its digest."""
+        self._hasher.update(self._out[self._hashed_bytes :])
+        if self._hasher.digest() != self._block.digest:
+            raise self._damaged("the bytes differ from the block's digest")
+        return self._out
+
+    def _damaged(self, what: str) -> errors.IntegrityError:
+        place = f"blob bytes {self._block.offset}+{self._block.compressed_bytes}"
+        return errors.IntegrityError(f"layer {self._layer}: block {self._index} ({place}): {what}")
+
+
 def decode_block(
-    block_map: blockmap.BlockMap,
-    index: int,
-    pieces: Pieces,
-    layer: str,
-    buffer: memoryview,
-    appeared: Callable[[memoryview], object] = lambda piece: None,
+    block_map: blockmap.BlockMap, index: int, pieces: Pieces, layer: str, buffer: memoryview
 ) -> memoryview:
     """The uncompressed bytes of block `index`, in the front of `buffer`, from `pieces`, which stand at the
-    block's first byte. Takes no byte beyond the block's last one. `appeared` gets the same bytes in order as
-    they appear, not verified yet.
+    block's first byte. Takes no byte beyond the block's last one.
 
     Raises IntegrityError, naming `layer`, block and offset, unless they are the frames that the map
     describes, nothing more, and hash to the block's digest; and what `pieces` raises.
     """
-    block = block_map.blocks[index]
-    out = buffer[: block_map.block_length(index)]
-    hasher = hashlib.sha256()
-
-    def see(piece: memoryview) -> None:
-        hasher.update(piece)
-        appeared(piece)
-
-    try:
-        if block.frames:
-            for number, frame in enumerate(block.frames):
-                start = number * block_map.frame_bytes
-                _decode_frame(pieces, frame.compressed_bytes, out[start : start + block_map.frame_bytes], see)
-        else:
-            _decode_frame(pieces, block.compressed_bytes, out, see)
-    except (ValueError, zstandard.ZstdError) as exc:
-        raise _damaged(block_map, index, layer, str(exc)) from exc
-    if hasher.digest() != block.digest:
-        raise _damaged(block_map, index, layer, "the bytes differ from the block's digest")
-    return out
+    assembly = Assembly(block_map, index, layer, buffer)
+    for number in range(assembly.count):
+        assembly.decode(number, pieces)
+    return assembly.finish()
 
 
 def _decode_frame(
@@ -165,10 +228,3 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     if found is None:
         found = _local.decompressor = zstandard.ZstdDecompressor(max_window_size=blockmap.MAX_BLOCK_BYTES)
     return found
-
-
-def _damaged(block_map: blockmap.BlockMap, index: int, layer: str, what: str) -> errors.IntegrityError:
-    block = block_map.blocks[index]
-    return errors.IntegrityError(
-        f"layer {layer}: block {index} (blob bytes {block.offset}+{block.compressed_bytes}): {what}"
-    )

@@ -422,7 +422,7 @@ class Peers:
                         end = at + len(piece)
                         view[at:end] = piece
                         hasher.update(piece)
-                        draft.write(view[at:end])
+                        draft.write(view[at:end], at)
                         at = end
                     if hasher.digest() != digest:
                         raise errors.IntegrityError(

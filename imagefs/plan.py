@@ -9,7 +9,9 @@ Rules:
   raises its priority. A demanded block is fetched alone; others take their queued neighbours along, up to
   `request_bytes` of their priority in one request.
 * A block is in at most one fetch at a time, however many want it. Every waiter is answered exactly once:
-  by `arrived`, `failed`, `expire` or `remove_layer`.
+  by `frames_arrived`, `arrived`, `failed`, `expire` or `remove_layer`.
+* Who waits for frames of a block is answered as soon as those are there. The fetch of a demanded block begins
+  at the first frame that is wanted, and brings those before it last: it ends with the whole block, always.
 * Fetches in flight are limited per layer and per origin, so that an origin or blob that hangs holds its own
   share and no more; some connections are for demands only. Layers and origins take turns.
 * A waiter with a deadline waits out failures until then, while its layer is tried again, one fetch at a time,
@@ -25,7 +27,7 @@ import heapq
 import itertools
 from typing import Generic, TypeVar
 
-from imagefs import blockmap, readahead
+from imagefs import blockmap, framemask, readahead, waiting
 
 K = TypeVar("K")
 W = TypeVar("W")
@@ -90,7 +92,8 @@ class Policy:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fetch:
     """One request to make: `indices` ascending and neighbours, together blob bytes offset..offset+length.
-    `attempt` counts the earlier tries of the first block, so that a retry can ask another copy."""
+    `first_frame` is the frame of the first block to begin with. `attempt` counts the earlier tries of the
+    first block, so that a retry can ask another copy."""
 
     layer: str
     origin: str
@@ -99,12 +102,14 @@ class Fetch:
     length: int
     priority: Priority
     attempt: int
+    first_frame: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer(Generic[W]):
     """What became of one block: who gets the answer now, why the block was first wanted, with what priority
-    in the end, and when (monotonic seconds). `error` is the last failure, None if there was none."""
+    in the end, and when (monotonic seconds). `served_at` is when the first reader had the frames it waited
+    for, None if that was not before all of the block. `error` is the last failure, None if there was none."""
 
     layer: str
     index: int
@@ -114,6 +119,7 @@ class Answer(Generic[W]):
     wanted_at: float
     started_at: float
     error: Exception | None
+    served_at: float | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,8 +134,8 @@ class _Job(Generic[W]):
     attempts: int = 0
     corrupt: int = 0
     error: Exception | None = None
-    patient: dict[int, W] = dataclasses.field(default_factory=dict)
-    impatient: list[W] = dataclasses.field(default_factory=list)
+    served_at: float | None = None
+    waiting: waiting.Waiting[W] = dataclasses.field(default_factory=waiting.Waiting)
 
 
 class _Layer:
@@ -165,6 +171,9 @@ class Plan(Generic[W]):
         self._in_flight_by_kind: collections.Counter[tuple[str, Priority]] = collections.Counter()
         self._in_flight_by_layer: collections.Counter[str] = collections.Counter()
         self._failing_origins: set[str] = set()
+        # The blocks of demand fetches in flight, by origin: they give way to one another. By the fetch's id,
+        # because the block may be on its way again before the connection of its last fetch is free.
+        self._demanded: dict[str, dict[int, _Job[W]]] = {}
         self._numbers = itertools.count()
         self._deadlines: list[tuple[float, int, tuple[str, int]]] = []
         self._patient = 0
@@ -208,8 +217,10 @@ class Plan(Generic[W]):
         now: float,
         waiter: W | None = None,
         deadline: float | None = None,
+        frames: int = framemask.WHOLE,
     ) -> None:
-        """Ask for a block of a known layer. `waiter` is answered once, by `expire` from `deadline` on."""
+        """Ask for a block of a known layer. `waiter` is answered once: as soon as `frames` of it are here, by
+        `expire` from `deadline` on."""
         state = self._layers[layer]
         key = (layer, index)
         job = self._jobs.get(key)
@@ -224,11 +235,11 @@ class Plan(Generic[W]):
                 self._enqueue(state, job)
         if waiter is not None and deadline is not None:
             number = next(self._numbers)
-            job.patient[number] = waiter
+            job.waiting.add_patient(number, waiter, frames)
             self._patient += 1
             self._add_deadline(deadline, number, key)
         elif waiter is not None:
-            job.impatient.append(waiter)
+            job.waiting.add_impatient(waiter, frames, demands=priority is Priority.DEMAND)
         if priority is Priority.DEMAND and not self._in_flight_by_layer[layer]:
             state.retry_at = state.not_before
 
@@ -251,6 +262,23 @@ class Plan(Generic[W]):
             if layer is not None:
                 return self._start(layer, priority, now)
         return None
+
+    def awaited_frames(self, layer: str, index: int, decoded: int) -> int:
+        """What those wait for who can do with some of the `decoded` frames of a running block."""
+        job = self._jobs.get((layer, index))
+        return job.waiting.within(decoded) if job is not None and job.running else 0
+
+    def frames_arrived(self, layer: str, index: int, frames: int, now: float) -> list[W]:
+        """These frames of a running block came and were verified. Whoever wanted no more than those."""
+        job = self._jobs.get((layer, index))
+        if job is None or not job.running:
+            return []
+        patient = job.waiting.patient
+        served = job.waiting.take_served(frames)
+        self._patient -= patient - job.waiting.patient
+        if served and job.served_at is None:
+            job.served_at = now
+        return served
 
     def arrived(self, layer: str, index: int) -> tuple[Answer[W], bool]:
         """A running block came and was verified. The answer, and whether an outage of its layer ended."""
@@ -286,12 +314,11 @@ class Plan(Generic[W]):
             began = state.failures == 0
             self._back_off(state, failure, now, jitter, retry_after_seconds)
         hopeless = failure is Failure.FINAL or job.corrupt >= self._policy.corrupt_attempts
-        if state is None or hopeless or not job.patient:
+        if state is None or hopeless or not job.waiting.patient:
             del self._jobs[layer, index]
             return self._answer(job), began
-        impatient, job.impatient = job.impatient, []
         self._enqueue(state, job)
-        return self._describe(job, tuple(impatient)), began
+        return self._describe(job, job.waiting.take_impatient()), began
 
     def finished(self, fetch: Fetch) -> None:
         """The connection of `fetch` is free again."""
@@ -299,14 +326,23 @@ class Plan(Generic[W]):
         _decrement(self._in_flight_by_origin, fetch.origin)
         _decrement(self._in_flight_by_kind, (fetch.origin, fetch.priority))
         _decrement(self._in_flight_by_layer, fetch.layer)
+        if fetch.priority is Priority.DEMAND:
+            demanded = self._demanded[fetch.origin]
+            del demanded[id(fetch)]
+            if not demanded:
+                del self._demanded[fetch.origin]
 
     def gives_way(self, fetch: Fetch) -> bool:
-        """Whether a running fill should take no more bytes for now: a demand is in flight at its origin, and
-        nobody has come to demand what it brings."""
-        if fetch.priority is not Priority.FILL or not self._in_flight_by_kind[fetch.origin, Priority.DEMAND]:
+        """Whether a running fetch should take no more bytes for now: no reader waits for what it brings, but
+        one does for a demand in flight at its origin. That holds for fills, and for what is left of a
+        demanded block when its readers have the frames that they wanted."""
+        demanded = self._demanded.get(fetch.origin)
+        if fetch.priority not in (Priority.DEMAND, Priority.FILL) or not demanded:
             return False
         jobs = (self._jobs.get((fetch.layer, index)) for index in fetch.indices)
-        return not any(job is not None and job.priority is Priority.DEMAND for job in jobs)
+        if any(job is not None and job.waiting.demanded() for job in jobs):
+            return False
+        return fetch.priority is Priority.FILL or any(job.waiting.demanded() for job in demanded.values())
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -328,11 +364,11 @@ class Plan(Generic[W]):
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number, key = heapq.heappop(self._deadlines)
             job = self._jobs.get(key)
-            if job is None or number not in job.patient:
+            if job is None or not job.waiting.is_patient(number):
                 continue
-            if job.running or len(job.patient) > 1:
+            if job.running or job.waiting.patient > 1:
                 self._patient -= 1
-                answers.append(self._describe(job, (job.patient.pop(number),)))
+                answers.append(self._describe(job, (job.waiting.take_patient(number),)))
                 continue
             # Nobody patient is left: the block leaves the queue, with whoever else wants it.
             answers.append(self._answer(self._jobs.pop(key)))
@@ -415,9 +451,17 @@ class Plan(Generic[W]):
         self._in_flight_by_origin[state.origin] += 1
         self._in_flight_by_kind[state.origin, priority] += 1
         self._in_flight_by_layer[layer] += 1
-        attempt = self._jobs[layer, first].attempts
         indices = tuple(range(first, end))
-        return Fetch(layer, state.origin, indices, blocks[first].offset, length, priority, attempt)
+        job = self._jobs[layer, first]
+        first_frame = 0
+        if priority is Priority.DEMAND and blocks[first].frames:
+            first_frame = job.waiting.first_frame()
+        fetch = Fetch(
+            layer, state.origin, indices, blocks[first].offset, length, priority, job.attempts, first_frame
+        )
+        if priority is Priority.DEMAND:
+            self._demanded.setdefault(state.origin, {})[id(fetch)] = job
+        return fetch
 
     def _back_off(
         self, state: _Layer, failure: Failure, now: float, jitter: float, retry_after_seconds: float | None
@@ -436,11 +480,8 @@ class Plan(Generic[W]):
 
     def _answer(self, job: _Job[W]) -> Answer[W]:
         """The answer for everyone who waits for `job`, none of whom waits afterwards."""
-        waiters = (*job.patient.values(), *job.impatient)
-        self._patient -= len(job.patient)
-        job.patient = {}
-        job.impatient = []
-        return self._describe(job, waiters)
+        self._patient -= job.waiting.patient
+        return self._describe(job, job.waiting.take_all())
 
     def _describe(self, job: _Job[W], waiters: tuple[W, ...]) -> Answer[W]:
         return Answer(
@@ -452,6 +493,7 @@ class Plan(Generic[W]):
             job.wanted_at,
             job.started_at,
             job.error,
+            job.served_at,
         )
 
     def _add_deadline(self, deadline: float, number: int, key: tuple[str, int]) -> None:
@@ -467,7 +509,7 @@ class Plan(Generic[W]):
 
     def _waits(self, entry: tuple[float, int, tuple[str, int]]) -> bool:
         job = self._jobs.get(entry[2])
-        return job is not None and entry[1] in job.patient
+        return job is not None and job.waiting.is_patient(entry[1])
 
 
 def _decrement(counter: collections.Counter[K], key: K) -> None:

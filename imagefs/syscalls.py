@@ -1,5 +1,5 @@
 """Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), open_tree(2), move_mount(2),
-unshare(2), setns(2), pivot_root(2), prctl(2) and cachestat(2). The one place with ctypes.
+unshare(2), setns(2), pivot_root(2), prctl(2), cachestat(2) and fallocate(2). The one place with ctypes.
 
 Each raises OSError with the kernel's errno and the path; callers turn those into errors of ours. `ctypes`
 releases the GIL during the call, which matters: a mount may wait for a FUSE server.
@@ -47,6 +47,8 @@ _MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOVE_MOUNT_T_SYMLINKS = 16
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -175,3 +177,10 @@ def cached_pages(fd: int, offset: int, length: int) -> int:
         ctypes.c_uint(0),
     )
     return pages[0]
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """fallocate(2): give a range of a file back to the filesystem. It reads as zeros all the while."""
+    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    place = (ctypes.c_int64(offset), ctypes.c_int64(length))
+    _check(_libc.fallocate, ctypes.c_int(fd), ctypes.c_int(flags), *place)

@@ -35,9 +35,16 @@ class BlockFile:
         self._direct_fd = -1
         self._direct = True
         self._leaves_pages = False
+        status = os.fstat(fd)
         # A memfd never had a name; a cache file has one when it is sent.
-        self.in_memory = os.fstat(fd).st_nlink == 0
+        self.in_memory = status.st_nlink == 0
+        self._identity = (status.st_dev, status.st_ino)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def is_same(self, fd: int) -> bool:
+        """Whether `fd` is of the very file: a block of which more has come."""
+        status = os.fstat(fd)
+        return (status.st_dev, status.st_ino) == self._identity
 
     def read(self, view: memoryview, offset: int) -> bool:
         """Read exactly `view` from byte `offset`. False if the file is shorter, or the disk fails."""

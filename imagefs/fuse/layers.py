@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import blockmap, bootpack, errors, eviction, frames, peers, plan, reference
+from imagefs.arrival import Part
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
 from imagefs.fuse import control, coverage, peering, statedirectory, wire
@@ -47,8 +48,9 @@ _TAKE_UP_SECONDS = 10.0
 _FRAME_SHARE = 0.25
 """Of a read's deadline: how much later an error may come because a frame was waited for first."""
 
-BlockDone = Callable[[int | Exception | None], None]
-"""Called once, from any thread: with a descriptor (the callee's to close), None for zeros, or the error."""
+BlockDone = Callable[[int | Part | Exception | None], None]
+"""Called once, from any thread: with a descriptor (the callee's to close), or one of a part, None for zeros,
+or the error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,8 +153,8 @@ class Layers:
             raise errors.NotFoundError(f"no layer is attached for {owner}")
         return found
 
-    def block(self, node: int, index: int, done: BlockDone) -> None:
-        """One block of a device, or frame of a boot pack, for a reader that waits."""
+    def block(self, node: int, index: int, frames: int, done: BlockDone) -> None:
+        """One block of a device, sooner if `frames` of it will do, or a frame of a pack, for a reader."""
         if node >= wire.FIRST_PACK_NODE:
             self._packs.frame(node, index, done)
             return
@@ -173,12 +175,12 @@ class Layers:
             done(errors.UnavailableError(f"layer {key[0]}: block {index} has just failed"))
             return
 
-        def arrived(result: int | Exception) -> None:
+        def arrived(result: int | Part | Exception) -> None:
             if isinstance(result, Exception) and not self._ended:
                 self._note_failure(key, result)
             done(result)
 
-        self._fetcher.request(layer.map_digest, index, Priority.DEMAND, arrived)
+        self._fetcher.request_frames(layer.map_digest, index, frames, arrived)
 
     def _note_failure(self, key: tuple[str, int], error: Exception) -> None:
         now = time.monotonic()
@@ -450,7 +452,9 @@ class Layers:
             layer = LazyLayer(spec.map_digest, spec.blob_digest, block_map, self._origin(source))
             self._fetcher.attach(layer)
         name = record.name.encode()
-        device = wire.Device(record.node, block_map.image_bytes, block_map.block_bytes, name)
+        device = wire.Device(
+            record.node, block_map.image_bytes, block_map.block_bytes, block_map.frame_bytes, name
+        )
         for key in [key for key in self._failed if key[0] == spec.map_digest]:
             self._failed.pop(key, None)
         served = _Served(device, layer, record)

@@ -200,7 +200,7 @@ class Packs:
     ) -> _Pack:
         value = bootstream.block_map(table)
         return _Pack(
-            device=wire.Device(next(self._nodes), value.image_bytes, value.block_bytes, b"boot pack"),
+            device=_device(next(self._nodes), value),
             layer=LazyLayer(table_digest, table.data_digest, value, origin),
             worth=bootstream.Worth(table, block_maps),
             extents={
@@ -260,3 +260,7 @@ class Packs:
 def _devices(pack: _Pack) -> list[str]:
     """The names of the devices that show pages of it."""
     return [device_name(map_digest, pack.layer.map_digest) for map_digest in pack.extents]
+
+
+def _device(node: int, frames: blockmap.BlockMap) -> wire.Device:
+    return wire.Device(node, frames.image_bytes, frames.block_bytes, frames.frame_bytes, b"boot pack")

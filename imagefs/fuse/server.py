@@ -38,11 +38,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagefs import errors, unixsocket
+from imagefs import errors, framemask, unixsocket
 from imagefs.fuse import control, handover, protocol, recordings, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 
 if TYPE_CHECKING:
+    from imagefs.arrival import Part
     from imagefs.fuse.layers import Layers
 
 _ANSWER_BUFFER_BYTES = 4 << 20
@@ -369,7 +370,8 @@ class Server:
         try:
             layers = self._ready_layers()
             if question.ask is wire.Ask.BLOCK:
-                layers.block(question.node, question.index, _block_answer(channel, question.tag))
+                done = _block_answer(channel, question.tag)
+                layers.block(question.node, question.index, question.frames, done)
             elif question.ask is wire.Ask.LIST:
                 listing = layers.listing(question.node, wire.LISTING_DEVICES)
                 channel.answer(wire.Answer(question.tag, 0, tuple(listing)))
@@ -543,15 +545,16 @@ class Server:
         }
 
 
-def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Exception | None], None]:
-    def done(result: int | Exception | None) -> None:
-        if isinstance(result, int):
-            try:
-                channel.answer(wire.Answer(tag), result)
-            finally:
-                os.close(result)
-        else:
+def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Part | Exception | None], None]:
+    def done(result: int | Part | Exception | None) -> None:
+        if result is None or isinstance(result, Exception):
             channel.answer(wire.Answer(tag, 0 if result is None else errno.EIO))
+            return
+        fd, frames = (result, framemask.WHOLE) if isinstance(result, int) else (result.fd, result.frames)
+        try:
+            channel.answer(wire.Answer(tag, frames=frames), fd)
+        finally:
+            os.close(fd)
 
     return done
 

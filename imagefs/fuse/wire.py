@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from imagefs import errors
+from imagefs import errors, framemask
 from imagefs.fuse.protocol import Read
 
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -29,10 +29,10 @@ LISTING_DEVICES = 256
 FIRST_PACK_NODE = 1 << 48
 """Boot packs have node ids from here on, which the kernel never sees: they last as long as the server."""
 
-_QUESTION = struct.Struct("=BIQQ")
-_ANSWER = struct.Struct("=BIi")
+_QUESTION = struct.Struct("=BIQQH")
+_ANSWER = struct.Struct("=BIiH")
 _DROP = struct.Struct("=BQ")
-_DEVICE = struct.Struct("=QQIB")
+_DEVICE = struct.Struct("=QQIIB")
 _WATCH = struct.Struct("=BI")
 _NODE = struct.Struct("=Q")
 _READS = struct.Struct("=BI")
@@ -56,7 +56,8 @@ class Ask(enum.IntEnum):
     LIST = 3
     """The attached devices with ids above `node`, ascending, LISTING_DEVICES at most."""
     BLOCK = 4
-    """Block `index` of device `node`, or frame `index` of pack `node`, verified."""
+    """Block `index` of device `node`, or frame `index` of pack `node`, verified: the whole of it, or, sooner,
+    of a block its `frames`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,29 +69,33 @@ class Question:
     node: int = 0
     index: int = 0
     name: bytes = b""
+    frames: int = framemask.WHOLE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
     """A layer image, with one boot pack or none, as the kernel sees it: a file `name` with inode number
-    `node`."""
+    `node`. `frame_bytes` is `block_bytes` where nothing less than a block can be had."""
 
     node: int
     size: int
     block_bytes: int
+    frame_bytes: int
     name: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
     """Server -> worker. `error` is an errno or 0. To BLOCK no device but a descriptor beside the message, or
-    none, which means all zeros; an error for a frame means that its pages come by their blocks. To NAME and
+    none, which means all zeros; an error for a frame means that its pages come by their blocks. `frames` are
+    those of the block that are valid, at least the ones that were asked for; WHOLE for all of it. To NAME and
     NODE the device, then its boot pack, as a device whose blocks are the frames; if there is one, beside the
     message a descriptor of its extents (packlayout.py)."""
 
     tag: int
     error: int = 0
     devices: tuple[Device, ...] = ()
+    frames: int = framemask.WHOLE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,7 +162,8 @@ def encode_question(value: FromWorker) -> bytes:
         return _READS.pack(_READS_KIND, value.tag) + pack_accesses(value.reads)
     if isinstance(value, Read):
         return _encode_read(value)
-    return _QUESTION.pack(value.ask, value.tag, value.node, value.index) + value.name
+    frames = _encode_frames(value.frames)
+    return _QUESTION.pack(value.ask, value.tag, value.node, value.index, len(frames)) + frames + value.name
 
 
 def decode_question(data: bytes) -> FromWorker:
@@ -168,8 +174,9 @@ def decode_question(data: bytes) -> FromWorker:
             return Reads(tag, tuple(unpack_accesses(data[_READS.size :])))
         if data[:1] == bytes([_READ_KIND]):
             return _decode_read(data)
-        ask, tag, node, index = _QUESTION.unpack_from(data)
-        return Question(Ask(ask), tag, node, index, data[_QUESTION.size :])
+        ask, tag, node, index, length = _QUESTION.unpack_from(data)
+        frames, end = _decode_frames(data, _QUESTION.size, length)
+        return Question(Ask(ask), tag, node, index, data[end:], frames)
     except (struct.error, ValueError) as exc:
         raise errors.InvalidInputError(f"worker's question of {len(data)} bytes: {exc}") from exc
 
@@ -184,9 +191,11 @@ def encode_answer(value: FromServer) -> bytes:
         return _encode_read(value)
     if isinstance(value, Drop | Forget):
         return _DROP.pack(_DROP_KIND if isinstance(value, Drop) else _FORGET_KIND, value.node)
-    head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error)
+    frames = _encode_frames(value.frames)
+    head = _ANSWER.pack(_ANSWER_KIND, value.tag, value.error, len(frames)) + frames
     return head + b"".join(
-        _DEVICE.pack(device.node, device.size, device.block_bytes, len(device.name)) + device.name
+        _DEVICE.pack(device.node, device.size, device.block_bytes, device.frame_bytes, len(device.name))
+        + device.name
         for device in value.devices
     )
 
@@ -204,16 +213,29 @@ def decode_answer(data: bytes) -> FromServer:
         if data[:1] in (bytes([_DROP_KIND]), bytes([_FORGET_KIND])):
             kind, node = _DROP.unpack(data)
             return Drop(node) if kind == _DROP_KIND else Forget(node)
-        _, tag, error = _ANSWER.unpack_from(data)
+        _, tag, error, length = _ANSWER.unpack_from(data)
+        frames, position = _decode_frames(data, _ANSWER.size, length)
         devices = []
-        position = _ANSWER.size
         while position < len(data):
-            node, size, block_bytes, length = _DEVICE.unpack_from(data, position)
+            node, size, block_bytes, frame_bytes, length = _DEVICE.unpack_from(data, position)
             position += _DEVICE.size + length
-            devices.append(Device(node, size, block_bytes, data[position - length : position]))
-    except struct.error as exc:
+            name = data[position - length : position]
+            devices.append(Device(node, size, block_bytes, frame_bytes, name))
+    except (struct.error, ValueError) as exc:
         raise errors.InvalidInputError(f"server's answer of {len(data)} bytes: {exc}") from exc
-    return Answer(tag, error, tuple(devices))
+    return Answer(tag, error, tuple(devices), frames)
+
+
+def _encode_frames(frames: int) -> bytes:
+    return frames.to_bytes((frames.bit_length() + 7) // 8, "little")
+
+
+def _decode_frames(data: bytes, start: int, length: int) -> tuple[int, int]:
+    """The frames, and where they end. ValueError where they are cut short."""
+    end = start + length
+    if end > len(data):
+        raise ValueError(f"{length} bytes of frames, and {len(data) - start} are there")
+    return int.from_bytes(data[start:end], "little"), end
 
 
 def _encode_read(value: Read) -> bytes:

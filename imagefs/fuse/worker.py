@@ -3,12 +3,14 @@
 A process of its own, single-threaded, started by the server as `python -m imagefs.fuse.worker FUSE_FD
 SERVER_FD` with nothing else open. It holds no cache logic and no network: a block that it lacks it asks of
 the server, once however many requests wait for it, and goes on reading; each request is answered when all
-its blocks are there. Frames of boot packs are blocks to it, too, of devices that nobody sees: what a pack has
-of a READ comes from there, the rest, and what the server refuses, from the device's own blocks.
+its blocks are there. Of blocks in frames it asks for those frames that the request reads, and asks again when
+another one reads others. Frames of boot packs are blocks to it, too, of devices that nobody sees: what a pack
+has of a READ comes from there, the rest, and what the server refuses, from the device's own blocks.
 
 Invariants:
 * The loop never waits for the server. Whatever needs an answer from it is a continuation in `_answers`.
-* Every descriptor that the server sends was verified, whole. What is here is bounded, because a held block
+* Of every descriptor that the server sends it says what was verified: the whole, or some frames; nothing else
+  is read. What is here is bounded, because a held block
   occupies disk, or memory where the disk is full, after the cache has evicted its name. The bound is wide
   for blocks on disk: with 256 MiB, `import torch` asked the server for most of its blocks again and again.
 * A reader that was killed is let go (EINTR), however long its block takes: the kernel waits for our answer
@@ -41,6 +43,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from imagefs import framemask
 from imagefs.fuse import blockfile, packlayout, protocol, readlog, wire
 
 HELD_BLOCKS = 1024
@@ -53,6 +56,8 @@ _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN})
 _ROOT = protocol.Attributes(protocol.ROOT_NODE, 0, directory=True)
 
 _Key = packlayout.Key
+_Wanted = tuple[_Key, int]
+"""A block, and the frames of it (framemask.py) that were asked for; or WHOLE."""
 _Continuation = Callable[[wire.Answer, int], None]
 """Called with the server's answer and the descriptor beside it (or -1), which it owns."""
 
@@ -74,9 +79,11 @@ class Worker:
         """Frames whose pages come by blocks."""
         self._held: collections.OrderedDict[_Key, blockfile.BlockFile | None] = collections.OrderedDict()
         """Least recently used first; None for a block of zeros."""
+        self._valid: dict[_Key, int] = {}
+        """The frames of blocks that are held, or WHOLE: what was verified."""
         self._held_bytes = 0
         self._held_memory_bytes = 0
-        self._waiting: dict[_Key, list[protocol.Read]] = {}
+        self._waiting: dict[_Wanted, list[protocol.Read]] = {}
         self._answers: dict[int, _Continuation] = {}
         self._tag = 0
         self._readlog = readlog.ReadLog(lambda reads: self._server.sendall(wire.encode_question(reads)))
@@ -252,16 +259,26 @@ class Worker:
                 device.node, device.block_bytes, request.offset, length, layout, self._refused
             )
         )
-        missing = [part.key for part in parts if part.key not in self._held]
-        for key in missing:
-            if key not in self._waiting:
-                self._waiting[key] = []
-                self._ask_block(key)
+        missing = [wanted for part in parts if (wanted := self._missing(part)) is not None]
+        for wanted in missing:
+            if wanted not in self._waiting:
+                self._waiting[wanted] = []
+                self._ask_block(wanted)
         if missing:
             # Parked at one block only; when that has come, the others are looked at again.
             self._waiting[missing[0]].append(request)
         else:
             self._send(request, parts)
+
+    def _missing(self, part: packlayout.Segment) -> _Wanted | None:
+        """What the server must be asked for, to have the segment's bytes."""
+        device = self._devices[part.key[0]]
+        needed = framemask.WHOLE
+        if device.frame_bytes < device.block_bytes:
+            needed = framemask.touched(part.within, part.length, device.frame_bytes)
+        if part.key in self._held and framemask.covers(self._valid[part.key], needed):
+            return None
+        return part.key, needed
 
     def _send(self, request: protocol.Read, parts: Sequence[packlayout.Segment]) -> None:
         """Reply with the bytes of blocks that are all held."""
@@ -289,7 +306,8 @@ class Worker:
         else:
             self._reply(protocol.error_reply(request.unique, errno.EIO))
 
-    def _ask_block(self, key: _Key) -> None:
+    def _ask_block(self, wanted: _Wanted) -> None:
+        key, frames = wanted
         node, index = key
         device = self._devices[node]
 
@@ -298,14 +316,14 @@ class Worker:
             if refused:
                 self._refused.add(key)
             elif not answer.error:
-                self._hold(key, fd, device.block_bytes)
-            for request in self._waiting.pop(key):
+                self._hold(key, fd, device.block_bytes, answer.frames)
+            for request in self._waiting.pop(wanted):
                 if answer.error and not refused:
                     self._reply(protocol.error_reply(request.unique, answer.error))
                 else:
                     self._read(request)
 
-        self._ask(wire.Ask.BLOCK, answered, node=node, index=index)
+        self._ask(wire.Ask.BLOCK, answered, node=node, index=index, frames=frames)
 
     def _leave(self) -> None:
         for waiting in self._waiting.values():
@@ -319,9 +337,20 @@ class Worker:
                 waiting.remove(request)
                 self._reply(protocol.error_reply(request.unique, errno.EINTR))
 
-    def _hold(self, key: _Key, fd: int, block_bytes: int) -> None:
+    def _hold(self, key: _Key, fd: int, block_bytes: int, frames: int) -> None:
+        if key in self._held:
+            held = self._held[key]
+            if held is not None and fd != _NO_FD and held.is_same(fd):
+                # More of it has come. Answers may overtake one another: none takes anything back.
+                valid = self._valid[key]
+                known = framemask.WHOLE in (valid, frames)
+                self._valid[key] = framemask.WHOLE if known else valid | frames
+                os.close(fd)
+                return
+            self._let_go(key, block_bytes)
         block = None if fd == _NO_FD else blockfile.BlockFile(fd)
         self._held[key] = block
+        self._valid[key] = frames
         self._count(block, block_bytes)
         while (
             len(self._held) > HELD_BLOCKS
@@ -333,6 +362,7 @@ class Worker:
 
     def _let_go(self, key: _Key, block_bytes: int) -> None:
         block = self._held.pop(key)
+        del self._valid[key]
         self._count(block, -block_bytes)
         if block is not None:
             block.close()
@@ -345,11 +375,19 @@ class Worker:
     # -- the server's side -------------------------------------------------------------------------
 
     def _ask(
-        self, ask: wire.Ask, then: _Continuation, *, node: int = 0, index: int = 0, name: bytes = b""
+        self,
+        ask: wire.Ask,
+        then: _Continuation,
+        *,
+        node: int = 0,
+        index: int = 0,
+        name: bytes = b"",
+        frames: int = framemask.WHOLE,
     ) -> None:
         self._tag = (self._tag + 1) & 0xFFFFFFFF
         self._answers[self._tag] = then
-        self._server.sendall(wire.encode_question(wire.Question(ask, self._tag, node, index, name)))
+        question = wire.Question(ask, self._tag, node, index, name, frames)
+        self._server.sendall(wire.encode_question(question))
 
     def _read_server(self) -> bool:
         data, fds = receive(self._server)

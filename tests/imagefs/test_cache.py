@@ -48,7 +48,7 @@ def put(target: cache.BlockCache, digest: bytes, data: bytes) -> int:
     """As the fetcher does it: piece by piece, then whole."""
     draft = target.draft(len(data))
     for start in range(0, len(data), 30_000):
-        draft.write(memoryview(data)[start : start + 30_000])
+        draft.write(memoryview(data)[start : start + 30_000], start)
     fd = target.put(digest, draft, data)
     draft.close()
     return fd
@@ -191,7 +191,7 @@ def test_a_draft_that_was_not_put_leaves_nothing(tmp_path: pathlib.Path) -> None
     with opened(tmp_path) as target:
         digest, data = block(1)
         with contextlib.closing(target.draft(LENGTH)) as draft:
-            draft.write(memoryview(data)[:10_000])
+            draft.write(memoryview(data)[:10_000], 0)
             assert not target.present(digest)
             assert target.get(digest, LENGTH) is None
         names = [file.name for file in (tmp_path / "writers").rglob("*") if file.is_file()]

@@ -60,19 +60,28 @@ def random_image(size: int, seed: int, *, zero_blocks: tuple[int, ...] = (), blo
     return bytes(data[:size])
 
 
-def make_layer(image: bytes, block_bytes: int = 65536) -> Layer:
-    """The simplest layer blob: each block one frame, no seek table."""
+def make_layer(image: bytes, block_bytes: int = 65536, frame_bytes: int | None = None) -> Layer:
+    """The simplest layer blob: no seek table; each block one frame, unless they are to be smaller."""
+    frame_bytes = frame_bytes or block_bytes
+    compressor = zstandard.ZstdCompressor(level=1)
     blob = bytearray()
     blocks = []
     for start in range(0, len(image), block_bytes):
         data = image[start : start + block_bytes]
-        frame = zstandard.ZstdCompressor(level=1).compress(data)
+        pieces = [data[at : at + frame_bytes] for at in range(0, len(data), frame_bytes)]
+        packed = [compressor.compress(piece) for piece in pieces]
+        frames = tuple(
+            blockmap.Frame(hashlib.sha256(piece).digest(), len(frame))
+            for piece, frame in zip(pieces, packed, strict=True)
+            if frame_bytes < block_bytes
+        )
         zero = len(data) == block_bytes and not any(data)
-        blocks.append(blockmap.Block(hashlib.sha256(data).digest(), len(blob), len(frame), zero))
-        blob += frame
+        length = sum(map(len, packed))
+        blocks.append(blockmap.Block(hashlib.sha256(data).digest(), len(blob), length, zero, frames))
+        blob += b"".join(packed)
     block_map = blockmap.BlockMap(
         block_bytes=block_bytes,
-        frame_bytes=block_bytes,
+        frame_bytes=frame_bytes,
         image_bytes=len(image),
         blob_bytes=len(blob),
         metadata_offset=0,
@@ -89,6 +98,12 @@ def make_layer(image: bytes, block_bytes: int = 65536) -> Layer:
     return Layer(image, bytes(blob), block_map, blockmap.encode(block_map))
 
 
+def with_blocks(layer: Layer, blocks: tuple[blockmap.Block, ...]) -> Layer:
+    """As the layer, with another map."""
+    block_map = dataclasses.replace(layer.block_map, blocks=blocks)
+    return Layer(layer.image, layer.blob, block_map, blockmap.encode(block_map))
+
+
 class BlobServer:
     """A registry that only has blobs, and that can be told to hold its answers, or to have died."""
 
@@ -101,6 +116,9 @@ class BlobServer:
         self.dead = False
         self.cut_after_bytes: int | None = None
         """Of the next answer, and then it is dead."""
+        self.sent_until: Callable[[int], int] = lambda end: end
+        """Of bytes up to that place in a blob, where an answer stops for now; asked again and again."""
+        self._cuts = 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -154,10 +172,25 @@ class BlobServer:
             end = start + self.cut_after_bytes
             self.dead = handler.close_connection = True
         with contextlib.suppress(OSError):
-            handler.wfile.write(data[start:end])
+            cuts = self._cuts
+            while start < end:
+                stop = self.sent_until(end)
+                if self._cuts != cuts:
+                    handler.close_connection = True
+                    return
+                if stop <= start:
+                    time.sleep(0.01)
+                    continue
+                handler.wfile.write(data[start:stop])
+                start = stop
+
+    def cut_all(self) -> None:
+        """End the answers that have not been sent to their end."""
+        self._cuts += 1
 
     def close(self) -> None:
         self.open.set()
+        self.cut_all()
         self._server.shutdown()
         self._server.server_close()
 
@@ -203,7 +236,7 @@ class Reader:
 import errno, hashlib, os, sys
 path, offset, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 try:
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | int(sys.argv[4]))
     state = hashlib.sha256()
     while length and (data := os.pread(fd, min(length, 131072), offset)):
         state.update(data)
@@ -214,13 +247,20 @@ except OSError as exc:
     print(errno.errorcode[exc.errno])
 """
 
-    def __init__(self, path: Path, offset: int = 0, length: int = 1 << 62) -> None:
-        command = [sys.executable, "-S", "-c", self._CODE, os.fspath(path), str(offset), str(length)]
+    def __init__(self, path: Path, offset: int = 0, length: int = 1 << 62, *, direct: bool = False) -> None:
+        """`direct`: past the page cache, so that no more is read than was asked for."""
+        flags = os.O_DIRECT if direct else 0
+        command = [sys.executable, "-S", "-c", self._CODE]
+        command += [os.fspath(path), str(offset), str(length), str(flags)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def outcome(self, timeout_seconds: float = 60) -> str:
         out, _ = self._process.communicate(timeout=timeout_seconds)
         return out.strip()
+
+    def waits_for_server(self) -> bool:
+        """Whether it is in the kernel, which waits for an answer."""
+        return "fuse" in Path(f"/proc/{self._process.pid}/stack").read_text()
 
     def running(self) -> bool:
         return self._process.poll() is None

@@ -25,14 +25,21 @@ pytestmark = pytest.mark.root
 
 
 @pytest.mark.parametrize(
-    ("block_bytes", "size"),
-    [(65536, 3 << 20), (65536, 4096), (1 << 20, (5 << 20) + 8192), (4 << 20, (17 << 20) + 4096)],
+    ("block_bytes", "size", "frame_bytes"),
+    [
+        (65536, 3 << 20, 65536),
+        (65536, 4096, 65536),
+        (1 << 20, (5 << 20) + 8192, 1 << 20),
+        (1 << 20, (5 << 20) + 8192, 4096),
+        (4 << 20, (17 << 20) + 4096, 4 << 20),
+        (4 << 20, (17 << 20) + 4096, 256 << 10),
+    ],
 )
 def test_a_device_has_the_bytes_of_the_image(
-    tmp_path: Path, blobs: stack.BlobServer, block_bytes: int, size: int
+    tmp_path: Path, blobs: stack.BlobServer, block_bytes: int, size: int, frame_bytes: int
 ) -> None:
     image = stack.random_image(size, 1, zero_blocks=(1, 2), block_bytes=block_bytes)
-    layer = stack.make_layer(image, block_bytes)
+    layer = stack.make_layer(image, block_bytes, frame_bytes)
     with stack.running(stack.settings(tmp_path)) as client:
         (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS)
         assert device.stat().st_size == size
