@@ -82,6 +82,12 @@ def run(
 @click.option("--admin", default="/run/envoy/admin.sock", show_default=True, help="Envoy's own socket.")
 @click.option("--certificates", help="Directory, at the Envoy, of tls.crt, tls.key and ca.crt.")
 @click.option("--server-name", help="A DNS name in the control plane's certificate. [default: HOST]")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
+    help="Write envoy.json here, and with --certificates what names them; the Envoy must find them at the "
+    "same path. [default: print envoy.json]",
+)
 @click.option("--state-of-the-world", is_flag=True, help="Send everything at each change, not what changed.")
 def bootstrap(
     node: str,
@@ -90,9 +96,10 @@ def bootstrap(
     admin: str,
     certificates: str | None,
     server_name: str | None,
+    output: Path | None,
     state_of_the_world: bool,
 ) -> None:
-    """Print what an Envoy elsewhere is started with (envoy -c FILE)."""
+    """Make what an Envoy elsewhere is started with (envoy -c envoy.json)."""
     from serving.router import bootstrap as made
     from serving.router import document
 
@@ -104,15 +111,24 @@ def bootstrap(
         name = server_name or (where[0] if isinstance(where, tuple) else "")
         if not name:
             raise click.UsageError("--server-name is needed with a unix socket and --certificates")
+        if output is None:
+            raise click.UsageError("--output is needed with --certificates")
         tls = made.ClientTls(
             certificates,
+            str(output),
             f"{certificates}/tls.crt",
             f"{certificates}/tls.key",
             f"{certificates}/ca.crt",
             name,
         )
     settings = made.Settings(node, where, admin, zone, tls, delta=not state_of_the_world)
-    click.echo(json.dumps(made.document(settings), indent=2))
+    if output is None:
+        click.echo(json.dumps(made.document(settings), indent=2))
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    secrets = made.secrets(tls) if tls is not None else {}
+    for file, document_ in ({"envoy.json": made.document(settings)} | secrets).items():
+        (output / file).write_text(json.dumps(document_, indent=2))
 
 
 def _until_signalled() -> threading.Event:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from serving.router import resources
+from serving.router import resources, versions
 
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 _HTTP = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _CONTROL = "glowplug_router"
+_IDENTITY, _AUTHORITY = "identity", "authority"
 
 _KEPT_STATS = (
     "upstream_rq_total",
@@ -46,9 +47,11 @@ _KEPT_STATS = (
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClientTls:
     """Files at the Envoy: its certificate and key, and the CA of the control plane's. `directory` is watched
-    for new ones. `server_name` must be among the names in the control plane's certificate."""
+    for new ones. `server_name` must be among the names in the control plane's certificate. `secrets`: the
+    directory of what `secrets()` returns, since Envoy watches only what it is told of in this way."""
 
     directory: str
+    secrets: str
     certificate: str
     key: str
     server_ca: str
@@ -71,7 +74,13 @@ class Settings:
 
 def document(settings: Settings) -> dict[str, Any]:
     """Envoy's bootstrap, as JSON's values."""
-    service = {"envoy_grpc": {"cluster_name": _CONTROL}}
+    service = {
+        "envoy_grpc": {
+            "cluster_name": _CONTROL,
+            # When the control plane is back, its Envoys are: the default waits up to 30 s.
+            "retry_policy": {"retry_back_off": {"base_interval": "0.2s", "max_interval": "2s"}},
+        }
+    }
     return {
         "node": {"id": settings.node, "cluster": "glowplug", "locality": {"zone": settings.zone}},
         "admin": {"address": {"pipe": {"path": settings.admin, "mode": 0o600}}},
@@ -159,24 +168,48 @@ def _control_cluster(settings: Settings) -> dict[str, Any]:
 
 
 def _client_tls(tls: ClientTls) -> dict[str, Any]:
-    watched = {"path": tls.directory}
+    def secret(name: str) -> dict[str, Any]:
+        source = {"path": f"{tls.secrets}/{name}.json", "watched_directory": {"path": tls.secrets}}
+        return {"name": name, "sds_config": {"path_config_source": source, "resource_api_version": "V3"}}
+
     return {
         "@type": _TLS,
         "sni": tls.server_name,
         "common_tls_context": {
             "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
             "alpn_protocols": ["h2"],
-            "tls_certificates": [
-                {
-                    "certificate_chain": {"filename": tls.certificate},
-                    "private_key": {"filename": tls.key},
-                    "watched_directory": watched,
-                }
-            ],
+            "tls_certificate_sds_secret_configs": [secret(_IDENTITY)],
+            "combined_validation_context": {
+                "default_validation_context": {
+                    "match_typed_subject_alt_names": [
+                        {"san_type": "DNS", "matcher": {"exact": tls.server_name}}
+                    ]
+                },
+                "validation_context_sds_secret_config": secret(_AUTHORITY),
+            },
+        },
+    }
+
+
+def secrets(tls: ClientTls) -> dict[str, Any]:
+    """What is to lie in `tls.secrets`, by file name: where certificates are, not the certificates."""
+    watched = {"path": tls.directory}
+    made = {
+        _IDENTITY: {
+            "tls_certificate": {
+                "certificate_chain": {"filename": tls.certificate},
+                "private_key": {"filename": tls.key},
+                "watched_directory": watched,
+            }
+        },
+        _AUTHORITY: {
             "validation_context": {
                 "trusted_ca": {"filename": tls.server_ca},
                 "watched_directory": watched,
-                "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": tls.server_name}}],
-            },
+            }
         },
+    }
+    return {
+        f"{name}.json": {"resources": [{"@type": versions.SECRET, "name": name, **secret}]}
+        for name, secret in made.items()
     }

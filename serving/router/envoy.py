@@ -239,6 +239,7 @@ class Envoy:
         arguments = [
             *(str(self._binary), "-c", str(configuration), "--concurrency", str(self._workers)),
             *("--log-level", "warning", "--restart-epoch", str(epoch)),
+            *("--file-flush-interval-msec", "1000"),
             *("--drain-time-s", str(_HOT_DRAIN_SECONDS), "--drain-strategy", "immediate"),
             *("--parent-shutdown-time-s", str(_HOT_DRAIN_SECONDS + 1)),
         ]
