@@ -1,10 +1,11 @@
 """What the figures in README.md and docs/benchmarks.md come from, beside those of starts (`startup.py`).
 
-Five parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+Six parts, each measured against something in the same run, so that a noisy or slow machine falls on both
 sides: `warm` (the mount against the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent
 under containerd against containerd alone), `readahead` (what the kernel reads ahead during a start, one value
-against the other; not among the parts that run when none is named). Prints a table and writes
-results/bench.json. Nothing is asserted. Needs root.
+against the other) and `weights` (a large file, read cold, against `curl | zstd -d` of its blob; best with
+`--image weights`), which run when they are named. Prints a table and writes results/bench.json. Nothing is
+asserted. Needs root.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import cri, plain, readahead, startup, workloads
+from e2e import cri, plain, readahead, startup, weights, workloads
 from glowplug.startup import lazy, link, machine, registry
 from glowplug.startup.speed import Speed
 
 PARTS = ("warm", "convert", "metadata", "cri")
-EXTRA_PARTS = ("readahead",)
+EXTRA_PARTS = ("readahead", "weights")
 _SPEED = Speed(10**9)
 
 
@@ -85,7 +86,7 @@ def warm(bench: Bench) -> Result:
             plain.mounted(bench.workload, bench.folder / "plain", local),
         ):
             _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
-            largest = _largest(local)
+            largest = weights.largest(local)
             actions: dict[str, Callable[[Path], None]] = {
                 f"read one library of {(local / largest).stat().st_size / 1e6:.0f} MB": lambda at: _shell(
                     f"dd if={at / largest} of=/dev/null bs=1M"
@@ -199,20 +200,30 @@ def read_ahead(bench: Bench) -> Result:
     return rows
 
 
+def read_weights(bench: Bench) -> Result:
+    """The largest file, cold, over unshaped loopback, against a download of its blob that is decompressed."""
+    with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
+        trial = weights.Trial(glowplug, bench.registry, bench.workload, bench.folder / "weights-root")
+        measured = list(trial.rounds(bench.runs))
+    seconds: dict[str, list[float]] = {}
+    for each in measured:
+        seconds.setdefault(each.reader, []).append(each.seconds)
+    rows = {reader: _row("weights", reader, "s", values) for reader, values in sorted(seconds.items())}
+    download = rows[weights.DOWNLOAD]
+    ratios = [
+        _ratio("weights", f"{reader} takes, of {weights.DOWNLOAD}", row, download)
+        for reader, row in rows.items()
+        if row is not download
+    ]
+    return [*rows.values(), *ratios]
+
+
 def _row(part: str, name: str, unit: str, values: Sequence[float]) -> Row:
     return Row(part, name, unit, tuple(round(value, 4) for value in values))
 
 
 def _ratio(part: str, name: str, of: Row, to: Row) -> Ratio:
     return Ratio(part, name, round(statistics.median(of.values) / statistics.median(to.values), 3))
-
-
-def _largest(root: Path) -> Path:
-    files = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    return max(
-        (path for path in files if path.is_file() and not path.is_symlink()),
-        key=lambda path: path.stat().st_size,
-    ).relative_to(root)
 
 
 def _shell(script: str) -> None:
@@ -276,6 +287,7 @@ _PART: dict[str, Callable[[Bench], Result]] = {
     "metadata": metadata,
     "cri": cri_starts,
     "readahead": read_ahead,
+    "weights": read_weights,
 }
 
 
