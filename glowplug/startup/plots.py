@@ -10,7 +10,7 @@ from glowplug.startup.result import COLD, MARKS, Measurement, Series
 
 _BAR = 24
 _GAP = 16
-_LEFT = 250
+_LEFT = 290
 _RIGHT = 90
 _FLOW_LEFT = 64
 _FLOW_RIGHT = 24
@@ -49,13 +49,15 @@ def _bar(measured: Measurement, series: Series, axis: Axis, top: int) -> str:
     )
     limit = measured.limit_seconds(series)
     if limit is not None:
-        title = f"{series.label}: not sooner than {table.seconds(limit)}"
+        title = f"{series.label}: its bytes over the link, then a warm start: {table.seconds(limit)}"
         parts.append(
             f'<path d="M{axis.x(limit):.1f} {top - 5}v{_BAR + 10}" class="limit">'
             f"<title>{html.escape(title)}</title></path>"
         )
+    # Right of what is drawn there already.
+    free = high if limit is None or not 0 < axis.x(limit) - high < _RIGHT else axis.x(limit)
     ready = table.seconds(series.ready_seconds)
-    parts.append(f'<text x="{high + 8:.1f}" y="{middle + 5}" class="value">{ready}</text>')
+    parts.append(f'<text x="{free + 8:.1f}" y="{middle + 5}" class="value">{ready}</text>')
     return "".join(parts)
 
 

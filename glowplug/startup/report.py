@@ -90,7 +90,8 @@ def _measurement(measured: Measurement) -> str:
 
 _BARS_TEXT = (
     "Medians; the thin line goes from the fastest to the slowest start. The dashed line is the physical "
-    "limit: the bytes that this kind of start moved, over the link, and then a warm start of the same run."
+    "limit: the bytes that this kind of start moved, over the link, and then a warm start of the same run. "
+    "Who works while bytes arrive may come before it."
 )
 _BARS_LEGEND = (
     '<li class="mount">until the root filesystem is mounted</li>'

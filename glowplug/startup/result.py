@@ -141,8 +141,9 @@ class Measurement:
         return next((series for series in self.series if series.mode == mode), None)
 
     def limit_seconds(self, series: Series) -> float | None:
-        """No start of that mode can be sooner: the link's time for the bytes that it moves, then a warm start
-        of the same run. None without one, and for modes that need no link."""
+        """The physical limit: the link's time for the bytes that this kind moves, then a warm start of the
+        same run. A start that works while bytes arrive can be sooner. None without a warm start, and for
+        modes that need no link."""
         warm = self.of(WARM)
         if warm is None or series.mode not in COLD:
             return None

@@ -108,7 +108,7 @@ def test_ready_when_an_address_answers_from_a_block_image_that_has_a_pack(ref: s
     machine.check_call([GLOWPLUG, *convert, *storage])
     document = tmp_path / "out.json"
     modes = [word for mode in ("blocks", "pack") for word in ("--mode", mode)]
-    words = _bench(given, "--runs", 2, *modes, *served, "--json", document, "--", *command)
+    words = _bench(given, "--runs", 1, *modes, *served, "--json", document, "--", *command)
     said = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     blocks, pack = json.loads(document.read_text())["series"]
