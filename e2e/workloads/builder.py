@@ -62,8 +62,10 @@ def _build(recipe: Recipe, cache: Path, done: Path, say: Callable[[str], None]) 
     kitchen.root.mkdir(parents=True)
     try:
         written = _layers(recipe, kitchen, work / "layout")
-    finally:
-        shutil.rmtree(kitchen.root, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(kitchen.root)
     layout.write_image(recipe.command, written, work / "layout")
     facts = {
         "compressed_bytes": sum(layer.size for layer in written),
