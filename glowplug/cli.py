@@ -37,6 +37,7 @@ VERBS = {
     "prefetch": "Have an image on this node before anybody starts it.",
     "pull": "Make an image runnable in containerd without fetching its layers.",
     "router": "Tell Envoys what to route where, from a file or from Kubernetes.",
+    "quantize": "Make an FP8 checkpoint of a model, and compare it with the original.",
     "run": "Run a command in an image, in namespaces of its own.",
     "serve": "Serve a model as one endpoint: replicas, Envoy, updates without downtime.",
     "status": "Show what is mounted, whether it works, what was fetched.",
