@@ -95,10 +95,18 @@ class Decision:
     event: str | None = None
 
 
-def decide(
-    rollout: Rollout, target: Target, replicas: Sequence[Replica], counts: Mapping[str, Count], now: float
-) -> Decision:
-    """The next state and what it asks for. `counts` are cumulative, by version."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Observation:
+    """What is there: replicas, and the requests of each version, cumulative, as of `reported_at`."""
+
+    replicas: Sequence[Replica]
+    counts: Mapping[str, Count] = dataclasses.field(default_factory=dict)
+    reported_at: float = 0.0
+
+
+def decide(rollout: Rollout, target: Target, seen: Observation, now: float) -> Decision:
+    """The next state and what it asks for."""
+    replicas = seen.replicas
     if rollout.stable is None:
         first = Rollout(stable=target.version, since=now)
         return _steady(first, target, replicas, event=f"serving version {target.version}")
@@ -110,26 +118,26 @@ def decide(
     if rollout.candidate != target.version:
         started = Rollout(rollout.stable, target.version, Phase.STARTING, since=now)
         return _updating(started, target, replicas, event=f"starting version {target.version}")
-    wrong = _wrong(rollout, target, replicas, counts, now)
+    wrong = _wrong(rollout, target, seen, now)
     if wrong is not None:
         back = Rollout(stable=rollout.stable, since=now)
         return dataclasses.replace(_steady(back, target, replicas), rolled_back=wrong)
-    return _advanced(rollout, target, replicas, counts, now)
+    return _advanced(rollout, target, seen, now)
 
 
-def _advanced(
-    rollout: Rollout, target: Target, replicas: Sequence[Replica], counts: Mapping[str, Count], now: float
-) -> Decision:
+def _advanced(rollout: Rollout, target: Target, seen: Observation, now: float) -> Decision:
     """An update that goes well: as far as it can go now."""
+    replicas = seen.replicas
     if _ready(target.version, replicas) < target.replicas:
         return _updating(rollout, target, replicas)
     steps = target.update.steps_percent
-    base = counts.get(target.version, Count())
+    base = seen.counts.get(target.version, Count())
     if rollout.phase is Phase.STARTING:
         shifting = dataclasses.replace(rollout, phase=Phase.SHIFTING, step=0, since=now, base=base)
         text = f"version {target.version} is ready and gets {steps[0]} % of the traffic"
         return _updating(shifting, target, replicas, event=text)
-    if now - rollout.since < target.update.step_seconds:
+    # Reports come late: a step passes by what was seen of all of it, not by the clock.
+    if seen.reported_at - rollout.since < target.update.step_seconds:
         return _updating(rollout, target, replicas)
     if rollout.step + 1 < len(steps):
         further = dataclasses.replace(rollout, step=rollout.step + 1, since=now, base=base)
@@ -177,10 +185,9 @@ def _updating(
     )
 
 
-def _wrong(
-    rollout: Rollout, target: Target, replicas: Sequence[Replica], counts: Mapping[str, Count], now: float
-) -> str | None:
+def _wrong(rollout: Rollout, target: Target, seen: Observation, now: float) -> str | None:
     """Why the candidate must not go on, if so."""
+    replicas = seen.replicas
     update, version = target.update, target.version
     failed = [each for each in replicas if each.version == version and each.state is State.FAILED]
     if len(failed) >= update.max_failed_starts:
@@ -199,11 +206,11 @@ def _wrong(
     if rollout.phase is Phase.SHIFTING:
         if ready == 0 and target.replicas > 0:
             return f"no replica of {version} is ready any more"
-        seen = counts.get(version, Count()).since(rollout.base)
-        percent = 100 * seen.errors / max(1, seen.issued)
-        if seen.issued >= update.min_requests and percent > update.max_error_percent:
+        count = seen.counts.get(version, Count()).since(rollout.base)
+        percent = 100 * count.errors / max(1, count.issued)
+        if count.issued >= update.min_requests and percent > update.max_error_percent:
             return (
-                f"{seen.errors} of {seen.issued} requests to {version} failed, {percent:.1f} % "
+                f"{count.errors} of {count.issued} requests to {version} failed, {percent:.1f} % "
                 f"(update.max_error_percent: {update.max_error_percent:g})"
             )
     return None

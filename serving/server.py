@@ -144,8 +144,7 @@ class Server:
 
     def _abandon(self) -> None:
         """A start that did not come about. What another server left running stays."""
-        with contextlib.suppress(Exception):
-            self._api.stop()
+        self._api.stop()
         self._router.stop()
         self._provider.close()
         if self._fresh:
@@ -185,9 +184,8 @@ class Server:
         state, wanted = self._journal.state, self._wanted
         count = wanted.replicas.min if state.scaled is None else state.scaled
         target = controller.Target(changes.version(wanted), count, wanted.update)
-        decision = controller.decide(
-            state.rollout, target, self._replicas, self._traffic.versions(), time.time()
-        )
+        seen = controller.Observation(self._replicas, self._traffic.versions(), self._traffic.reported_at())
+        decision = controller.decide(state.rollout, target, seen, time.time())
         if decision.event is not None:
             self._event(decision.event)
         if decision.rolled_back is not None:

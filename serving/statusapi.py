@@ -85,7 +85,9 @@ class Api:
             raise errors.ConfigurationError(f"cannot listen on {self._socket_path}: {exc.strerror}") from exc
 
     def stop(self) -> None:
-        """Refuse new requests, give those in progress a moment."""
+        """Refuse new requests, give those in progress a moment. Without a start, nothing."""
+        if not self._thread.is_alive():
+            return
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -96,6 +96,11 @@ class Traffic:
         with self._lock:
             return dict(self._versions)
 
+    def reported_at(self) -> float:
+        """When the last report came; 0 before the first."""
+        with self._lock:
+            return self._samples[-1].at if self._samples else 0.0
+
     def of(self, name: str) -> Flow:
         """One replica's."""
         with self._lock:

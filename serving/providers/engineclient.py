@@ -50,18 +50,25 @@ def look(address: tuple[str, int], control: Path, answered_at: float, clock: Cal
 
 def set_limit(control: Path, limit: int) -> None:
     """Change how many requests the replica admits at a time. UnavailableError if it cannot be told."""
-    status, _ = _ask(control, "POST", "/limit", {"in_flight": limit})
-    if status >= 300:
-        raise errors.UnavailableError(f"{control}: POST /limit was answered with {status}")
+    code, _ = _ask(control, "POST", "/limit", {"in_flight": limit})
+    if code >= 300:
+        raise errors.UnavailableError(f"{control}: POST /limit was answered with {code}")
+
+
+def status(control: Path) -> dict[str, Any]:
+    """What the replica says of itself. UnavailableError."""
+    code, document = _ask(control, "GET", "/status", None)
+    if code != 200:
+        raise errors.UnavailableError(f"{control}: GET /status was answered with {code}")
+    return document
 
 
 def _phases(control: Path) -> Mapping[str, float]:
     """The parts of the start, in seconds; empty where the engine does not say."""
     try:
-        status, document = _ask(control, "GET", "/status", None)
+        phases = status(control).get("phases")
     except errors.UnavailableError:
         return {}
-    phases = document.get("phases") if status == 200 else None
     if not isinstance(phases, dict):
         return {}
     return {str(name): float(took) for name, took in phases.items() if isinstance(took, (int, float))}
@@ -70,8 +77,8 @@ def _phases(control: Path) -> Mapping[str, float]:
 def _ask(control: Path, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
     data = None if body is None else json.dumps(body).encode()
     try:
-        status, answer = unixhttp.ask(control, method, path, data, timeout_seconds=_TIMEOUT_SECONDS)
+        code, answer = unixhttp.ask(control, method, path, data, timeout_seconds=_TIMEOUT_SECONDS)
         document = json.loads(answer or b"{}")
     except (OSError, ValueError, http.client.HTTPException) as exc:
         raise errors.UnavailableError(f"{control}: {method} {path}: {exc or type(exc).__name__}") from exc
-    return status, document if isinstance(document, dict) else {}
+    return code, document if isinstance(document, dict) else {}

@@ -14,6 +14,8 @@ from serving.endpoint import Endpoint
 
 SETTINGS, CONTROL, LOG = "settings.json", "engine.sock", "log"
 """Files of a replica's folder."""
+EVENT = '{"time": '
+"""How the supervisor's own lines in the log begin; the others are the engine's words."""
 
 
 def settings(

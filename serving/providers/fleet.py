@@ -36,7 +36,7 @@ _SILENT_SECONDS = 10.0
 """A replica that answers nothing for so long is taken for not ready; Envoy's own checks are faster."""
 _PROBES_AT_ONCE = 16
 _LOG_BYTES = 64 << 10
-_LAST_LINES = 5
+_LAST_LINES, _SEARCHED_LINES = 5, 50
 
 _log = logging.getLogger(__name__)
 
@@ -185,7 +185,8 @@ class Fleet:
             _log.info("replica %s has left", record.name)
             self._forget(record)
             return
-        tail = last_lines(self._shelf.folder(record.name) / enginecommand.LOG, _LAST_LINES)
+        said = last_lines(self._shelf.folder(record.name) / enginecommand.LOG, _SEARCHED_LINES)
+        tail = [line for line in said if not line.startswith(enginecommand.EVENT)][-_LAST_LINES:]
         reason = "\n".join([ended, *(f"  {line}" for line in tail)])
         _log.error("replica %s failed: %s", record.name, reason)
         self._write(dataclasses.replace(record, failed_at=now, reason=reason))

@@ -77,13 +77,14 @@ def endpoints(
 ) -> versions.Resource:
     """The endpoints of a service as an Envoy in `zone` is to see them."""
     assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=service.name)
-    for group in weights.groups(service, now, zone, zone_shares):
+    for group in (*weights.groups(service, now, zone, zone_shares), *weights.idle(service, now)):
         locality = assignment.endpoints.add(
             locality=base_pb2.Locality(
                 region="glowplug", zone=group.zone, sub_zone=f"{group.version}/{group.step}"
             )
         )
-        locality.load_balancing_weight.value = group.weight
+        if group.weight > 0:  # Envoy refuses 0, and gives nothing to a locality without a weight
+            locality.load_balancing_weight.value = group.weight
         for backend in sorted(group.backends, key=lambda each: (each.address, each.port)):
             locality.lb_endpoints.add(endpoint=_endpoint(backend.address, backend.port))
     if service.activator is not None:

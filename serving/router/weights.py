@@ -63,6 +63,18 @@ def groups(
     )
 
 
+def idle(service: services.Service, now: float) -> tuple[Group, ...]:
+    """The groups, of weight 0, of versions whose share is said to be 0. They get nothing, and Envoy checks
+    their health all the same: a version that is given traffic (back) must not begin as one of unknown
+    health."""
+    members: dict[tuple[str, str, int], list[services.Backend]] = collections.defaultdict(list)
+    for backend in service.backends:
+        named_none = service.version_weights.get(backend.version) == 0
+        if named_none and not backend.draining and backend.healthy is not False:
+            members[backend.version, backend.zone, _step(service, backend, now)].append(backend)
+    return tuple(Group(*key, 0, tuple(members[key])) for key in sorted(members))
+
+
 def spill(capacity: Mapping[str, float], zone: str, zone_shares: Mapping[str, float]) -> dict[str, float]:
     """Which part of the requests of `zone` goes to the backends of each zone: its own as far as they reach
     for all the requests that arise there, the rest to what other zones have to spare. Both mappings sum to

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,14 @@ class Served:
         )
 
     def until_ready(self, count: int) -> dict[str, Any]:
-        return self.until(f"{count} ready", lambda status: len(ready(status)) == count)
+        """So many replicas, and Envoy has found them healthy, too."""
+        return self.until(
+            f"{count} ready", lambda status: len(ready(status)) == count and self.answer("/work")[0] != 503
+        )
+
+    def answer(self, path: str, **headers: str) -> tuple[int, str]:
+        """What one request to the endpoint gets."""
+        return answer(f"{self.url}{path}", **headers)
 
     def pid(self, replica: str) -> int:
         """Of a replica's supervisor."""
@@ -150,6 +159,15 @@ class Served:
                 stderr=log,
                 text=True,
             )
+
+
+def answer(url: str, **headers: str) -> tuple[int, str]:
+    """Status and body of one GET."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as found:
+            return found.status, found.read().decode()
+    except urllib.error.HTTPError as exc:
+        return exc.code, exc.read().decode()
 
 
 def ready(status: dict[str, Any]) -> list[dict[str, Any]]:

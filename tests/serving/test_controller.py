@@ -31,29 +31,42 @@ def _target(version: str = "new", replicas: int = 2, update: Update = UPDATE) ->
     return Target(version, replicas, update)
 
 
+def _decide(
+    rollout: Rollout,
+    target: Target,
+    replicas: list[Replica],
+    counts: dict[str, Count],
+    now: float,
+    reported_at: float | None = None,
+) -> Decision:
+    """With a report of this very moment, if not said otherwise."""
+    seen = controller.Observation(replicas, counts, now if reported_at is None else reported_at)
+    return controller.decide(rollout, target, seen, now)
+
+
 OLD = _replicas("old", State.READY, State.READY)
 NEW = _replicas("new", State.READY, State.READY)
 
 
 def test_the_first_version_has_all_the_traffic() -> None:
-    decision = controller.decide(Rollout(), _target(), [], {}, 1.0)
+    decision = _decide(Rollout(), _target(), [], {}, 1.0)
     assert decision.rollout.stable == "new"
     assert (decision.scale, decision.weights) == ({"new": 2}, {"new": 100})
 
 
 def test_a_new_version_starts_beside_the_old_one_without_traffic() -> None:
-    decision = controller.decide(STEADY, _target(), OLD, {}, 1.0)
+    decision = _decide(STEADY, _target(), OLD, {}, 1.0)
     assert decision.rollout.phase is Phase.STARTING
     assert decision.scale == {"old": 2, "new": 2}
     assert decision.weights == {"old": 100, "new": 0}
-    waiting = controller.decide(decision.rollout, _target(), [*OLD, NEW[0]], {}, 2.0)
+    waiting = _decide(decision.rollout, _target(), [*OLD, NEW[0]], {}, 2.0)
     assert waiting.weights == {"old": 100, "new": 0}
 
 
 def test_traffic_goes_over_in_steps_and_then_the_old_version_goes() -> None:
     rollout, weights = STEADY, []
     for now in range(40):
-        decision = controller.decide(rollout, _target(), [*OLD, *NEW], {}, float(now))
+        decision = _decide(rollout, _target(), [*OLD, *NEW], {}, float(now))
         rollout = decision.rollout
         if not weights or weights[-1] != decision.weights:
             weights.append(decision.weights)
@@ -86,67 +99,75 @@ def _rolled_back(decision: Decision, why: str) -> None:
 
 def test_errors_above_the_limit_take_it_back() -> None:
     counts = {"new": Count(50 + 20, 1 + 2)}
-    decision = controller.decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
+    decision = _decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
     _rolled_back(decision, "2 of 20 requests to new failed, 10.0 %")
 
 
 def test_too_few_requests_are_no_verdict() -> None:
     counts = {"new": Count(50 + 19, 1 + 19)}
-    decision = controller.decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
+    decision = _decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
     assert decision.rolled_back is None
+
+
+def test_a_step_that_was_not_reported_in_full_does_not_pass() -> None:
+    """Errors that are still under way to us would be found out when nothing can be taken back."""
+    for reported_at in (0.0, 104.9):
+        decision = _decide(_shifting(2), _target(), [*OLD, *NEW], {}, 1_000.0, reported_at)
+        assert decision.rollout == _shifting(2)
+    assert _decide(_shifting(2), _target(), [*OLD, *NEW], {}, 1_000.0, 105.0).rollout.stable == "new"
 
 
 def test_errors_of_the_step_before_count_no_more() -> None:
     counts = {"new": Count(1_000, 1)}
-    decision = controller.decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
+    decision = _decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
     assert decision.rolled_back is None
 
 
 def test_counts_that_began_anew_are_taken_as_they_are() -> None:
     """The server was killed and started again: its sums are smaller than the base that it stored."""
     counts = {"new": Count(30, 0)}
-    decision = controller.decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
+    decision = _decide(_shifting(), _target(), [*OLD, *NEW], counts, 101.0)
     assert decision.rolled_back is None
-    worse = controller.decide(_shifting(), _target(), [*OLD, *NEW], {"new": Count(30, 30)}, 101.0)
+    worse = _decide(_shifting(), _target(), [*OLD, *NEW], {"new": Count(30, 30)}, 101.0)
     _rolled_back(worse, "30 of 30")
 
 
 def test_failed_starts_take_it_back_and_say_why() -> None:
     starting = Rollout("old", "new", Phase.STARTING, since=100.0)
     failed = _replicas("new", State.FAILED, State.FAILED, State.FAILED)
-    decision = controller.decide(starting, _target(), [*OLD, *failed], {}, 101.0)
+    decision = _decide(starting, _target(), [*OLD, *failed], {}, 101.0)
     _rolled_back(decision, "it broke")
-    assert controller.decide(starting, _target(), [*OLD, *failed[:2]], {}, 101.0).rolled_back is None
+    assert _decide(starting, _target(), [*OLD, *failed[:2]], {}, 101.0).rolled_back is None
 
 
 def test_replicas_that_are_never_ready_take_it_back() -> None:
     starting = Rollout("old", "new", Phase.STARTING, since=100.0)
     slow = [*OLD, *_replicas("new", State.READY, State.STARTING)]
     late = 100.0 + UPDATE.ready_seconds + 1
-    _rolled_back(controller.decide(starting, _target(), slow, {}, late), "only 1 of 2 replicas of new")
+    _rolled_back(_decide(starting, _target(), slow, {}, late), "only 1 of 2 replicas of new")
 
 
 def test_a_candidate_of_which_nobody_is_ready_any_more_is_taken_back_at_once() -> None:
     gone = [*OLD, *_replicas("new", State.STARTING, State.FAILED)]
-    _rolled_back(controller.decide(_shifting(), _target(), gone, {}, 101.0), "no replica of new is ready")
+    _rolled_back(_decide(_shifting(), _target(), gone, {}, 101.0), "no replica of new is ready")
 
 
 def test_one_replica_that_died_stops_the_shift_and_does_not_take_it_back() -> None:
     hurt = [*OLD, *_replicas("new", State.READY, State.FAILED)]
-    decision = controller.decide(_shifting(), _target(), hurt, {}, 1_000.0)
+    decision = _decide(_shifting(), _target(), hurt, {}, 1_000.0)
     assert decision.rolled_back is None
     assert decision.weights == {"old": 50, "new": 50}
 
 
 def test_the_old_document_in_the_middle_of_an_update_ends_it() -> None:
-    decision = controller.decide(_shifting(), _target("old"), [*OLD, *NEW], {}, 101.0)
+    decision = _decide(_shifting(), _target("old"), [*OLD, *NEW], {}, 101.0)
     assert decision.weights == {"old": 100}
     assert decision.remove == ("new",)
     assert decision.rolled_back is None
 
 
 def test_a_third_version_takes_the_candidate_s_place() -> None:
-    decision = controller.decide(_shifting(), _target("third"), [*OLD, *NEW], {}, 101.0)
+    decision = _decide(_shifting(), _target("third"), [*OLD, *NEW], {}, 101.0)
     assert decision.rollout.candidate == "third"
     assert decision.weights == {"old": 100, "third": 0}
     assert decision.remove == ("new",)
@@ -172,7 +193,7 @@ def test_whatever_is_seen_the_rules_hold(looks: list[object], wanted: int) -> No
     for version, states, counts, passed in looks:  # type: ignore[misc]
         now += passed
         replicas = [each for name, of in states.items() for each in _replicas(name, *of)]
-        decision = controller.decide(rollout, _target(version, wanted), replicas, counts, now)
+        decision = _decide(rollout, _target(version, wanted), replicas, counts, now)
         assert sum(decision.weights.values()) == controller.WHOLE
         assert decision.rollout.stable in decision.scale
         assert decision.scale[decision.rollout.stable] == wanted
