@@ -42,13 +42,9 @@ def measure(
 ) -> Iterator[result.Measurement]:
     """One workload, prepared once, on each link."""
     startup.check(modes)
-
-    def bring(destination: str) -> None:
-        machine.check_call(["skopeo", "copy", "-q", "--dest-tls-verify=false", workload.source, destination])
-
     said = re.compile(rf"^{workloads.READY}\b".encode())
     until = readiness.Until(address=workload.url) if workload.url else readiness.Until(log=said)
-    started = scratch.Workload(workload.name, bring, workload.command, (), until)
+    started = scratch.Workload(workload.name, workload.source, workload.command, (), until)
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
         folder = Path(name)
         prepared = scratch.prepare(started, modes, folder, say)

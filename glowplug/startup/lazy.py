@@ -17,7 +17,7 @@ from typing import Any
 
 from glowplug import readiness
 from glowplug.startup import link, machine, timeline
-from imagefs import errors, kernelreadahead
+from imagefs import errors, kernelreadahead, platforms
 from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
@@ -46,9 +46,9 @@ class Glowplug:
         """Convert in place."""
         self._near("convert", "--json", f"docker://{image}")
 
-    def copy(self, image: str, target: str) -> None:
-        """Copy with what refers to it."""
-        self._near("copy", f"docker://{image}", f"docker://{target}")
+    def copy(self, source: str, image: str) -> None:
+        """Copy from any REF, with what refers to it; of several platforms this machine's."""
+        self._near("copy", "--platform", str(platforms.host()), source, f"docker://{image}")
 
     def inspect(self, image: str) -> dict[str, Any] | None:
         """What `glowplug inspect --json` says, None if there is no block image."""

@@ -56,26 +56,14 @@ def serve(over: link.Link, folder: Path, storage: Path) -> Iterator[Registry]:
     log = folder / "registry.log"
     address = f"{link.SERVER_ADDRESS}:{_PORT}"
     far = f"{link.SERVER_ADDRESS}:{_DELAYED_PORT}" if over.speed.rtt_seconds else address
-    command = over.server.command(_command(folder, storage, address))
+    config = folder / "registry.yaml"
+    config.write_text(_CONFIG.format(storage=storage, address=address))
+    command = over.server.command(["docker-registry", "serve", str(config)])
     with machine.daemon(command, log) as process, contextlib.ExitStack() as stack:
         machine.await_log(process, log, r"listening on ")
         if far != address:
             stack.enter_context(_delay(over, folder / "delay.log", far, address))
         yield Registry(over, log, address, far)
-
-
-@contextlib.contextmanager
-def loopback(folder: Path, storage: Path) -> Iterator[str]:
-    """The same on this machine's own network, to be filled from there; its HOST:PORT."""
-    log = folder / "loopback-registry.log"
-    with machine.daemon(_command(folder, storage, "127.0.0.1:0"), log) as process:
-        yield machine.await_log(process, log, r"listening on ([0-9.]+:[0-9]+)")[1]
-
-
-def _command(folder: Path, storage: Path, address: str) -> list[str]:
-    config = folder / "registry.yaml"
-    config.write_text(_CONFIG.format(storage=storage, address=address))
-    return ["docker-registry", "serve", str(config)]
 
 
 @contextlib.contextmanager

@@ -27,17 +27,15 @@ _PACK = "bench/pack:latest"
 _NEAR_ONLY = Speed(10**10)
 """Preparing needs both ends, and not the link between them."""
 
-Bring = Callable[[str], None]
-"""Puts the image that is measured, with its block image if it has one, at a docker:// REF on loopback."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workload:
-    """What is started: an image by any name, `bring` that fetches it, the command, its environment
-    (KEY=VALUE), and when it is ready. An empty command is the image's own."""
+    """What is started: an image by any name, `source` that is its oci: REF on this machine, the command, its
+    environment (KEY=VALUE), and when it is ready. An empty command is the image's own. The source is read
+    from another network namespace, hence a folder."""
 
     name: str
-    bring: Bring
+    source: str
     command: tuple[str, ...]
     environment: tuple[str, ...]
     until: readiness.Until
@@ -60,15 +58,17 @@ class Scratch:
 def prepare(workload: Workload, modes: Sequence[str], folder: Path, say: Callable[[str], None]) -> Scratch:
     """Fill a registry's storage below `folder` with what these modes start."""
     storage = folder / "registry"
-    say(f"copying {workload.name} to a registry of its own")
-    with registry.loopback(folder, storage) as host:
-        workload.bring(f"docker://{host}/{_GIVEN}")
-    with link.open_link(_NEAR_ONLY) as over, registry.serve(over, folder, storage) as server:
+    with (
+        link.open_link(_NEAR_ONLY) as over,
+        registry.serve(over, folder, storage) as server,
+        lazy.use(over, folder / "preparing") as glowplug,
+    ):
+        say(f"copying {workload.name} to a registry of its own")
+        glowplug.copy(workload.source, f"{server.host}/{_GIVEN}")
         source_bytes = _source_bytes(server)
         if not {result.BLOCKS, result.PACK, result.WARM} & set(modes):
             return Scratch(storage, _GIVEN, _GIVEN, _GIVEN, source_bytes, 0, ())
-        with lazy.use(over, folder / "preparing") as glowplug:
-            facts, blocks, pack = _prepare_lazy(glowplug, server, workload, modes, say)
+        facts, blocks, pack = _prepare_lazy(glowplug, server, workload, modes, say)
     unpacked_bytes = sum(layer["image_bytes"] for layer in facts["layers"])
     return Scratch(storage, _GIVEN, blocks, pack, source_bytes, unpacked_bytes, _layers(facts))
 
@@ -99,7 +99,7 @@ def _prepare_lazy(
         return facts, _BLOCKS, _GIVEN
     if result.PACK in modes:
         say("tracing a start, for the boot pack")
-        glowplug.copy(at(_GIVEN), at(_PACK))
+        glowplug.copy(f"docker://{at(_GIVEN)}", at(_PACK))
         glowplug.pack(at(_PACK), workload.command, workload.environment, workload.until)
         facts = glowplug.inspect(at(_PACK)) or facts
     return facts, _GIVEN, _PACK

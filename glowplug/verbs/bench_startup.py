@@ -16,7 +16,7 @@ from imagefs import duration
 
 if TYPE_CHECKING:
     from glowplug.readiness import Until
-    from glowplug.startup import measure, scratch
+    from glowplug.startup import measure
     from imagefs.origin.connect import Options
 
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 @click.option("--rtt", default="0", show_default=True, help="Round-trip time to add, as in 50ms.")
 @until_options
 @click.option("-e", "--env", "environment", metavar="K=V", multiple=True, help="As in run.")
-@click.option("--platform", metavar="OS/ARCH", help="Image of a multi-platform index (default: this host's).")
 @click.option(
     "--json",
     "document",
@@ -69,7 +68,6 @@ def command(
     rtt: str,
     until: Until,
     environment: tuple[str, ...],
-    platform: str | None,
     document: Path | None,
     page: Path | None,
     origins: Options,
@@ -95,13 +93,14 @@ def command(
 
     measure.check(modes)
     rivals = [_rival(text) for text in others]
-    workload = scratch.Workload(ref, _bringer(ref, platform, origins), cmd, environment, until)
 
     def say(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
 
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
         folder = Path(name)
+        source = _source(ref, origins, folder)
+        workload = scratch.Workload(ref, source, cmd, environment, until)
         prepared = scratch.prepare(workload, modes, folder, say)
         measured = measure.measure(workload, prepared, modes, rivals, link_speed, runs, folder, say)
     if document is not None:
@@ -119,21 +118,22 @@ def _rival(text: str) -> measure.Rival:
     return measure.Rival(binaries, label or measure.rival_label(binaries))
 
 
-def _bringer(text: str, platform: str | None, origins: Options) -> scratch.Bring:
-    """Copies REF, with its block image where it can have one."""
+def _source(text: str, origins: Options, folder: Path) -> str:
+    """REF as an oci: REF: itself, or a copy with its block image, where it has one."""
     from imagefs import platforms, reference
+    from imagefs.origin import connect
 
     ref = reference.parse(text)
-    wanted = platforms.parse(platform) if platform else platforms.host()
+    if ref.transport == "oci":
+        connect.connect(ref, origins).read_manifest(connect.selector(ref))  # it is there
+        return text
+    copy = f"oci:{folder}/source:latest"
+    if ref.transport in ("docker-archive", "docker-daemon"):
+        from glowplug.startup import machine
 
-    def bring(destination: str) -> None:
-        if ref.transport in ("docker-archive", "docker-daemon"):
-            from glowplug.startup import machine
-
-            machine.check_call(["skopeo", "copy", "-q", "--dest-tls-verify=false", text, destination])
-            return
+        machine.check_call(["skopeo", "copy", "-q", text, copy])
+    else:
         from converter import copying
 
-        copying.copy(ref, reference.parse(destination), origins, wanted)
-
-    return bring
+        copying.copy(ref, reference.parse(copy), origins, platforms.host())
+    return copy
