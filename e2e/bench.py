@@ -1,11 +1,11 @@
 """What the figures in README.md and docs/benchmarks.md come from, beside those of starts (`startup.py`).
 
-Six parts, each measured against something in the same run, so that a noisy or slow machine falls on both
+Seven parts, each measured against something in the same run, so that a noisy or slow machine falls on both
 sides: `warm` (the mount against the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent
 under containerd against containerd alone), `readahead` (what the kernel reads ahead during a start, one value
-against the other) and `weights` (a large file, read cold, against `curl | zstd -d` of its blob; best with
-`--image weights`), which run when they are named. Prints a table and writes results/bench.json. Nothing is
-asserted. Needs root.
+against the other), `weights` (a large file, read cold, against `curl | zstd -d` of its blob; best with
+`--image weights`) and `blocks` (sizes of blocks and frames, on two links), which run when they are named.
+Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import cri, plain, readahead, startup, weights, workloads
+from e2e import blocks, cri, plain, readahead, startup, weights, workloads
 from glowplug.startup import lazy, link, machine, registry
 from glowplug.startup.speed import Speed
 
 PARTS = ("warm", "convert", "metadata", "cri")
-EXTRA_PARTS = ("readahead", "weights")
+EXTRA_PARTS = ("readahead", "weights", "blocks")
 _SPEED = Speed(10**9)
+_SPEEDS = {"blocks": (_SPEED, Speed(10**8, 0.05))}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,6 +219,29 @@ def read_weights(bench: Bench) -> Result:
     return [*rows.values(), *ratios]
 
 
+def shapes(bench: Bench) -> Result:
+    """Cold starts by blocks alone, in turns, of one image in several sizes of blocks and frames."""
+    speed = bench.link.speed
+    rows: Result = []
+    with lazy.use(bench.link, bench.folder / f"glowplug-{speed.bits_per_second}") as glowplug:
+        trial = blocks.Trial(glowplug, bench.registry, bench.workload)
+        for shape in blocks.SHAPES:
+            rows.append(_row("blocks", f"{shape}: its size", "MB", [trial.convert(shape) / 1e6]))
+        measured = list(trial.rounds(blocks.SHAPES, bench.runs))
+    for shape in blocks.SHAPES:
+        own = [each for each in measured if each.shape == shape]
+        name = f"{speed}, {shape}"
+        rows += [
+            _row("blocks", f"{name}: start to ready", "s", [each.ready_seconds for each in own]),
+            _row("blocks", f"{name}: moved", "MB", [each.moved_bytes / 1e6 for each in own]),
+            _row("blocks", f"{name}: requests", "", [each.requests for each in own]),
+            _row("blocks", f"{name}: misses", "", [each.misses for each in own]),
+            _row("blocks", f"{name}: waited for them", "s", [each.waited_seconds for each in own]),
+            _row("blocks", f"{name}: until they were whole", "s", [each.filled_seconds for each in own]),
+        ]
+    return rows
+
+
 def _row(part: str, name: str, unit: str, values: Sequence[float]) -> Row:
     return Row(part, name, unit, tuple(round(value, 4) for value in values))
 
@@ -271,10 +295,14 @@ def _run(image: str, parts: Sequence[str], runs: int, results: Path) -> None:
         # A registry of its own for each part: none finds what another has left.
         with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
             folder = Path(name)
-            with link.open_link(_SPEED) as over, registry.serve(over, folder, folder / "registry") as server:
-                rows = _PART[part](Bench(workload, over, server, folder, runs))
-        print(_table(rows), flush=True)
-        measured += rows
+            for speed in _SPEEDS.get(part, (_SPEED,)):
+                with (
+                    link.open_link(speed) as over,
+                    registry.serve(over, folder, folder / "registry") as server,
+                ):
+                    rows = _PART[part](Bench(workload, over, server, folder, runs))
+                print(_table(rows), flush=True)
+                measured += rows
     results.mkdir(parents=True, exist_ok=True)
     target = results / "bench.json"
     target.write_text(json.dumps(_document(workload, measured), indent=1) + "\n")
@@ -288,6 +316,7 @@ _PART: dict[str, Callable[[Bench], Result]] = {
     "cri": cri_starts,
     "readahead": read_ahead,
     "weights": read_weights,
+    "blocks": shapes,
 }
 
 

@@ -42,9 +42,9 @@ class Glowplug:
         """What a verb says that works from the registry's side of the link."""
         return machine.check_call(self.link.server.command([str(COMMAND), verb, "--plain-http", *words]))
 
-    def convert(self, image: str) -> None:
+    def convert(self, image: str, *options: str) -> None:
         """Convert in place."""
-        self._near("convert", "--json", f"docker://{image}")
+        self._near("convert", "--json", *options, f"docker://{image}")
 
     def copy(self, source: str, image: str) -> None:
         """Copy from any REF, with what refers to it; of several platforms this machine's."""

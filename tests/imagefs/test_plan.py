@@ -328,6 +328,7 @@ class Waiting:
     layer: str
     index: int
     deadline: float | None
+    frames: int
 
 
 class Planning(RuleBasedStateMachine):
@@ -374,14 +375,15 @@ class Planning(RuleBasedStateMachine):
         index=st.integers(0, BLOCKS - 1),
         priority=st.sampled_from(Priority),
         waits=st.booleans(),
+        frames=st.integers(0, 15),
     )
-    def want(self, data: st.DataObject, index: int, priority: Priority, waits: bool) -> None:
+    def want(self, data: st.DataObject, index: int, priority: Priority, waits: bool, frames: int) -> None:
         layer = data.draw(st.sampled_from(sorted(self.attached)))
         if priority is Priority.DEMAND or waits:
             self.number += 1
             deadline = self.now + 60.0 if priority is Priority.DEMAND else None
-            self.waiting[self.number] = Waiting(layer, index, deadline)
-            self.plan.want(layer, index, priority, self.now, self.number, deadline)
+            self.waiting[self.number] = Waiting(layer, index, deadline, frames)
+            self.plan.want(layer, index, priority, self.now, self.number, deadline, frames)
         else:
             self.plan.want(layer, index, priority, self.now)
 
@@ -398,6 +400,20 @@ class Planning(RuleBasedStateMachine):
         busy = {(other.layer, index) for other in self.running for index in other.indices}
         assert not busy & {(fetch.layer, index) for index in fetch.indices}, "fetched twice at a time"
         self.running.append(fetch)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), frames=st.integers(1, 15))
+    def frames_come(self, data: st.DataObject, frames: int) -> None:
+        fetch = data.draw(st.sampled_from(self.running))
+        index = data.draw(st.sampled_from(fetch.indices))
+        enough = {
+            number
+            for number, who in self.waiting.items()
+            if (who.layer, who.index) == (fetch.layer, index) and who.frames and not who.frames & ~frames
+        }
+        served = self.plan.frames_arrived(fetch.layer, index, frames, self.now)
+        assert set(served) == enough
+        self.settle(tuple(served), fetch.layer, index)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), failure=st.sampled_from([None, None, *Failure]))
@@ -472,3 +488,81 @@ def test_read_ahead_leaves_most_of_an_origin_to_demands() -> None:
     again = queue.next_fetch(0.0)
     assert again is not None
     assert again.priority is Priority.READ_AHEAD
+
+
+def framed_plan(policy: plan.Policy | None = None) -> plan.Plan[str]:
+    frames = tuple(blockmap.Frame(bytes(32), BLOCK_COMPRESSED // 4) for _ in range(4))
+    whole = map_of(64)
+    blocks = tuple(dataclasses.replace(block, frames=frames) for block in whole.blocks)
+    made: plan.Plan[str] = plan.Plan(policy or plan.Policy())
+    for layer in ("a", "b"):
+        made.add_layer(layer, "o", dataclasses.replace(whole, frame_bytes=16384, blocks=blocks))
+    return made
+
+
+def test_a_demanded_block_begins_at_the_frame_of_who_waits_longest() -> None:
+    queue = framed_plan()
+    queue.want("a", 1, Priority.DEMAND, 0.0, "first", 60.0, 0b1100)
+    queue.want("a", 1, Priority.DEMAND, 0.0, "second", 60.0, 0b0001)
+    queue.want("a", 2, Priority.READ_AHEAD, 0.0)
+    queue.want("b", 1, Priority.DEMAND, 0.0, "whole", 60.0)
+    fetches = [queue.next_fetch(0.0) for _ in range(3)]
+    assert [f and (f.layer, f.indices, f.first_frame) for f in fetches] == [
+        ("a", (1,), 2),
+        ("b", (1,), 0),
+        ("a", (2,), 0),
+    ]
+
+
+def test_frames_answer_those_whom_they_are_enough_for() -> None:
+    queue = framed_plan()
+    for waiter, frames in (("2", 0b0100), ("2-3", 0b1100), ("0", 0b0001), ("all", 0)):
+        queue.want("a", 1, Priority.DEMAND, 0.0, waiter, 60.0, frames)
+    assert queue.awaited_frames("a", 1, 0b1111) == 0, "nothing of it is on its way"
+    fetch = queue.next_fetch(1.0)
+    assert fetch is not None
+    assert queue.awaited_frames("a", 1, 0b0100) == 0b0100
+    assert queue.frames_arrived("a", 1, 0b0100, 2.0) == ["2"]
+    assert queue.awaited_frames("a", 1, 0b0100) == 0
+    assert queue.awaited_frames("a", 1, 0b1100) == 0b1100
+    assert queue.frames_arrived("a", 1, 0b1100, 3.0) == ["2-3"]
+    answer, _ = queue.arrived("a", 1)
+    assert (sorted(answer.waiters), answer.served_at) == (["0", "all"], 2.0)
+    assert queue.frames_arrived("a", 1, 0b1111, 4.0) == []
+    queue.finished(fetch)
+
+
+def test_what_nobody_waits_for_any_more_gives_way_to_other_demands_and_to_nothing_else() -> None:
+    queue = framed_plan()
+    queue.want("a", 1, Priority.DEMAND, 0.0, "one", 60.0, 0b0001)
+    rest = queue.next_fetch(0.0)
+    queue.want("b", 1, Priority.DEMAND, 0.0, "other", 60.0, 0b0001)
+    other = queue.next_fetch(0.0)
+    assert rest is not None
+    assert other is not None
+    assert not queue.gives_way(rest), "somebody waits for it"
+    queue.frames_arrived("a", 1, 0b0001, 0.0)
+    assert queue.gives_way(rest)
+    assert not queue.gives_way(other)
+    queue.want("a", 1, Priority.DEMAND, 0.0, "joins", 60.0, 0b1000)
+    assert not queue.gives_way(rest)
+    queue.frames_arrived("a", 1, 0b1001, 0.0)
+    queue.frames_arrived("b", 1, 0b0001, 0.0)
+    assert not queue.gives_way(rest), "two rests share the link"
+    assert not queue.gives_way(other)
+    for fetch in (rest, other):
+        queue.arrived(fetch.layer, 1)
+        queue.finished(fetch)
+
+
+def test_a_rest_that_fails_is_nobodys_failure() -> None:
+    queue = framed_plan()
+    queue.want("a", 1, Priority.DEMAND, 0.0, "one", 60.0, 0b0001)
+    fetch = queue.next_fetch(0.0)
+    assert fetch is not None
+    queue.frames_arrived("a", 1, 0b0001, 0.0)
+    answer, _ = queue.failed("a", 1, Failure.UNAVAILABLE, ERROR, 0.0, 0.5)
+    queue.finished(fetch)
+    assert answer.waiters == ()
+    assert queue.next_fetch(1000.0) is None
+    assert queue.next_time(0.0) is None
