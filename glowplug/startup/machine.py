@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from glowplug import interrupts
 from imagefs import errors
 
 _START_SECONDS = 30.0
@@ -133,6 +134,17 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def closing_whole() -> Iterator[contextlib.ExitStack]:
+    """A stack that is closed to the end, whatever signals come meanwhile. Main thread only."""
+    stack = contextlib.ExitStack()
+    try:
+        yield stack
+    finally:
+        with interrupts.deferred():
+            stack.close()
 
 
 def unmount_below(folder: Path) -> None:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from glowplug import interrupts
 from glowplug.startup import containerd, contestants, link, machine, registry, result, scratch, timeline
 from glowplug.startup.speed import Speed
 from imagefs import errors
@@ -41,17 +40,6 @@ def check(modes: Sequence[str]) -> None:
     machine.need((*_PROGRAMS, "containerd", "ctr", "runc") if pulls else _PROGRAMS)
 
 
-@contextlib.contextmanager
-def closing_whole() -> Iterator[contextlib.ExitStack]:
-    """A stack that is closed to the end, whatever signals come meanwhile."""
-    stack = contextlib.ExitStack()
-    try:
-        yield stack
-    finally:
-        with interrupts.deferred():
-            stack.close()
-
-
 def measure(
     workload: scratch.Workload,
     prepared: scratch.Scratch,
@@ -64,20 +52,21 @@ def measure(
 ) -> result.Measurement:
     """All modes `runs` times, in turns; who goes first changes from round to round. What is made lies below
     `folder`, of which the path must be short: sockets lie in it."""
-    with closing_whole() as stack:
+    with machine.closing_whole() as stack:
         over = stack.enter_context(link.open_link(speed))
         server = stack.enter_context(registry.serve(over, folder, prepared.storage))
         racing = [
             stack.enter_context(entry)
             for entry in _entries(workload, prepared, modes, rivals, server, folder)
         ]
-        starts: dict[str, list[result.Start]] = {each.label: [] for each in racing}
+        starts: list[list[result.Start]] = [[] for _ in racing]
         for number in range(runs):
-            first = number % len(racing)
-            for each in (*racing[first:], *racing[:first]):
-                start = _start(each, server)
-                starts[each.label].append(start)
-                say(f"{speed}, run {number + 1} of {runs}: {each.label}: {start.ready_seconds:.2f} s")
+            for turn in range(len(racing)):
+                place = (number + turn) % len(racing)
+                start = _start(racing[place], server)
+                starts[place].append(start)
+                label = racing[place].label
+                say(f"{speed}, run {number + 1} of {runs}: {label}: {start.ready_seconds:.2f} s")
     return result.Measurement(
         image=workload.name,
         command=workload.command,
@@ -87,7 +76,9 @@ def measure(
         source_bytes=prepared.source_bytes,
         unpacked_bytes=prepared.unpacked_bytes,
         layers=prepared.layers,
-        series=tuple(result.Series(each.mode, each.label, tuple(starts[each.label])) for each in racing),
+        series=tuple(
+            result.Series(each.mode, each.label, tuple(own)) for each, own in zip(racing, starts, strict=True)
+        ),
     )
 
 

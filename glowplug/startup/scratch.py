@@ -58,11 +58,10 @@ class Scratch:
 def prepare(workload: Workload, modes: Sequence[str], folder: Path, say: Callable[[str], None]) -> Scratch:
     """Fill a registry's storage below `folder` with what these modes start."""
     storage = folder / "registry"
-    with (
-        link.open_link(_NEAR_ONLY) as over,
-        registry.serve(over, folder, storage) as server,
-        lazy.use(over, folder / "preparing") as glowplug,
-    ):
+    with machine.closing_whole() as stack:
+        over = stack.enter_context(link.open_link(_NEAR_ONLY))
+        server = stack.enter_context(registry.serve(over, folder, storage))
+        glowplug = stack.enter_context(lazy.use(over, folder / "preparing"))
         say(f"copying {workload.name} to a registry of its own")
         glowplug.copy(workload.source, f"{server.host}/{_GIVEN}")
         source_bytes = _source_bytes(server)

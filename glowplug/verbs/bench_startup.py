@@ -87,6 +87,8 @@ def command(
     """
     if until.seconds is not None:
         raise click.UsageError("--seconds says nothing of a start: use --until-log or --until-http")
+    if (result.TUNED in modes) != bool(others) and modes:
+        raise click.UsageError("mode tuned and --containerd go together")
     link_speed = speed.Speed(speed.parse_rate(rate), duration.parse(rtt, "--rtt"))
     modes = tuple(mode for mode in result.MODES if mode in (modes or result.MODES))
     from glowplug.startup import measure, report, scratch, table

@@ -148,6 +148,8 @@ def test_a_command_that_fails_says_so_and_leaves_nothing(ref: str) -> None:
         (["oci:x", "--seconds", "3"], 2, "--until-log or --until-http"),
         (["oci:x", "--mode", "magic"], 2, "magic"),
         (["oci:x", "--containerd", "/nowhere,mine"], 8, "/nowhere/containerd"),
+        (["oci:x", "--mode", "tuned"], 2, "go together"),
+        (["oci:x", "--mode", "pack", "--containerd", "/nowhere"], 2, "go together"),
         (["nonsense"], 3, "nonsense"),
         (["oci:/nowhere", "--mode", "blocks"], 4, "/nowhere"),
     ],
