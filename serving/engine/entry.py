@@ -12,6 +12,7 @@ for other devices do not have.
 from __future__ import annotations
 
 import importlib
+import os
 import socket
 import sys
 from typing import Any
@@ -27,15 +28,20 @@ def main(descriptor: int, arguments: list[str]) -> None:
         arguments_module = importlib.import_module("vllm.utils.argparse_utils")
         utilities = importlib.import_module("vllm.entrypoints.serve.utils.api_utils")
         log = importlib.import_module("vllm.logger")
+        platforms = importlib.import_module("vllm.platforms")
     except ModuleNotFoundError as exc:
-        sys.exit(f"glowplug: this vLLM has no {exc.name}; glowplug engine works with 0.32 and 0.33")
+        sys.exit(f"glowplug: this vLLM has no {exc.name}; glowplug engine works with 0.32")
 
     def inherited(*_: Any, **__: Any) -> socket.socket:
         return socket.socket(fileno=socket.dup(descriptor))
 
     if not hasattr(launcher, "create_server_socket"):
-        sys.exit(f"glowplug: this vLLM's {_LAUNCHER} makes its socket in another way; use 0.32 or 0.33")
+        sys.exit(f"glowplug: this vLLM's {_LAUNCHER} makes its socket in another way; use 0.32")
     launcher.create_server_socket = inherited  # type: ignore[attr-defined]
+    if platforms.current_platform.is_cpu():
+        # What vLLM 0.32 saves of a CPU model ahead of time it cannot load ('function' object has no attribute
+        # 'finalize_loading') and compiles again. Without it Inductor's own cache is used, which works.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     utilities.cli_env_setup()
     parser = arguments_module.FlexibleArgumentParser(description="vLLM")
     commands = parser.add_subparsers()

@@ -108,6 +108,13 @@ class Front:
     # -- the port ------------------------------------------------------------------------------------
 
     async def _request(self, request: web.Request) -> web.StreamResponse:
+        response = await self._answer(request)
+        if self._proxy is None and not response.prepared:
+            # No connection outlives this: its next request might be one for the engine, which is not here.
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         state = self._ledger.state
         if request.path in admission.PROBES:
             status, body = admission.probe(request.path, state)
@@ -121,8 +128,7 @@ class Front:
             status=503,
             body=admission.refusal(503, message, "engine_unavailable"),
             content_type="application/json",
-            # The connection must not outlive this state: it belongs to the supervisor, not to the engine.
-            headers={"Retry-After": "1", "Connection": "close"},
+            headers={"Retry-After": "1"},
         )
 
     async def _metrics(self) -> web.Response:

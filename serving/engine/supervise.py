@@ -84,7 +84,7 @@ class Supervisor:
                 self._kind = kinds.Command(settings.engine, proxy, settings.cpus)
             self._front = front.Front(self, self._ledger, proxy)
             control = Path(settings.control) if settings.control else directory / "engine.sock"
-            writing = asyncio.create_task(self._write_metrics())
+            writing = asyncio.create_task(self._write_metrics()) if proxy is None else None
             loop = asyncio.get_running_loop()
             for signum in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(signum, self.drain)
@@ -94,7 +94,8 @@ class Supervisor:
                 self._say("listening", address=list(self._listener.getsockname()[:2]), control=str(control))
                 await self._live()
             finally:
-                writing.cancel()
+                if writing is not None:
+                    writing.cancel()
                 if self._child is not None:
                     await self._child.end(0)
                 await self._front.close()

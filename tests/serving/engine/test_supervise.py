@@ -175,7 +175,7 @@ def test_while_it_is_respawned_probes_answer_and_requests_get_503(tmp_path: Path
         assert engine.ask("/livez")[0] == 200
         assert engine.ask("/readyz")[0] == 503
         status, headers, _ = engine.complete(1)
-        assert (status, headers["connection"]) == (503, "close")
+        assert (status, headers["retry-after"]) == (503, "1")
         engine.wait_for("ready", starts=2)
 
 

@@ -1,0 +1,205 @@
+"""`glowplug engine` with real vLLM on a tiny model: two API server processes behind one port and one limit.
+
+One start for all tests of the file but the soak ones, because a start takes most of a minute. They leave the
+engine as they found it; the last one ends it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.engine import phases
+from tests.fixtures import vllm_environment
+from tests.serving.engine import running
+from tests.serving.engine.running import Engine
+
+_START_SECONDS = 600.0
+
+
+def document(*arguments: str, api_servers: int = 2) -> dict[str, Any]:
+    return {
+        "engine": {
+            "kind": "vllm",
+            "python": str(vllm_environment.python()),
+            "arguments": ["--max-model-len", "512", *arguments],
+            "environment": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            "api_servers": api_servers,
+        },
+        "model": str(vllm_environment.model()),
+        "model_name": "tiny",
+        "limit": 2,
+        "queue": {"requests": 2, "seconds": 60},
+    }
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with running.engine(tmp_path_factory.mktemp("vllm"), **document("--enforce-eager")) as engine:
+        engine.wait_for("starting")
+        # Its processes are minutes away, and the port answers.
+        assert engine.ask("/startupz")[0] == 503
+        status, headers, _ = complete(engine, 1)
+        assert (status, headers["connection"]) == (503, "close")
+        engine.wait_for("ready", _START_SECONDS)
+        yield engine
+
+
+def complete(engine: Engine, tokens: int, **more: Any) -> tuple[int, Any, bytes]:
+    wanted = {"model": "tiny", "prompt": "import os", "max_tokens": tokens, "ignore_eos": True}
+    return engine.ask("/v1/completions", {**wanted, **more})
+
+
+def workers(engine: Engine) -> list[int]:
+    """All processes of the engine, by their group."""
+    group = engine.status()["pid"]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == group:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def named(engine: Engine, name: str) -> int:
+    """A process of the engine by what vLLM calls it."""
+    for pid in workers(engine):
+        if name in Path(f"/proc/{pid}/comm").read_text():
+            return pid
+    raise AssertionError(f"no {name} among the engine's processes")
+
+
+def test_it_starts_in_phases_and_answers_probes(vllm: Engine) -> None:
+    status = vllm.status()
+    assert list(status["phases"]) == [each for each in phases.ORDER if each in status["phases"]]
+    assert {phases.IMPORTS, phases.WEIGHTS, phases.FIRST_TOKEN} <= set(status["phases"])
+    assert len({each["pid"] for each in status["servers"]}) == 2
+    for path in ("/livez", "/readyz", "/startupz"):
+        assert vllm.ask(path)[0] == 200
+
+
+def test_an_answer_whole_and_as_a_stream(vllm: Engine) -> None:
+    status, headers, body = complete(vllm, 5)
+    assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 5)
+    assert "connection" not in headers
+    status, headers, body = complete(vllm, 5, stream=True)
+    assert headers["content-type"].startswith("text/event-stream")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_two_server_processes_keep_one_limit(vllm: Engine) -> None:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: complete(vllm, 100), range(12)))
+    statuses = [status for status, _, _ in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 4
+    assert all(int(headers["retry-after"]) >= 1 for status, headers, _ in answers if status == 429)
+    text = vllm.ask("/metrics")[2].decode()
+    assert "vllm:iteration_tokens_total_count" in text
+    assert "glowplug_engine_limit_requests 2.0" in text
+
+
+def test_the_limit_changes_in_both(vllm: Engine) -> None:
+    try:
+        vllm.tell("POST", "/limit", {"in_flight": 1, "queue_requests": 20})
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(complete, vllm, 150) for _ in range(8)]
+            while vllm.status()["waiting"] < 3:
+                time.sleep(0.005)
+            assert vllm.status()["in_flight"] <= 1
+            vllm.tell("POST", "/limit", {"in_flight": 8})
+            assert [each.result()[0] for each in answers] == [200] * 8
+    finally:
+        vllm.tell("POST", "/limit", {"in_flight": 2, "queue_requests": 2})
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten(vllm: Engine) -> None:
+    vllm.tell("POST", "/limit", {"in_flight": 1})
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running_one = pool.submit(complete, vllm, 400)
+            while vllm.status()["in_flight"] < 1:
+                time.sleep(0.005)
+            client = http.client.HTTPConnection("127.0.0.1", vllm.port)
+            body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1})
+            client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            while vllm.status()["waiting"] < 1:
+                time.sleep(0.005)
+            client.close()
+            while vllm.status()["waiting"]:
+                time.sleep(0.005)
+            assert not running_one.done()
+            assert running_one.result()[0] == 200
+    finally:
+        vllm.tell("POST", "/limit", {"in_flight": 2})
+
+
+def test_a_full_engine_is_ready_and_shows_its_models(vllm: Engine) -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        full = [pool.submit(complete, vllm, 300) for _ in range(2)]
+        while vllm.status()["in_flight"] < 2:
+            time.sleep(0.005)
+        assert vllm.ask("/readyz")[0] == 200
+        assert json.loads(vllm.ask("/v1/models")[2])["data"][0]["id"] == "tiny"
+        assert [each.result()[0] for each in full] == [200, 200]
+
+
+def test_last_a_drain_finishes_the_stream_and_leaves_nothing(vllm: Engine) -> None:
+    processes = workers(vllm)
+    assert len(processes) >= 4
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(complete, vllm, 450, stream=True)
+        while vllm.status()["in_flight"] < 1:
+            time.sleep(0.005)
+        vllm.process.send_signal(signal.SIGTERM)
+        vllm.wait_for("draining")
+        status, headers, _ = vllm.ask("/v1/models")
+        assert (status, headers["connection"]) == (200, "close")
+        assert vllm.ask("/readyz")[0] == 503
+        assert stream.result()[2].endswith(b"data: [DONE]\n\n")
+    assert vllm.process.wait(60) == 0
+    assert all(running.gone(pid) for pid in processes)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("who", ["Worker", "APIServer_1"])
+def test_whichever_process_hangs_the_engine_is_back(tmp_path: Path, who: str) -> None:
+    with running.engine(tmp_path, **document("--enforce-eager")) as engine:
+        engine.wait_for("ready", _START_SECONDS)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            load = [pool.submit(complete, engine, 400) for _ in range(2)]
+            time.sleep(0.3)
+            os.kill(named(engine, who), signal.SIGSTOP)
+            began = time.monotonic()
+            for each in load:
+                with contextlib.suppress(http.client.HTTPException, OSError):
+                    each.result()
+            engine.wait_for("starting", _START_SECONDS, hangs=1)
+            print(f"{who}: killed {time.monotonic() - began:.1f} s after it stopped")
+        engine.wait_for("ready", _START_SECONDS, starts=2)
+        assert complete(engine, 3)[0] == 200
+
+
+@pytest.mark.soak
+def test_the_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
+    settings = document(api_servers=1) | {"cache_directory": str(tmp_path / "cache")}
+    took = []
+    for number in (1, 2):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with running.engine(directory, **settings) as engine:
+            took.append(engine.wait_for("ready", _START_SECONDS)["phases"])
+            assert engine.end() == 0
+    print(took)
+    cold, warm = (each[phases.COMPILE] + each.get(phases.GRAPHS, 0) for each in took)
+    assert warm < cold
