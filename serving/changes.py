@@ -17,8 +17,8 @@ from typing import Any
 from serving import errors
 from serving.endpoint import Endpoint
 
-_RESTARTING = frozenset({"engine", "model", "model_name", "image", "containerd", "fp8", "resources"})
-_FIXED = ("name", "provider")
+_RESTARTING = frozenset({"engine", "model", "model_name", "image", "fp8", "resources"})
+_FIXED = ("name", "provider", "containerd")
 
 
 class Effect(enum.Enum):
@@ -62,9 +62,6 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
 def version(endpoint: Endpoint) -> str:
     """A short name that changes exactly when replicas must: a hash of what they are started with."""
     document = endpoint.model_dump(mode="json", include=set(_RESTARTING))
-    # Containers are not made from containerd's settings alone: without the provider they mean nothing.
-    if endpoint.provider != "containerd":
-        del document["containerd"]
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

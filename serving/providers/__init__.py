@@ -22,4 +22,12 @@ def create(document: Endpoint, directory: Path) -> Provider:
             from serving.providers.process import ProcessLauncher
 
             return Fleet(directory, ProcessLauncher(directory / "cache"))
-    raise errors.ConfigurationError(f"provider: {document.provider} is not there yet; use process")
+        case "containerd":
+            from serving.providers.containerd import ContainerdLauncher
+            from serving.providers.process import ProcessLauncher
+
+            processes = ProcessLauncher(directory / "cache")
+            return Fleet(directory, ContainerdLauncher(document.name, document.containerd, processes))
+    raise errors.ConfigurationError(
+        f"provider: {document.provider} is not there yet; use process or containerd"
+    )

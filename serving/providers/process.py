@@ -20,7 +20,7 @@ from serving.endpoint import Endpoint
 from serving.providers import enginecommand
 from serving.providers.record import Record
 
-_GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
+GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
 """The command, of this very installation."""
 _STAT_STATE, _STAT_SESSION, _STAT_STARTED = 0, 3, 19
 """Fields of /proc/PID/stat, counted from behind the command's name."""
@@ -38,14 +38,10 @@ class ProcessLauncher:
         engine = wanted.engine
         match engine:
             case endpoint.CommandEngine():
-                _require_program("engine.command", engine.command[0])
+                require_program("engine.command", engine.command[0])
             case endpoint.VllmEngine():
-                _require_program("engine.python", engine.python)
-        local = wanted.model is not None and "://" not in wanted.model and not wanted.model.startswith("oci:")
-        if local and not Path(str(wanted.model)).exists():
-            raise errors.DocumentError(
-                f"model: {wanted.model} does not exist on this machine; name a directory that does"
-            )
+                require_program("engine.python", engine.python)
+        require_model(wanted)
 
     def start(self, record: Record, wanted: Endpoint, folder: Path) -> str:
         """See fleet.Launcher."""
@@ -64,7 +60,7 @@ class ProcessLauncher:
         try:
             with (folder / enginecommand.LOG).open("ab") as log:
                 child = subprocess.Popen(
-                    [*_GLOWPLUG, "engine", "--config", str(settings)],
+                    [*GLOWPLUG, "engine", "--config", str(settings)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -115,10 +111,20 @@ class ProcessLauncher:
             del self._children[int(pid)]
 
 
-def _require_program(key: str, program: str) -> None:
+def require_program(key: str, program: str) -> None:
+    """DocumentError where there is no such program."""
     if shutil.which(program) is None:
         raise errors.DocumentError(
             f"{key}: {program!r} is no program on this machine; install it or name its path"
+        )
+
+
+def require_model(wanted: Endpoint) -> None:
+    """DocumentError where the model is a directory that is not there."""
+    local = wanted.model is not None and "://" not in wanted.model and not wanted.model.startswith("oci:")
+    if local and not Path(str(wanted.model)).exists():
+        raise errors.DocumentError(
+            f"model: {wanted.model} does not exist on this machine; name a directory that does"
         )
 
 

@@ -1,0 +1,128 @@
+"""Replicas as containers of block images: the engine runs in containerd, its supervisor beside it.
+
+The fleet's launcher for nodes that have an agent. `glowplug pull` makes the image runnable without fetching
+its layers, so that a replica's start is a lazy start; `glowplug engine` runs on the host, as for `process`,
+and its child is `ctr run`: limit, probes, drain and restarts are the same for a container as for a process,
+and the image needs nothing of ours. The container shares the host's network, because the engine's port is the
+supervisor's choice. It is named after its replica; a supervisor that was killed leaves it behind, and whoever
+ends the replica, or starts its engine again, removes it by that name.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from serving import endpoint, errors
+from serving.endpoint import Endpoint
+from serving.providers.process import GLOWPLUG, ProcessLauncher, require_model, require_program
+from serving.providers.record import Record
+
+_PULL_SECONDS = 120.0
+_CTR_SECONDS = 20.0
+_EXIT_INVALID, _EXIT_NOT_FOUND, _EXIT_DENIED = 3, 4, 5
+"""Exit codes of `glowplug pull` that a document must answer for; see docs/cli.md."""
+
+
+class ContainerdLauncher:
+    """See the module; one thread. `name`: the endpoint's."""
+
+    def __init__(self, name: str, place: endpoint.Containerd, processes: ProcessLauncher) -> None:
+        self._name = name
+        self._place = place
+        self._processes = processes
+        self._images: dict[str, str] = {}
+
+    def check(self, wanted: Endpoint) -> None:
+        """See fleet.Launcher."""
+        if not isinstance(wanted.engine, endpoint.CommandEngine):
+            raise errors.DocumentError(
+                f"engine.kind: {wanted.engine.kind} does not run in a container yet: use kind command with the "
+                "server's own command line, or provider: process"
+            )
+        require_program("provider", "ctr")
+        require_model(wanted)
+        assert wanted.image is not None  # refused by the document
+        self._images[wanted.image] = self._pull(wanted.image)
+
+    def start(self, record: Record, wanted: Endpoint, folder: Path) -> str:
+        """See fleet.Launcher."""
+        engine = wanted.engine
+        assert isinstance(engine, endpoint.CommandEngine)
+        assert wanted.image is not None
+        if wanted.image not in self._images:  # applied by a server before this one
+            self._images[wanted.image] = self._pull(wanted.image)
+        script = self._script(record, wanted, engine, self._images[wanted.image])
+        inside = engine.model_copy(update={"command": ("sh", "-c", script), "environment": {}})
+        return self._processes.start(record, wanted.model_copy(update={"engine": inside}), folder)
+
+    def ended(self, record: Record) -> str | None:
+        """See fleet.Launcher."""
+        return self._processes.ended(record)
+
+    def stop(self, record: Record) -> None:
+        """See fleet.Launcher."""
+        self._processes.stop(record)
+
+    def kill(self, record: Record) -> None:
+        """See fleet.Launcher."""
+        self._processes.kill(record)
+        for command in self._removal(record):
+            # Of a container that has gone by itself, as most do, ctr says that there is none.
+            subprocess.run(command, capture_output=True, timeout=_CTR_SECONDS, check=False)
+
+    def close(self) -> None:
+        """See fleet.Launcher."""
+        self._processes.close()
+
+    # -- words for ctr -------------------------------------------------------------------------------
+
+    def _script(self, record: Record, wanted: Endpoint, engine: endpoint.CommandEngine, image: str) -> str:
+        """What the supervisor runs as its engine. $PORT is known only there, so a shell fills it in."""
+        removal = "; ".join(f"{shlex.join(command)} >/dev/null 2>&1" for command in self._removal(record))
+        options = ["run", "--rm", "--net-host", "--snapshotter", self._place.snapshotter]
+        for key, value in engine.environment.items():
+            options += ["--env", f"{key}={value}"]
+        if wanted.model is not None and wanted.model.startswith("/"):
+            options += ["--mount", f"type=bind,src={wanted.model},dst={wanted.model},options=rbind:ro"]
+        if wanted.resources.cpus is not None:
+            options += ["--cpus", f"{wanted.resources.cpus:g}"]
+        if wanted.resources.memory_bytes is not None:
+            options += ["--memory-limit", str(wanted.resources.memory_bytes)]
+        for number in range(wanted.resources.gpus):
+            options += ["--gpus", str(number)]
+        words = [image, self._container(record), *engine.command]
+        return f'{removal}; exec {shlex.join(self._ctr(*options))} --env "PORT=$PORT" {shlex.join(words)}'
+
+    def _removal(self, record: Record) -> list[list[str]]:
+        name = self._container(record)
+        return [self._ctr("tasks", "rm", "--force", name), self._ctr("containers", "rm", name)]
+
+    def _ctr(self, *arguments: str) -> list[str]:
+        return ["ctr", "--address", self._place.address, "--namespace", self._place.namespace, *arguments]
+
+    def _container(self, record: Record) -> str:
+        return f"{self._name}-{record.name}"
+
+    def _pull(self, image: str) -> str:
+        """Make it runnable; containerd's name of it. DocumentError, ConfigurationError."""
+        command: Sequence[str] = [
+            *(*GLOWPLUG, "pull", "--state", self._place.agent_state),
+            *("--containerd-address", self._place.address, "--namespace", self._place.namespace, image),
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PULL_SECONDS, check=False)
+        except subprocess.TimeoutExpired as exc:
+            raise errors.UnavailableError(f"image: {image} was not there after {_PULL_SECONDS:g} s") from exc
+        if done.returncode == 0:
+            return done.stdout.strip()
+        said = done.stderr.strip().removeprefix("glowplug: ")
+        if done.returncode in (_EXIT_INVALID, _EXIT_NOT_FOUND, _EXIT_DENIED):
+            raise errors.DocumentError(
+                f"image: {said}; name an image that has a block image (glowplug convert makes one)"
+            )
+        raise errors.ConfigurationError(
+            f"image: {said}; containerd.address and containerd.agent_state say where"
+        )
