@@ -10,7 +10,8 @@ Invariants:
 - At most one response of a type waits for its ACK; changes meanwhile are sent together after it.
 - What was sent and refused is not sent again until it changes; a refusal changes nothing else.
 - Make before break: clusters and endpoints first, then listeners and routes; a cluster that is gone is taken
-  away only after the Envoy acknowledged routes without it.
+  away only after the Envoy acknowledged routes without it. (State of the world does not say what an Envoy
+  that comes back has: there, this holds within a stream.)
 - After a cluster was sent its endpoints are sent, changed or not: Envoy warms a changed cluster, and would
   wait 15 s for them.
 
@@ -147,6 +148,8 @@ class Stream:
             subscription = self._subscriptions.get(type_url)
             if subscription is None or subscription.waiting is not None:
                 continue
+            if type_url in (LISTENER, ROUTES) and self._clusters_behind(snapshot):
+                continue
             response = self._next(type_url, subscription, snapshot)
             if response is not None:
                 responses.append(response)
@@ -250,6 +253,13 @@ class Stream:
         if ROUTES not in self._subscriptions:
             return not listeners.sent
         return self._has(ROUTES, snapshot)
+
+    def _clusters_behind(self, snapshot: Snapshot) -> bool:
+        """There are clusters that routes may name already, and that wait for an ACK before they are sent."""
+        clusters = self._subscriptions.get(CLUSTER)
+        if clusters is None or clusters.waiting is None:
+            return False
+        return not clusters.wanted(snapshot.resources.get(CLUSTER, {})).keys() <= clusters.sent.keys()
 
     def _has(self, type_url: str, snapshot: Snapshot) -> bool:
         subscription = self._subscriptions[type_url]
