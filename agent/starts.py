@@ -43,7 +43,8 @@ class _Phase:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bar:
-    """One block that did not come from the cache. `layer` is its place in the image, bottom first."""
+    """One block that did not come from the cache. `layer` is its place in the image, bottom first. Its reader
+    waited until `served_ns`; the whole block was there at `arrived_ns`."""
 
     layer: int
     block: int
@@ -51,6 +52,7 @@ class Bar:
     source: str
     wanted_ns: int
     started_ns: int
+    served_ns: int
     arrived_ns: int
     compressed_bytes: int
 
@@ -226,7 +228,7 @@ class Starts:
         start.fetched_bytes += event["compressed_bytes"]
         if demanded:
             start.misses += 1
-            start.last_miss_ns = max(start.last_miss_ns or 0, event["arrived_ns"])
+            start.last_miss_ns = max(start.last_miss_ns or 0, event["served_ns"])
         if len(start.bars) >= _MAX_BARS:
             start.bars_left_out += 1
             return
@@ -238,6 +240,7 @@ class Starts:
                 source=event["outcome"],
                 wanted_ns=event["wanted_ns"],
                 started_ns=event["started_ns"],
+                served_ns=event["served_ns"],
                 arrived_ns=event["arrived_ns"],
                 compressed_bytes=event["compressed_bytes"],
             )
@@ -327,6 +330,7 @@ def _view(start: _Start) -> dict[str, Any]:
                 "source": bar.source,
                 "wanted": offset(bar.wanted_ns),
                 "started": offset(bar.started_ns),
+                "served": offset(bar.served_ns),
                 "arrived": offset(bar.arrived_ns),
                 "compressed_bytes": bar.compressed_bytes,
             }

@@ -23,6 +23,8 @@ MIN_BLOCK_BYTES = 64 * 1024
 MAX_BLOCK_BYTES = 16 * 1024 * 1024
 DEFAULT_BLOCK_BYTES = 4 * 1024 * 1024
 MIN_FRAME_BYTES = 4096
+DEFAULT_FRAME_BYTES = DEFAULT_BLOCK_BYTES
+"""What the converter makes of blocks that are larger; `e2e/bench.py --parts blocks` compares sizes."""
 MAX_IMAGE_BYTES = 1 << 44
 """EROFS addresses 2^32 filesystem blocks of 4 KiB."""
 MAX_MAP_BYTES = 128 * 1024 * 1024

@@ -1,8 +1,8 @@
 """A start's waterfall as SVG: its phases, and below them each block that did not come from the cache.
 
-Pure: from the JSON of `starts.Starts.to_json` to text. A block's bar is pale while it waited for a connection
-and full while it was fetched; its colour says why it was wanted. Bars are packed into lanes, so that as many
-lanes are seen as blocks were under way at once.
+Pure: from the JSON of `starts.Starts.to_json` to text. A block's bar is pale while it waited for a
+connection, full while it was fetched, and pale again once its readers had their part of it; its colour says
+why it was wanted. Bars are packed into lanes, so that as many lanes are seen as blocks were under way at once.
 """
 
 from __future__ import annotations
@@ -104,12 +104,13 @@ def _phases(phases: Sequence[Mapping[str, Any]], x: _Place) -> Iterator[str]:
 
 
 def _bar(bar: Mapping[str, Any], x: _Place, top: float) -> Iterator[str]:
-    wanted, started, arrived = x(bar["wanted"]), x(bar["started"]), x(bar["arrived"])
+    wanted, started, served = x(bar["wanted"]), x(bar["started"]), x(bar["served"])
     kind = "".join(each for each in bar["reason"] if each.isalnum() or each == "_")
     title = html.escape(
         f"layer {bar['layer']}, block {bar['block']}: {bar['reason']}, from {bar['source']}, "
         f"{bar['compressed_bytes'] / 1024:.0f} KiB, waited {_seconds(bar['started'] - bar['wanted'])}, "
-        f"fetched in {_seconds(bar['arrived'] - bar['started'])}"
+        f"had what was read in {_seconds(bar['served'] - bar['started'])}, "
+        f"all of it in {_seconds(bar['arrived'] - bar['started'])}"
     )
     yield f'<g class="bar {kind}"><title>{title}</title>'
     height = _LANE_HEIGHT - 1
@@ -117,8 +118,13 @@ def _bar(bar: Mapping[str, Any], x: _Place, top: float) -> Iterator[str]:
         width = started - wanted
         yield f'<rect class="wait" x="{wanted}" y="{top}" width="{width:.1f}" height="{height}"/>'
     peer = ' class="peer"' if bar["source"] == "peer" else ""
-    width = max(1.0, arrived - started)
-    yield f'<rect{peer} x="{started}" y="{top}" width="{width:.1f}" height="{height}"/></g>'
+    width = max(1.0, served - started)
+    yield f'<rect{peer} x="{started}" y="{top}" width="{width:.1f}" height="{height}"/>'
+    rest = x(bar["arrived"]) - started - width
+    if rest > 0:
+        left = started + width
+        yield f'<rect class="wait" x="{left:.1f}" y="{top}" width="{rest:.1f}" height="{height}"/>'
+    yield "</g>"
 
 
 def _seconds(value: float) -> str:

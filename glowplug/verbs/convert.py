@@ -43,7 +43,11 @@ longer than the work on one piece of data: the stages would wait for the parser,
     default=blockmap.DEFAULT_BLOCK_BYTES,
     help="Unit of fetch (default 4MiB).",
 )
-@click.option("--frame-size", type=settings.SIZE, help="Unit of compression (default: the block size).")
+@click.option(
+    "--frame-size",
+    type=settings.SIZE,
+    help="Unit of compression, and of what a read waits for (default 4MiB, or the block size if smaller).",
+)
 @click.option("--level", type=click.IntRange(1, 19), help="zstd level (default 2).")
 @click.option(
     "--layer-cache",
@@ -138,7 +142,7 @@ def command(
     from glowplug import progress
     from imagefs import platforms, reference
 
-    frame_bytes = frame_size or block_size
+    frame_bytes = frame_size or min(blockmap.DEFAULT_FRAME_BYTES, block_size)
     blockmap.check_block_bytes(block_size)
     blockmap.check_frame_bytes(frame_bytes, block_size)
     request = pipeline.Request(

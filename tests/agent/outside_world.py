@@ -86,6 +86,7 @@ def event(
         "reason": priority,
         "wanted_ns": int(wanted * _NS),
         "started_ns": int((wanted + arrived) / 2 * _NS),
+        "served_ns": int(arrived * _NS),
         "arrived_ns": int(arrived * _NS),
         "compressed_bytes": size,
         "outcome": outcome,

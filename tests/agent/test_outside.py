@@ -186,7 +186,10 @@ def test_on_the_real_device_server(tmp_path: Path) -> None:
                 assert len(start["bars"]) == 16
                 assert start["misses"] >= 1
                 assert {bar["source"] for bar in start["bars"]} == {"origin"}
-                assert all(bar["wanted"] <= bar["started"] <= bar["arrived"] for bar in start["bars"])
+                assert all(
+                    bar["wanted"] <= bar["started"] <= bar["served"] <= bar["arrived"]
+                    for bar in start["bars"]
+                )
                 text = world.tcp("/metrics")[1]
                 assert 'glowplug_read_blocks_total{source="origin"} 16.0' in text
                 assert f'glowplug_demand_misses_total{{when="start"}} {start["misses"]}.0' in text
