@@ -87,9 +87,11 @@ def inspect(directory: Path) -> Binaries:
         version = words[2].lstrip("v").partition("~")[0].partition("+")[0]
     except (tomllib.TOMLDecodeError, IndexError) as exc:
         raise errors.ConfigurationError(f"{program} is not the containerd that we know: {exc}") from exc
-    offered = default.get("plugins", {}).get(_TRANSFER, {})
+    found = Binaries(directory, version, int(default["version"]), {})
+    # The lines before 2 have the service as well, and a ctr that does not use it.
+    offered = default.get("plugins", {}).get(_TRANSFER, {}) if found.own_transfer else {}
     options = {name: value for name, value in _TUNED.items() if name in offered}
-    return Binaries(directory, version, int(default["version"]), options)
+    return dataclasses.replace(found, options=options)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
