@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,13 @@ class Gate:
         await self._limiter.start()
         path = server_socket(self._directory, self._limiter.slot)
         path.unlink(missing_ok=True)
-        config = uvicorn.Config(
-            unlimited, uds=os.fspath(path), lifespan="off", log_config=None, access_log=False
-        )
+        door = socket.socket(socket.AF_UNIX)
+        os.fchmod(door.fileno(), 0o600)  # before the bind, which makes the file; uvicorn's are everybody's
+        door.bind(os.fspath(path))
+        config = uvicorn.Config(unlimited, lifespan="off", log_config=None, access_log=False)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # signals belong to vLLM, whose process this is
-        task = asyncio.create_task(server.serve())
+        task = asyncio.create_task(server.serve(sockets=[door]))
         try:
             yield
         finally:

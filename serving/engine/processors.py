@@ -25,7 +25,7 @@ def available(proc_cgroup: Path = _PROC_CGROUP, root: Path = _ROOT) -> int:
 def _quotas(proc_cgroup: Path, root: Path) -> list[float]:
     """The quotas of this cgroup and of all above it: the narrowest counts."""
     found = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in proc_cgroup.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":  # version 2
@@ -47,7 +47,7 @@ def version_2(folder: Path) -> float | None:
     try:
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
@@ -56,5 +56,5 @@ def version_1(folder: Path) -> float | None:
     try:
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None

@@ -42,7 +42,7 @@ _MOST_PAUSE_SECONDS = 60.0
 _SETTLED_SECONDS = 60.0
 """An engine that was ready for so long did not fail for how it was started: the next start is at once."""
 _OVERSLEPT_SECONDS = 5.0
-_END_SECONDS = 10.0
+_END_SECONDS = 5.0
 """For the engine's own shutdown, once nothing is in flight."""
 
 

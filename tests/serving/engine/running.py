@@ -37,10 +37,11 @@ class Engine:
     def __init__(self, directory: Path, document: Mapping[str, Any]) -> None:
         self.control = directory / "engine.sock"
         self.log = directory / "log"
+        self.run = directory / "run"
         settings = {
             "port": 0,
             "control": str(self.control),
-            "run_directory": str(directory / "run"),
+            "run_directory": str(self.run),
             "drain": {"notice_seconds": 0, "seconds": 30},
             **document,
         }

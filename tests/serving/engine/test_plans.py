@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,22 @@ def test_version_1_is_read_too(tmp_path: Path) -> None:
     assert processors.available(tmp_path / "self", tmp_path) == 1
     (folder / "cpu.cfs_quota_us").write_text("-1")
     assert processors.available(tmp_path / "self", tmp_path) == len(os.sched_getaffinity(0))
+
+
+@given(st.text(), st.text())
+def test_any_cgroup_files_give_a_number(listed: str, quota: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "self").write_text("0::/\n" + listed, errors="replace")
+        (folder / "cpu.max").write_text(quota, errors="replace")
+        assert 1 <= processors.available(folder / "self", folder) <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("quota", ["100000 0", "-5 100000", "0 0", ""])
+def test_a_quota_that_makes_no_sense_is_none_or_one(tmp_path: Path, quota: str) -> None:
+    _version_2(tmp_path, quota)
+    (tmp_path / "self").write_text("0::/\n")
+    assert processors.available(tmp_path / "self", tmp_path) >= 1
 
 
 # -- the wire --------------------------------------------------------------------------------------------

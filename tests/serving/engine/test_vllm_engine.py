@@ -9,13 +9,15 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -43,9 +45,37 @@ def document(*arguments: str, api_servers: int = 2) -> dict[str, Any]:
     }
 
 
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Takes OTLP spans over HTTP and keeps their bytes."""
+
+    received: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        self.received.append(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing to say."""
+
+
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with running.engine(tmp_path_factory.mktemp("vllm"), **document("--enforce-eager")) as engine:
+def collector() -> Iterator[str]:
+    """Where spans go."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory, collector: str) -> Iterator[Engine]:
+    settings = document("--enforce-eager") | {"traces_endpoint": collector}
+    settings["engine"]["environment"] |= {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    with running.engine(tmp_path_factory.mktemp("vllm"), **settings) as engine:
         engine.wait_for("starting")
         # Its processes are minutes away, and the port answers.
         assert engine.ask("/startupz")[0] == 503
@@ -86,6 +116,9 @@ def test_it_starts_in_phases_and_answers_probes(vllm: Engine) -> None:
     assert len({each["pid"] for each in status["servers"]}) == 2
     for path in ("/livez", "/readyz", "/startupz"):
         assert vllm.ask(path)[0] == 200
+    doors = [*vllm.run.glob("server-*"), *vllm.run.glob("ledger")]
+    assert len(doors) == 3
+    assert all(each.stat().st_mode & 0o077 == 0 for each in doors)
 
 
 def test_an_answer_whole_and_as_a_stream(vllm: Engine) -> None:
@@ -95,6 +128,18 @@ def test_an_answer_whole_and_as_a_stream(vllm: Engine) -> None:
     status, headers, body = complete(vllm, 5, stream=True)
     assert headers["content-type"].startswith("text/event-stream")
     assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_its_spans_are_children_of_the_callers(vllm: Engine) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"model": "tiny", "prompt": "import os", "max_tokens": 2}
+    assert vllm.ask("/v1/completions", body, {"traceparent": f"00-{trace}-{parent}-01"})[0] == 200
+    # Identifiers are plain bytes in the encoding.
+    found = (bytes.fromhex(trace), bytes.fromhex(parent))
+    until = time.monotonic() + 60
+    while not any(all(each in spans for each in found) for spans in Collector.received):
+        assert time.monotonic() < until, f"{len(Collector.received)} exports, none with the caller's trace"
+        time.sleep(0.05)
 
 
 def test_two_server_processes_keep_one_limit(vllm: Engine) -> None:
