@@ -39,8 +39,8 @@ class ContainerdLauncher:
         """See fleet.Launcher."""
         if not isinstance(wanted.engine, endpoint.CommandEngine):
             raise errors.DocumentError(
-                f"engine.kind: {wanted.engine.kind} does not run in a container yet: use kind command with the "
-                "server's own command line, or provider: process"
+                f"engine.kind: {wanted.engine.kind} does not run in a container yet: use kind command with "
+                "the server's own command line, or provider: process"
             )
         require_program("provider", "ctr")
         require_model(wanted)

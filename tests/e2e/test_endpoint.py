@@ -17,6 +17,8 @@ from tests.serving.shortpaths import short_directory
 pytestmark = pytest.mark.root
 
 _SEED = 301
+# A first process of a container that handles no SIGTERM does not get it.
+_SERVER = "/bin/busybox httpd -f -p 127.0.0.1:$PORT -h /www & trap 'kill $!' TERM; wait"
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def _document(on_node: node.Node, image: str) -> dict[str, Any]:
         },
         "engine": {
             "kind": "command",
-            "command": ["/bin/sh", "-c", "exec /bin/busybox httpd -f -p 127.0.0.1:$PORT -h /www"],
+            "command": ["/bin/sh", "-c", _SERVER],
         },
         "replicas": {"min": 2},
         "routing": {"port": 0},
