@@ -12,7 +12,7 @@ import click
 from glowplug import settings
 from glowplug.startup import result, speed
 from glowplug.verbs.trace import until_options
-from imagefs import duration
+from imagefs import duration, errors
 
 if TYPE_CHECKING:
     from glowplug.readiness import Until
@@ -89,6 +89,9 @@ def command(
         raise click.UsageError("--seconds says nothing of a start: use --until-log or --until-http")
     if (result.TUNED in modes) != bool(others) and modes:
         raise click.UsageError("mode tuned and --containerd go together")
+    for path in filter(None, (document, page)):
+        if not path.absolute().parent.is_dir():  # said before the measurement, not after it
+            raise errors.InvalidInputError(f"{path}: its folder does not exist")
     link_speed = speed.Speed(speed.parse_rate(rate), duration.parse(rtt, "--rtt"))
     modes = tuple(mode for mode in result.MODES if mode in (modes or result.MODES))
     from glowplug.startup import measure, report, scratch, table
@@ -105,11 +108,11 @@ def command(
         workload = scratch.Workload(ref, source, cmd, environment, until)
         prepared = scratch.prepare(workload, modes, folder, say)
         measured = measure.measure(workload, prepared, modes, rivals, link_speed, runs, folder, say)
-    if document is not None:
-        document.write_text(json.dumps(measured.document(), indent=1) + "\n")
-    if page is not None:
-        page.write_text(report.page([measured]))
     click.echo(table.text(measured))
+    if document is not None:
+        document.write_text(json.dumps(measured.document(), indent=1) + "\n", encoding="utf-8")
+    if page is not None:
+        page.write_text(report.page([measured]), encoding="utf-8")
 
 
 def _rival(text: str) -> measure.Rival:

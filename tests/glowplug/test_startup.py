@@ -154,6 +154,7 @@ def test_a_command_that_fails_says_so_and_leaves_nothing(ref: str) -> None:
         (["oci:x", "--containerd", "/nowhere,mine"], 8, "/nowhere/containerd"),
         (["oci:x", "--mode", "tuned"], 2, "go together"),
         (["oci:x", "--mode", "pack", "--containerd", "/nowhere"], 2, "go together"),
+        (["oci:x", "--report", "/nowhere/page.html"], 3, "/nowhere/page.html"),
         (["nonsense"], 3, "nonsense"),
         (["oci:/nowhere", "--mode", "blocks"], 4, "/nowhere"),
     ],
