@@ -12,21 +12,22 @@ Callbacks run in fetcher threads, or in the caller's when the block was cached; 
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import logging
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from imagefs import blockmap, carrier, errors, fetchlog, framemask, frames, plan
-from imagefs.arrival import Arrival, Part
+from imagefs import answering, blockmap, blockreading, carrier, errors, fetchlog, framemask, frames, plan
+from imagefs.answering import Done, PartDone
+from imagefs.arrival import Arrival
 from imagefs.cache import BlockCache
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
@@ -37,16 +38,8 @@ if TYPE_CHECKING:  # what reads without a cluster need not load HTTP for peers
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-Done = Callable[[int | Exception], None]
-"""Called once: with a descriptor of the block, the callee's to close, or with the error."""
-PartDone = Callable[[int | Part | Exception], None]
-"""As Done, of one who asked for some frames, and may be answered with a Part."""
-
 _IDLE_SECONDS = 30.0
 _CHECK_THREADS = 2
-_READ_WINDOW_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +99,7 @@ class Fetcher:
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
         self._clock.start()
         if peers is not None:
-            peers.bind(self._want_in_place_of_peer, self._hand_out, self._call, self._log)
+            peers.bind(self._want_in_place_of_peer, answering.hand_out, answering.call, self._log)
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -147,7 +140,7 @@ class Fetcher:
         for answer in answers:
             self._refuse(answer, gone)
         for done in self._peers.forget(map_digest) if self._peers else ():
-            self._call(done, gone)
+            answering.call(done, gone)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -187,7 +180,7 @@ class Fetcher:
         block = known.layer.block_map.blocks[index]
         if block.zero:
             self._log.count(zero_hits=1)
-            self._reply(request, os.dup(self._zeros))
+            self._lend(request, self._zeros)
             return
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
@@ -215,27 +208,9 @@ class Fetcher:
             )
         if length == 0:
             return b""
-        ahead: collections.deque[tuple[concurrent.futures.Future[int], int, int]] = collections.deque()
-        end = offset + length
-        out = bytearray()
-        try:
-            while len(out) < length:
-                while offset < end and len(ahead) < _READ_WINDOW_BLOCKS:
-                    index, start = divmod(offset, block_map.block_bytes)
-                    count = min(block_map.block_bytes - start, end - offset)
-                    needed = framemask.touched(start, count, block_map.frame_bytes)
-                    ahead.append((self._future(map_digest, index, needed), start, count))
-                    offset += count
-                future, start, count = ahead.popleft()
-                fd = future.result()
-                try:
-                    out += os.pread(fd, count, start)
-                finally:
-                    os.close(fd)
-        finally:
-            for future, _, _ in ahead:
-                future.add_done_callback(_close_result)
-        return bytes(out)
+        return blockreading.read(
+            block_map, offset, length, functools.partial(self.request_frames, map_digest)
+        )
 
     def quiet_seconds(self, map_digest: str) -> float:
         """How long no read of the layer has missed the cache, or it has been attached. 0 if it is not."""
@@ -366,18 +341,6 @@ class Fetcher:
                 now = time.monotonic()
                 self._miss(known.layer, _Request(map_digest, ahead, Priority.READ_AHEAD, None, now, 0.0))
 
-    def _future(self, map_digest: str, index: int, needed: int) -> concurrent.futures.Future[int]:
-        future: concurrent.futures.Future[int] = concurrent.futures.Future()
-
-        def done(result: int | Part | Exception) -> None:
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result.fd if isinstance(result, Part) else result)
-
-        self.request_frames(map_digest, index, needed, done)
-        return future
-
     # -- threads -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -465,7 +428,7 @@ class Fetcher:
             self._calm.notify_all()
         self._log.count(frame_answers=len(served))
         for done in served:
-            self._hand_out_part(done, part)
+            answering.hand_out_part(done, part)
         os.close(part.fd)
 
     def ended(self, arrival: Arrival) -> None:
@@ -476,11 +439,15 @@ class Fetcher:
         nobody waits for while somebody waits. Not for ever, because an origin takes a reader that never reads
         for dead."""
         until = time.monotonic() + self._settings.read_deadline_seconds / 2
-        for piece in stream:
-            yield piece
+        while True:
+            # Before the first piece, too: that is when the request is made.
             with self._lock:
                 while not self._closed and self._plan.gives_way(fetch) and time.monotonic() < until:
                     self._calm.wait(until - time.monotonic())
+            piece = next(stream, b"")
+            if not piece:
+                return
+            yield piece
 
     def deliver(self, layer: LazyLayer, index: int, fd: int, outcome: str) -> None:
         with self._lock:
@@ -493,11 +460,11 @@ class Fetcher:
             return
         first, *others = answer.waiters
         for waiter in others:
-            self._hand_out(waiter, fd)
-        self._call(first, fd)  # the descriptor itself, to a reader: there may be none left to be had
+            answering.hand_out(waiter, fd)
+        answering.call(first, fd)  # the descriptor itself, to a reader: there may be none left to be had
 
     def fail(self, fetch: plan.Fetch, index: int, exc: Exception, *, more_origins: bool) -> None:
-        failure, error = _classify(exc)
+        failure, error = answering.classify(exc)
         if failure is plan.Failure.FINAL and more_origins:
             failure = plan.Failure.UNAVAILABLE
         retry_after = error.retry_after_seconds if isinstance(error, errors.UnavailableError) else None
@@ -523,50 +490,17 @@ class Fetcher:
         if answer.waiters:
             self._log.note(answer, "failed", 0)
         for waiter in answer.waiters:
-            self._call(waiter, error)
+            answering.call(waiter, error)
+
+    def _lend(self, request: _Request, fd: int) -> None:
+        if request.done is not None:
+            answering.hand_out(request.done, fd)
 
     def _reply(self, request: _Request, result: int | Exception) -> None:
         if request.done is not None:
-            self._call(request.done, result)
+            answering.call(request.done, result)
         elif isinstance(result, int):
             os.close(result)
-
-    def _hand_out_part(self, done: Done, part: Part) -> None:
-        try:
-            own = Part(os.dup(part.fd), part.frames)
-        except OSError as exc:
-            self._call(done, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
-        else:
-            # Only who asked for frames is given back by `frames_arrived`.
-            self._call(cast("PartDone", done), own)
-
-    def _hand_out(self, done: Done, fd: int) -> None:
-        try:
-            own = os.dup(fd)
-        except OSError as exc:
-            self._call(done, errors.UnavailableError(f"no descriptor left for a block: {exc}"))
-        else:
-            self._call(done, own)
-
-    def _call(self, done: Callable[[T], None], result: T) -> None:
-        try:
-            done(result)
-        except Exception:
-            # A thread that serves everybody must outlive one caller's mistake.
-            _log.exception("a callback for a fetched block failed")
-
-
-def _classify(exc: Exception) -> tuple[plan.Failure, errors.ImagefsError]:
-    """What an exception from an origin, from decoding or from the cache means for the plan."""
-    if isinstance(exc, errors.UnavailableError):
-        return plan.Failure.UNAVAILABLE, exc
-    if isinstance(exc, errors.DeniedError):
-        return plan.Failure.DENIED, exc
-    if isinstance(exc, errors.IntegrityError):
-        return plan.Failure.CORRUPT, exc
-    if isinstance(exc, errors.ImagefsError):
-        return plan.Failure.FINAL, exc
-    return plan.Failure.UNAVAILABLE, errors.UnavailableError(f"unexpected {type(exc).__name__}: {exc}")
 
 
 def _zeros() -> int:
@@ -580,8 +514,3 @@ def _zeros() -> int:
 
 def _closing() -> errors.UnavailableError:
     return errors.UnavailableError("the fetcher is closing")
-
-
-def _close_result(future: concurrent.futures.Future[int]) -> None:
-    if future.exception() is None:
-        os.close(future.result())

@@ -42,7 +42,7 @@ from imagefs.peersettings import PeerSettings
 from imagefs.plan import Priority
 
 if TYPE_CHECKING:
-    from imagefs.fetcher import Done
+    from imagefs.answering import Done
 
 _log = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 Pure: from the JSON of `starts.Starts.to_json` to text. A block's bar is pale while it waited for a
 connection, full while it was fetched, and pale again once its readers had their part of it; its colour says
-why it was wanted. Bars are packed into lanes, so that as many lanes are seen as blocks were under way at once.
+why it was wanted. Bars are packed into lanes, so that as many lanes are seen as blocks were under way at
+once.
 """
 
 from __future__ import annotations
