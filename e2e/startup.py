@@ -42,7 +42,7 @@ def measure(
 ) -> Iterator[result.Measurement]:
     """One workload, prepared once, on each link."""
     startup.check(modes)
-    said = re.compile(rf"^{workloads.READY}\b".encode())
+    said = re.compile(f"^{workloads.READY}".encode())
     until = readiness.Until(address=workload.url) if workload.url else readiness.Until(log=said)
     started = scratch.Workload(workload.name, workload.source, workload.command, (), until)
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
