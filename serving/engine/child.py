@@ -1,8 +1,9 @@
 """The engine as a child process: started in a session of its own, its output read line by line, ended whole.
 
 Owned by the supervisor, on its event loop. The group is what is killed: engines have children, and one that
-hangs must not leave them behind with the port and the accelerator. When the supervisor itself is killed the
-kernel kills the child (PR_SET_PDEATHSIG).
+hangs must not leave them behind with the port and the accelerator. The supervisor is their subreaper, so that
+it can wait until the last of them is gone, before the next start wants their memory. When the supervisor
+itself is killed the kernel kills the child (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from serving import errors
 _TAIL_LINES = 40
 _LINE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _AFTER_KILL_SECONDS = 20.0
+_REAP_SECONDS = 0.02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,6 +36,7 @@ class Child:
     def __init__(self, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
         self._process = process
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._ended = False
         self._reading = asyncio.create_task(self._read(on_line))
 
     @classmethod
@@ -45,6 +49,7 @@ class Child:
     ) -> Child:
         """ConfigurationError where the program cannot be started."""
         parent = os.getpid()
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
         def die_with_parent() -> None:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -91,7 +96,10 @@ class Child:
         return "\n".join([how, *list(self._tail)[-10:]])
 
     async def end(self, grace_seconds: float) -> None:
-        """SIGTERM, and SIGKILL for whatever is left of the group after that time."""
+        """SIGTERM, and SIGKILL for whatever is left of the group after that time. Again is no harm."""
+        if self._ended:
+            return
+        self._ended = True
         if self.running and grace_seconds > 0:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
@@ -100,11 +108,21 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutError):  # stuck in the kernel: the next start says what is missing
-            await asyncio.wait_for(self._process.wait(), _AFTER_KILL_SECONDS)
+            async with asyncio.timeout(_AFTER_KILL_SECONDS):
+                await self._process.wait()
+                await self._all_gone()
         # A grandchild that left the group may hold the pipe: what it says is not waited for.
         self._reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reading
+
+    async def _all_gone(self) -> None:
+        """The group's other processes are ours to reap, once their parent is gone."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, _ = os.waitpid(-self._process.pid, os.WNOHANG)
+                if pid == 0:
+                    await asyncio.sleep(_REAP_SECONDS)
 
     async def _read(self, on_line: Callable[[str], None]) -> None:
         assert self._process.stdout is not None

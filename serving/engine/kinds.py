@@ -12,7 +12,7 @@ import enum
 import itertools
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,10 +29,13 @@ from serving.engine.settings import Settings
 
 
 class Outcome(enum.Enum):
-    """What came of a probe. A living process may shed it; only the first says that the engine works."""
+    """What came of a probe: all but FAILED come from a process that lives."""
 
     ANSWERED = "answered"
+    REFUSED = "refused"
+    """A status below 500 that says no: what vLLM answers for a model that generates nothing."""
     SHED = "shed"
+    """429 or 503: full, or, of a command that starts, not yet."""
     FAILED = "failed"
 
 
@@ -51,6 +54,8 @@ class Kind(Protocol):
     proxied: bool
     """Whether requests go through the supervisor."""
     start_timeout_seconds: float
+    ready_by: Collection[Outcome]
+    """The outcomes of a probe that end a start."""
 
     def plan(self, listener: socket.socket) -> Plan:
         """How to start it. ConfigurationError."""
@@ -72,6 +77,7 @@ class Vllm:
     """vLLM in an interpreter of its own."""
 
     proxied = False
+    ready_by: Collection[Outcome] = (Outcome.ANSWERED, Outcome.REFUSED)
 
     def __init__(self, settings: Settings, engine: VllmEngine, directory: Path, ledger: Ledger) -> None:
         self._settings, self._engine = settings, engine
@@ -148,6 +154,7 @@ class Command:
     """Any program that serves HTTP on $PORT."""
 
     proxied = True
+    ready_by: Collection[Outcome] = (Outcome.ANSWERED,)
 
     def __init__(self, engine: CommandEngine, proxy: Proxy, cpus: int | None) -> None:
         self._engine, self._proxy = engine, proxy
@@ -192,9 +199,8 @@ async def _ask(
         return Outcome.ANSWERED, ""
     if response.status in (429, 503):
         return Outcome.SHED, f"status {response.status}: {text}"
-    # What vLLM answers for a model that generates nothing comes from its server process alone, but comes.
     failed = response.status >= 500
-    return Outcome.FAILED if failed else Outcome.SHED, f"status {response.status}: {text}"
+    return Outcome.FAILED if failed else Outcome.REFUSED, f"status {response.status}: {text}"
 
 
 def _free_port() -> int:

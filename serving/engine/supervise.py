@@ -57,7 +57,7 @@ class Supervisor:
             settings.health.probe_timeout_seconds,
         )
         self._leaving = asyncio.Event()
-        self._hurried = False
+        self._told = self._hurried = False
         self._phases = phases.begin(time.monotonic())
         self._took: Mapping[str, float] = {}
         self._ready_at: float | None = None
@@ -87,7 +87,7 @@ class Supervisor:
             writing = asyncio.create_task(self._write_metrics()) if proxy is None else None
             loop = asyncio.get_running_loop()
             for signum in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(signum, self.drain)
+                loop.add_signal_handler(signum, self._signalled)
             try:
                 await self._front.open(self._listener, control)
                 await self._front.accept()
@@ -127,9 +127,14 @@ class Supervisor:
         self._say("limit", in_flight=limits.in_flight, queue_requests=limits.queue_requests)
 
     def drain(self) -> None:
-        """Once: finish what is in flight, then end. Twice: end."""
-        self._hurried = self._leaving.is_set()
+        """Finish what is in flight, then end."""
         self._leaving.set()
+
+    def _signalled(self) -> None:
+        """The first signal is a drain. A second one is somebody who does not want to wait. One after
+        `POST /drain`, as a container's hook says it, is a first one."""
+        self._hurried, self._told = self._told, True
+        self.drain()
 
     def metrics(self) -> bytes:
         ledger = self._ledger
@@ -154,7 +159,13 @@ class Supervisor:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._leaving.wait(), pause)
                     return
-            ready_for = await self._one_life()
+            try:
+                ready_for = await self._one_life()
+            except errors.ServingError as exc:
+                if self._ready_at is None:
+                    raise
+                ready_for, self._reason = None, str(exc)
+                self._say("failed", reason=self._reason)
             if ready_for is None and self._ready_at is None:
                 raise errors.UnavailableError(f"the engine did not start: {self._reason}")
             if ready_for is not None and ready_for >= _SETTLED_SECONDS:
@@ -209,7 +220,7 @@ class Supervisor:
                 self._phases = phases.enter(self._phases, phases.FIRST_TOKEN, time.monotonic())
             for server in sorted(waiting_for or ()):
                 outcome, why = await self._probe(server)
-                if outcome is Outcome.FAILED:
+                if outcome not in self._kind.ready_by:
                     break
                 waiting_for = (waiting_for or set()) - {server}
             if waiting_for is not None and not waiting_for:

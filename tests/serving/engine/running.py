@@ -137,6 +137,16 @@ def engine(directory: Path, **document: Any) -> Iterator[Engine]:
         running.destroy()
 
 
+def group(leader: int) -> set[int]:
+    """All processes of a group, zombies too."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == leader:
+                found.add(int(stat.parent.name))
+    return found
+
+
 def gone(pid: int, seconds: float = 20.0) -> bool:
     """Whether a process ends within that time; a zombie has."""
     until = time.monotonic() + seconds

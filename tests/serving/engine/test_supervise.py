@@ -222,6 +222,40 @@ def test_an_engine_that_sheds_its_probes_is_alive(tmp_path: Path) -> None:
         assert engine.status()["state"] == "ready"
 
 
+def test_an_engine_that_says_not_yet_is_not_ready(tmp_path: Path) -> None:
+    with running.engine(tmp_path, engine=stub(STUB_LOADS_SECONDS="2"), health=QUICK) as engine:
+        engine.wait_for("starting")
+        assert engine.wait_for("ready")["phases"]["start"] >= 2
+        assert engine.complete(1)[0] == 200
+
+
+def test_no_process_of_a_crashed_engine_is_left(tmp_path: Path) -> None:
+    with running.engine(tmp_path, engine=stub(STUB_HELPER="1"), health=QUICK) as engine:
+        pid = engine.wait_for("ready")["pid"]
+        assert len(running.group(pid)) == 2
+        os.kill(pid, signal.SIGKILL)
+        engine.wait_for("ready", starts=2)
+        assert not running.group(pid)  # nor a zombie
+
+
+def test_an_engine_that_cannot_be_started_again_is_tried_again(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    text = f"#!/bin/sh\nexec {' '.join(stub()['command'])}\n"
+    program.write_text(text)
+    program.chmod(0o755)
+    described = {"kind": "command", "command": [str(program)]}
+    with running.engine(tmp_path, engine=described, health=QUICK) as engine:
+        pid = engine.wait_for("ready")["pid"]
+        program.unlink()
+        os.kill(pid, signal.SIGKILL)
+        while not any("No such file" in each["reason"] for each in engine.events("failed")):
+            time.sleep(0.05)
+        assert engine.ask("/livez")[0] == 200
+        program.write_text(text)
+        program.chmod(0o755)
+        engine.wait_for("ready")
+
+
 def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path) -> None:
     with running.engine(tmp_path, engine=stub(STUB_FAILS="1")) as engine:
         assert engine.process.wait(30) == 7
@@ -274,6 +308,7 @@ def test_a_drain_finishes_streams_and_says_close(tmp_path: Path) -> None:
                 time.sleep(0.01)
             assert engine.tell("POST", "/drain")[0] == 202
             engine.wait_for("draining")
+            engine.process.send_signal(signal.SIGTERM)  # as a kubelet, after the hook that said so
             assert engine.ask("/readyz")[0] == 503
             assert engine.ask("/livez")[0] == 200
             assert stream.result()[2].endswith(b"[DONE]\n\n")

@@ -90,20 +90,9 @@ def complete(engine: Engine, tokens: int, **more: Any) -> tuple[int, Any, bytes]
     return engine.ask("/v1/completions", {**wanted, **more})
 
 
-def workers(engine: Engine) -> list[int]:
-    """All processes of the engine, by their group."""
-    group = engine.status()["pid"]
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[2]) == group:
-                found.append(int(stat.parent.name))
-    return found
-
-
 def named(engine: Engine, name: str) -> int:
     """A process of the engine by what vLLM calls it."""
-    for pid in workers(engine):
+    for pid in running.group(engine.status()["pid"]):
         if name in Path(f"/proc/{pid}/comm").read_text():
             return pid
     raise AssertionError(f"no {name} among the engine's processes")
@@ -200,7 +189,7 @@ def test_a_full_engine_is_ready_and_shows_its_models(vllm: Engine) -> None:
 
 
 def test_last_a_drain_finishes_the_stream_and_leaves_nothing(vllm: Engine) -> None:
-    processes = workers(vllm)
+    processes = running.group(vllm.status()["pid"])
     assert len(processes) >= 4
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         stream = pool.submit(complete, vllm, 450, stream=True)
