@@ -35,19 +35,17 @@ def page(measurements: Sequence[Measurement]) -> str:
 
 
 def _headline(measurements: Sequence[Measurement]) -> str:
-    """How many times sooner the fastest cold lazy start is ready than the slowest pull."""
+    """How many times sooner the faster lazy start is ready than the faster pull."""
     ratios = []
     for measured in measurements:
         pulled = [series.ready_seconds for series in measured.series if series.mode in PULLED]
         lazy = [series.ready_seconds for series in measured.series if series.mode in (BLOCKS, PACK)]
         if pulled and lazy:
-            ratios.append(max(pulled) / min(lazy))
+            ratios.append(min(pulled) / min(lazy))
     if not ratios:
         return "Time to ready"
-    low, high = min(ratios), max(ratios)
-    return (
-        f"{low:.1f} times sooner ready" if len(ratios) == 1 else f"{low:.1f} to {high:.1f} times sooner ready"
-    )
+    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+    return f"{low if low == high else f'{low} to {high}'} times sooner ready than pulled"
 
 
 def _summary(measurements: Sequence[Measurement]) -> str:

@@ -89,6 +89,14 @@ def test_the_page_is_balanced_and_complete(count: int) -> None:
     assert page.count("<article>") == count
 
 
+def test_the_headline_is_against_the_faster_pull() -> None:
+    measured = sample()
+    faster = sample(series=(*measured.series, result.Series("tuned", "2.1", (start(6.0, 350_000_000),))))
+    assert "8.2 times sooner ready" in report.page([measured])
+    assert "3.0 times sooner ready" in report.page([faster])
+    assert "3.0 to 8.2 times sooner ready" in report.page([measured, faster])
+
+
 def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert not re.search(r"(?:src|href)=|url\(|@import|<script", report.page([sample()]))
 
