@@ -62,7 +62,7 @@ class _Request:
     done: Done | None
     wanted_at: float
     patience_seconds: float
-    has_other_way: bool = False
+    from_peer: bool = False
     frames: int = framemask.WHOLE
 
 
@@ -72,6 +72,7 @@ class _Attached:
     count: int
     origins: dict[str, Origin]
     missed_at: float
+    patience_seconds: float | None
 
 
 class Fetcher:
@@ -103,19 +104,22 @@ class Fetcher:
 
     # -- layers ------------------------------------------------------------------------------------
 
-    def attach(self, layer: LazyLayer) -> None:
+    def attach(self, layer: LazyLayer, patience_seconds: float | None = None) -> None:
         """Make a layer readable; as often as `detach`. The same layer from another origin adds that origin
-        as a second source. InvalidInputError for a block map that claims impossible sizes."""
+        as a second source. With `patience_seconds`, its readers have another way to the bytes: a demand waits
+        no longer than that, and nothing is read ahead. InvalidInputError for a block map that claims
+        impossible sizes."""
         frames.check_sizes(layer.block_map, layer.map_digest)
         with self._lock:
             known = self._layers.get(layer.map_digest)
             if known is None:
                 self._layers[layer.map_digest] = _Attached(
-                    layer, 1, {layer.origin.name: layer.origin}, time.monotonic()
+                    layer, 1, {layer.origin.name: layer.origin}, time.monotonic(), patience_seconds
                 )
                 self._plan.add_layer(layer.map_digest, layer.origin.name, layer.block_map)
             else:
                 known.count += 1
+                known.patience_seconds = known.patience_seconds or patience_seconds
                 known.origins[layer.origin.name] = layer.origin
 
     def replace_origins(self, map_digest: str, origins: Iterable[Origin]) -> None:
@@ -151,18 +155,16 @@ class Fetcher:
         priority: Priority,
         done: Done,
         *,
-        has_other_way: bool = False,
-        patience_seconds: float = 0.0,
+        from_peer: bool = False,
     ) -> None:
         """Ask for one block. `done` gets a descriptor of the uncompressed block from offset 0 (that of a
         zero block may be longer than the block), or an error: NotFoundError (layer not attached, blob gone),
         IntegrityError, or UnavailableError when the origin did not answer before the deadline. What is not
-        a demand is not retried: it gets the first error. So does one who `has_other_way` to the bytes
-        (another node, a reader who can do with blocks), unless that has some patience; that neither goes to a
-        peer nor says anything about what will be read next."""
-        patience = patience_seconds if has_other_way else self._settings.read_deadline_seconds
+        a demand is not retried: it gets the first error. So does another node (`from_peer`), which has the
+        origin itself; that neither goes to a peer nor says anything about what will be read next."""
+        patience = 0.0 if from_peer else self._patience_seconds(map_digest)
         wanted_at = time.monotonic()
-        self._request(_Request(map_digest, index, priority, done, wanted_at, patience, has_other_way))
+        self._request(_Request(map_digest, index, priority, done, wanted_at, patience, from_peer))
 
     def request_frames(self, map_digest: str, index: int, frames: int, done: PartDone) -> None:
         """As `request` at demand priority, of one who can do with these frames (framemask.py) of the block:
@@ -192,7 +194,7 @@ class Fetcher:
             self._checkers.submit(self._check, request)
         else:
             self._miss(known.layer, request)
-        if request.priority is Priority.DEMAND and not request.has_other_way:
+        if request.priority is Priority.DEMAND and not request.from_peer and known.patience_seconds is None:
             self._read_ahead(map_digest, index)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
@@ -256,7 +258,7 @@ class Fetcher:
 
     def _miss(self, layer: LazyLayer, request: _Request) -> None:
         """The cache lacks it: the block's home among the peers is asked, or the origin."""
-        peers = None if request.has_other_way else self._peers
+        peers = None if request.from_peer else self._peers
         wanted = (request.index, request.priority, request.done, request.wanted_at)
         if peers is None or not peers.ask(layer, *wanted):
             self._want(request)
@@ -269,8 +271,14 @@ class Fetcher:
     def _want_in_place_of_peer(
         self, map_digest: str, index: int, priority: Priority, done: Done | None, wanted_at: float
     ) -> None:
-        patience = self._settings.read_deadline_seconds
+        patience = self._patience_seconds(map_digest)
         self._want(_Request(map_digest, index, priority, done, wanted_at, patience))
+
+    def _patience_seconds(self, map_digest: str) -> float:
+        """How long a demand waits for a block of the layer before its reader is told why."""
+        known = self._layers.get(map_digest)
+        own = None if known is None else known.patience_seconds
+        return self._settings.read_deadline_seconds if own is None else own
 
     def _want(self, request: _Request) -> None:
         """The origin is asked. Only demands have any patience."""

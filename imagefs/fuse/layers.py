@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagefs import blockmap, bootpack, errors, eviction, frames, peers, plan, reference
+from imagefs import blockmap, bootpack, bootstream, errors, eviction, frames, peers, plan, reference
 from imagefs.arrival import Part
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
@@ -423,25 +423,28 @@ class Layers:
         self._peers.configure(PeerSettings.from_json(document) if document is not None else None)
 
     def peer_block(self, map_digest: str, index: int, priority: Priority, done: peering.Done) -> None:
-        """One block for another node; NotFoundError where the layer is not attached."""
+        """One block, or frame of a boot pack, for another node; NotFoundError where the layer is not
+        attached."""
         served = self._by_digest.get(map_digest)
-        if served is None or not 0 <= index < len(served.layer.block_map.blocks):
+        layer = served.layer if served is not None else self._packs.layer(map_digest)
+        if layer is None or not 0 <= index < len(layer.block_map.blocks):
             done(
                 errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block"), 0
             )
             return
-        length = served.layer.block_map.block_length(index)
+        length = layer.block_map.block_length(index)
 
         def arrived(result: int | Exception) -> None:
             if isinstance(result, int):
                 self._fetcher.count(served_blocks=1, served_bytes=length)
             done(result, length)
 
-        self._fetcher.request(map_digest, index, priority, arrived, has_other_way=True)
+        self._fetcher.request(map_digest, index, priority, arrived, from_peer=True)
 
     def _peer_target(self, map_digest: str, index: int, priority: Priority) -> str | None:
         served = self._by_digest.get(map_digest)
-        return peering.encode_target(served.record.spec, index, priority) if served else None
+        spec = served.record.spec if served is not None else self._packs.layer_spec(map_digest)
+        return peering.encode_target(spec, index, priority) if spec is not None else None
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -467,7 +470,7 @@ class Layers:
             origin = self._origin(Source(spec.origin_ref, origins))
             table = self._read_table(spec, origin)
             block_maps = {layer.map_digest: layer.block_map for layer in self._layers_of(owner)}
-            started = self._packs.start(owner, spec.table_digest, table, block_maps, origin)
+            started = self._packs.start(owner, spec, table, block_maps, origin)
         except (errors.ImagefsError, OSError) as exc:
             _log(f"{owner}: its boot pack is not used: {exc}")
             return []
@@ -515,7 +518,9 @@ class Layers:
         if "sha256:" + hashlib.sha256(data).hexdigest() != spec.map_digest:
             path.unlink(missing_ok=True)
             raise errors.IntegrityError(f"{path}: the block map's bytes are not {spec.map_digest}")
-        block_map = blockmap.decode(data)
+        # A peer that starts an image with a boot pack names its table: to us the frames are blocks.
+        is_table = data.startswith(bootpack.MAGIC)
+        block_map = bootstream.block_map(bootpack.decode(data)) if is_table else blockmap.decode(data)
         frames.check_sizes(block_map, spec.map_digest)
         self._check_blob(spec, block_map)
         return block_map, data

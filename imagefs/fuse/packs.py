@@ -9,6 +9,8 @@ frames are asked for, and when they are not.
 * All frames that bring something new are wanted, in order of first read, at Priority.BOOT, from the moment
   that the pack is attached: before the first reader. A demand overtakes; a reader of an expected page waits
   for its frame, which goes to the front.
+* A peer is asked for a frame as for a block, and knows the pack as a layer whose block map is the table: each
+  frame has its home among the nodes, whichever of them start the image.
 * No pack is in the way of a read: a frame that failed once, or whose blocks are all here, is refused, and the
   worker reads blocks instead. A pack whose data is gone, or forbidden, is given up as a whole.
 * Nothing is kept about what has arrived but the cache itself: a successor asks for what that lacks.
@@ -29,7 +31,7 @@ from imagefs import blockmap, bootpack, bootstream, errors
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, Priority
 from imagefs.fuse import packlayout, wire
-from imagefs.fuse.devices import device_name
+from imagefs.fuse.devices import LayerSpec, PackSpec, device_name
 from imagefs.fuse.packlayout import Extent
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
@@ -57,6 +59,7 @@ class _Pack:
 
     device: wire.Device
     layer: LazyLayer
+    spec: LayerSpec
     worth: bootstream.Worth
     extents: Mapping[str, list[Extent]]
     owners: set[str]
@@ -84,7 +87,7 @@ class Packs:
     def start(
         self,
         owner: str,
-        table_digest: str,
+        spec: PackSpec,
         table: bootpack.Table,
         block_maps: Mapping[str, blockmap.BlockMap],
         origin: Origin,
@@ -93,15 +96,15 @@ class Packs:
         of the devices that got it. InvalidInputError and IntegrityError for a table that does not
         belong to them."""
         with self._lock:
-            known = self._by_digest.get(table_digest)
+            known = self._by_digest.get(spec.table_digest)
             if known is not None:
                 known.owners.add(owner)
                 return []
             bootpack.check_layers(table, block_maps)
-            pack = self._made(table_digest, table, block_maps, origin)
+            pack = self._made(spec, table, block_maps, origin)
             pack.owners.add(owner)
-            self._fetcher.attach(pack.layer)
-            self._by_digest[table_digest] = self._by_node[pack.device.node] = pack
+            self._fetcher.attach(pack.layer, self._patience_seconds)
+            self._by_digest[spec.table_digest] = self._by_node[pack.device.node] = pack
         self._stream(pack)
         return _devices(pack)
 
@@ -116,12 +119,23 @@ class Packs:
             for pack in gone:
                 del self._by_digest[pack.layer.map_digest], self._by_node[pack.device.node]
         for pack in gone:
-            self._fetcher.detach(pack.layer.map_digest)
+            if pack.error is None:  # else it was detached then
+                self._fetcher.detach(pack.layer.map_digest)
         return Stopped(
             devices=[name for pack in gone for name in _devices(pack)],
             table_digests=[pack.layer.map_digest for pack in gone],
             nodes=[pack.device.node for pack in gone],
         )
+
+    def layer(self, table_digest: str) -> LazyLayer | None:
+        """The pack as the layer that peers ask for, its frames being the blocks; None if it is not here."""
+        pack = self._by_digest.get(table_digest)
+        return None if pack is None or pack.error is not None else pack.layer
+
+    def layer_spec(self, table_digest: str) -> LayerSpec | None:
+        """What a peer is told of it, which may have to fetch for us."""
+        pack = self._by_digest.get(table_digest)
+        return None if pack is None else pack.spec
 
     def digests(self) -> set[bytes]:
         """Of all frames of all packs: the cache lets go of them last."""
@@ -185,15 +199,13 @@ class Packs:
             index,
             Priority.DEMAND,
             arrived,
-            has_other_way=True,
-            patience_seconds=self._patience_seconds,
         )
 
     # -- inside ------------------------------------------------------------------------------------
 
     def _made(
         self,
-        table_digest: str,
+        spec: PackSpec,
         table: bootpack.Table,
         block_maps: Mapping[str, blockmap.BlockMap],
         origin: Origin,
@@ -201,7 +213,8 @@ class Packs:
         value = bootstream.block_map(table)
         return _Pack(
             device=_device(next(self._nodes), value),
-            layer=LazyLayer(table_digest, table.data_digest, value, origin),
+            layer=LazyLayer(spec.table_digest, table.data_digest, value, origin),
+            spec=_layer_spec(spec),
             worth=bootstream.Worth(table, block_maps),
             extents={
                 map_digest: [Extent(record.first_page, record.pages, at) for record, at in records]
@@ -255,6 +268,10 @@ class Packs:
             pack.error = str(error)
             pack.failed.update(range(len(pack.layer.block_map.blocks)))
             self._fetcher.detach(pack.layer.map_digest)
+
+
+def _layer_spec(spec: PackSpec) -> LayerSpec:
+    return LayerSpec(spec.origin_ref, spec.table_digest, spec.table_size, spec.data_digest, spec.data_size)
 
 
 def _devices(pack: _Pack) -> list[str]:

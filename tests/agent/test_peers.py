@@ -27,7 +27,7 @@ from agent.observer import Observer
 from imagefs import errors, peerhttp, plan
 from imagefs.fuse import control, peering
 from imagefs.peersettings import PeerSettings
-from tests.imagefs.fuse import stack
+from tests.imagefs.fuse import packing, stack
 
 pytestmark = pytest.mark.root
 
@@ -152,6 +152,57 @@ def test_a_second_node_reads_through_the_first(
             "waiting": 0,
         }
         assert origin.requests - before <= 12, "the home asks for each block once"
+
+
+def _frames(pack: packing.Pack, index: int) -> bytes:
+    """What a frame of a pack of LAYER holds."""
+    (piece, *others) = list(pack.table.pieces())[index]
+    assert not others
+    return IMAGE[piece.first_page * 4096 :][: piece.pages * 4096]
+
+
+@pytest.mark.parametrize("home_starts_it", [True, False])
+def test_a_boot_pack_comes_from_a_peer(
+    tmp_path: Path,
+    home: control.DeviceClient,
+    values: control.ServerSettings,
+    origin: stack.BlobServer,
+    home_starts_it: bool,
+) -> None:
+    """Whether or not that node starts the image, too; a reader waits for what is on its way."""
+    pack = packing.make([LAYER], [(0, 10, 100)] if home_starts_it else [(0, 20, 100)])
+    spec = packing.add(origin, pack)
+    with (
+        sharing(home, values, origins=(origin.ref(),)) as node,
+        stack.running(stack.settings(tmp_path)) as asker,
+    ):
+        if home_starts_it:
+            home.attach("started", [LAYER.spec(origin.ref())], stack.OPTIONS, spec)
+        asker.set_peers(PeerSettings("127.0.0.1:1", (node.address,)))
+        (device,) = asker.attach("image", [LAYER.spec(origin.ref())], stack.OPTIONS, spec)
+        assert stack.Reader(device).outcome() == stack.digest(IMAGE)
+        stack.eventually(lambda: asker.status()["boot_packs"][0]["present_frames"] == 7, "all frames")
+        assert asker.status()["fetch"]["origin_requests"] == 0
+        as_layer = control.LayerSpec(
+            origin.ref(), spec.table_digest, spec.table_size, spec.data_digest, spec.data_size
+        )
+        for index in (0, 6):
+            assert node.block(as_layer, index) == (200, _frames(pack, index))
+        found = [d for d in home.status()["devices"] if d["map_digest"] == spec.table_digest]
+        assert [d["owners"] for d in found] == ([] if home_starts_it else [[f"peer:{spec.table_digest}"]])
+        assert node.block(as_layer, 7)[0] == 404
+        home.detach("started")
+
+
+def test_frames_come_from_the_origin_where_the_peer_is_dead(tmp_path: Path, origin: stack.BlobServer) -> None:
+    pack = packing.make([LAYER], [(0, 30, 100)])
+    with stack.running(stack.settings(tmp_path)) as asker:
+        asker.set_peers(PeerSettings("127.0.0.1:1", (f"127.0.0.1:{free_port()}",)))
+        spec = packing.add(origin, pack)
+        (device,) = asker.attach("image", [LAYER.spec(origin.ref())], stack.OPTIONS, spec)
+        assert stack.Reader(device).outcome() == stack.digest(IMAGE)
+        stack.eventually(lambda: asker.status()["boot_packs"][0]["present_frames"] == 7, "all frames")
+        assert asker.status()["boot_packs"][0]["failed_frames"] == 0
 
 
 def test_a_layer_that_only_others_use_is_attached_and_let_go(

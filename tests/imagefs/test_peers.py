@@ -212,7 +212,7 @@ def test_what_a_peer_asks_for_never_goes_to_a_peer(tmp_path: pathlib.Path, peer:
     with bench(tmp_path, peer) as made:
         index = made.at_peer()[0]
         done = made.answers.expect("peer's")
-        made.fetcher.request(made.layer.map_digest, index, Priority.DEMAND, done, has_other_way=True)
+        made.fetcher.request(made.layer.map_digest, index, Priority.DEMAND, done, from_peer=True)
         assert isinstance(made.answers.wait(["peer's"])[0], int)
         assert not peer.asked
         assert made.from_origin() == [index]
@@ -225,7 +225,7 @@ def test_what_a_peer_asks_for_gets_the_first_error(tmp_path: pathlib.Path, peer:
     with bench(tmp_path, peer) as made:
         made.origin.before = refuse
         done = made.answers.expect("peer's")
-        made.fetcher.request(made.layer.map_digest, 0, Priority.DEMAND, done, has_other_way=True)
+        made.fetcher.request(made.layer.map_digest, 0, Priority.DEMAND, done, from_peer=True)
         assert isinstance(made.answers.wait(["peer's"])[0], errors.UnavailableError)
 
 

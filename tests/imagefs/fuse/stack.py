@@ -115,7 +115,7 @@ class BlobServer:
         self.arrived = threading.Semaphore(0)
         self.dead = False
         self.cut_after_bytes: int | None = None
-        """Of the next answer, and then it is dead."""
+        """Where in any blob its answers break off."""
         self.sent_until: Callable[[int], int] = lambda end: end
         """Of bytes up to that place in a blob, where an answer stops for now; asked again and again."""
         self._cuts = 0
@@ -168,9 +168,9 @@ class BlobServer:
         if status == 206:
             handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         handler.end_headers()
-        if self.cut_after_bytes is not None and end - start > self.cut_after_bytes:
-            end = start + self.cut_after_bytes
-            self.dead = handler.close_connection = True
+        if self.cut_after_bytes is not None and end > self.cut_after_bytes:
+            end = max(start, self.cut_after_bytes)
+            handler.close_connection = True
         with contextlib.suppress(OSError):
             cuts = self._cuts
             while start < end:

@@ -232,13 +232,14 @@ def test_an_origin_that_dies_in_the_middle_of_the_frames(tmp_path: Path, blobs: 
     layer = _layer()
     pack = packing.make([layer], [(0, 0, 512)])
     frame_pages = pack.table.frames[0].uncompressed_bytes // 4096
-    values = stack.settings(tmp_path, read_deadline_seconds=60.0)
+    values = stack.settings(tmp_path, read_deadline_seconds=8.0)
     with stack.running(values) as client:
         blobs.cut_after_bytes = 3 * pack.table.frames[0].compressed_bytes + 1
         (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
-        eventually(lambda: _pack_status(client)["failed_frames"] > 0, "frames fail")
-        status = _pack_status(client)
-        assert 3 <= status["present_frames"] < status["frames"]
+        frames = len(pack.table.frames)
+        eventually(lambda: _pack_status(client)["failed_frames"] == frames - 3, "frames fail")
+        assert _pack_status(client)["present_frames"] == 3
+        blobs.dead = True
         fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
         assert _read_direct(fd, 0, 3 * frame_pages) == layer.image[: 3 * frame_pages * 4096]
         os.close(fd)
