@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from glowplug import endpoints
+from glowplug.verbs import endpoint_stress
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _document_argument = click.argument("document", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -134,6 +135,9 @@ def scale(name: str, replicas: int, state_dir: Path) -> None:
 def delete(name: str, state_dir: Path) -> None:
     """Drain endpoint NAME, end it, forget it."""
     _client(state_dir, name).post("/api/v1/delete")
+
+
+command.add_command(endpoint_stress.stress)
 
 
 def _client(state_dir: Path, name: str) -> Any:
