@@ -28,20 +28,17 @@ from typing import Any
 
 from serving import errors
 from serving.endpoint import VllmEngine
-from serving.engine import front, gate, health, kinds, limiter, metrics, phases
+from serving.engine import front, gate, health, kinds, limiter, metrics, phases, watch
 from serving.engine.child import Child
-from serving.engine.kinds import Outcome
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
 from serving.engine.settings import Settings
 from serving.engine.state import Limits, State
 
-_TICK_SECONDS = 0.5
 _FIRST_PAUSE_SECONDS = 1.0
 _MOST_PAUSE_SECONDS = 60.0
 _SETTLED_SECONDS = 60.0
 """An engine that was ready for so long did not fail for how it was started: the next start is at once."""
-_OVERSLEPT_SECONDS = 5.0
 _END_SECONDS = 5.0
 """For the engine's own shutdown, once nothing is in flight."""
 
@@ -219,7 +216,7 @@ class Supervisor:
                 waiting_for = set(self._kind.servers())
                 self._phases = phases.enter(self._phases, phases.FIRST_TOKEN, time.monotonic())
             for server in sorted(waiting_for or ()):
-                outcome, why = await self._probe(server)
+                outcome, why = await watch.probe(self._kind, server, self._policy)
                 if outcome not in self._kind.ready_by:
                     break
                 waiting_for = (waiting_for or set()) - {server}
@@ -241,56 +238,19 @@ class Supervisor:
 
     async def _watch(self, child: Child) -> str | None:
         """Why the engine ended or was found hung; None when it is to leave."""
-        now = time.monotonic()
-        watches = {number: health.begin(progress, now) for number, progress in self._kind.servers().items()}
-        probes: dict[int, asyncio.Task[tuple[Outcome, str]]] = {}
+        watching = watch.Watching(self._kind, self._policy, time.monotonic())
         try:
             while not self._leaving.is_set():
-                before = time.monotonic()
-                await self._tick(child, _TICK_SECONDS)
-                now = time.monotonic()
+                await self._tick(child, watch.TICK_SECONDS)
                 if not child.running:
                     return child.why()
-                if (overslept := now - before - _TICK_SECONDS) > _OVERSLEPT_SECONDS:
-                    watches = {number: health.slept(watch, overslept) for number, watch in watches.items()}
-                servers = self._kind.servers()
-                for number in watches:
-                    watch = self._weigh(watches[number], servers.get(number), probes.get(number), now)
-                    if (task := probes.get(number)) is not None and task.done():
-                        del probes[number]
-                    if number not in probes and health.probe_due(watch, self._policy, now):
-                        watch = health.probing(watch, now)
-                        probes[number] = asyncio.create_task(self._probe(number))
-                    watches[number] = watch
-                    if (why := health.hung(watch, self._policy, now)) is not None:
-                        self._hangs += 1
-                        self._ledger.set_state(State.HUNG)
-                        return f"server process {number} hangs: {why}"
+                if (why := watching.look(time.monotonic())) is not None:
+                    self._hangs += 1
+                    self._ledger.set_state(State.HUNG)
+                    return why
         finally:
-            for task in probes.values():
-                task.cancel()
-            await asyncio.gather(*probes.values(), return_exceptions=True)
+            await watching.close()
         return None
-
-    @staticmethod
-    def _weigh(
-        watch: health.Watch, progress: int | None, probe: asyncio.Task[tuple[Outcome, str]] | None, now: float
-    ) -> health.Watch:
-        """What this tick brought for one server process."""
-        if progress is not None:
-            watch = health.observed(watch, progress, now)
-        if probe is None or not probe.done():
-            return watch
-        outcome, why = probe.result()
-        return health.unanswered(watch, why) if outcome is Outcome.FAILED else health.answered(watch, now)
-
-    async def _probe(self, server: int) -> tuple[Outcome, str]:
-        limit = self._policy.probe_timeout_seconds
-        try:
-            async with asyncio.timeout(limit):
-                return await self._kind.probe(server)
-        except TimeoutError:
-            return Outcome.FAILED, f"no answer within {limit:g} s"
 
     async def _leave(self, child: Child) -> None:
         """Routers are given time to notice; what is in flight, and what waits, is finished; then the end."""
