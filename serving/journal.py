@@ -7,51 +7,13 @@ is let go of by the kernel when the holder dies. One thread.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from serving import endpoint, errors
-from serving.controller import Rollout
-from serving.endpoint import Endpoint
-from serving.providers.record import write_whole
-
-_KEPT_REVISIONS = 20
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Revision:
-    """A document that was applied. `note` says what became of it."""
-
-    number: int
-    applied_at: float
-    document: Endpoint
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class State:
-    """`revisions` oldest first, the last one wanted; `scaled`: replicas as `endpoint scale` said, instead of
-    the document's least; `port`: where Envoy listens."""
-
-    revisions: tuple[Revision, ...] = ()
-    rollout: Rollout = dataclasses.field(default_factory=Rollout)
-    scaled: int | None = None
-    port: int | None = None
-
-    @property
-    def wanted(self) -> Revision:
-        """The document in force."""
-        return self.revisions[-1]
-
-    def with_document(self, document: Endpoint, now: float, note: str = "") -> State:
-        """Another document in force."""
-        number = self.revisions[-1].number + 1 if self.revisions else 1
-        kept = (*self.revisions, Revision(number, now, document, note))[-_KEPT_REVISIONS:]
-        return dataclasses.replace(self, revisions=kept, scaled=None)
+from serving import errors, history, wholefile
+from serving.history import History
 
 
 class Journal:
@@ -70,10 +32,10 @@ class Journal:
             ) from exc
         self.state = self._read()
 
-    def write(self, state: State) -> None:
+    def write(self, state: History) -> None:
         """Keep this, if it is new."""
         if state != self.state:
-            write_whole(self._file, json.dumps(_to_json(state)))
+            wholefile.write(self._file, json.dumps(history.to_json(state)))
             self.state = state
 
     def close(self) -> None:
@@ -84,47 +46,13 @@ class Journal:
     def _file(self) -> Path:
         return self.directory / "journal.json"
 
-    def _read(self) -> State:
+    def _read(self) -> History:
         try:
-            return _from_json(json.loads(self._file.read_bytes()))
+            return history.from_json(json.loads(self._file.read_bytes()))
         except FileNotFoundError:
-            return State()
+            return History()
         except (ValueError, TypeError, KeyError, errors.DocumentError) as exc:
             raise errors.ConfigurationError(
                 f"{self._file} cannot be read ({exc}); it was written by another version of glowplug: "
                 "end its replicas, remove the folder and serve the document anew"
             ) from exc
-
-
-def _to_json(state: State) -> dict[str, Any]:
-    return {
-        "revisions": [
-            {
-                "number": each.number,
-                "applied_at": each.applied_at,
-                "document": each.document.model_dump(mode="json"),
-                "note": each.note,
-            }
-            for each in state.revisions
-        ],
-        "rollout": state.rollout.to_json(),
-        "scaled": state.scaled,
-        "port": state.port,
-    }
-
-
-def _from_json(value: dict[str, Any]) -> State:
-    return State(
-        revisions=tuple(
-            Revision(
-                each["number"],
-                each["applied_at"],
-                endpoint.from_json(json.dumps(each["document"])),
-                each["note"],
-            )
-            for each in value["revisions"]
-        ),
-        rollout=Rollout.from_json(value["rollout"]),
-        scaled=value["scaled"],
-        port=value["port"],
-    )

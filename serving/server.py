@@ -378,7 +378,7 @@ class Server:
                 started_at=self._started_at,
                 now=time.time(),
                 address=self.address,
-                state=state,
+                history=state,
                 weights=self._weights,
                 replicas=self._replicas,
                 traffic=self._traffic,

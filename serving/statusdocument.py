@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving import changes
-from serving.journal import State
+from serving.history import History
 from serving.replica import Replica
 from serving.traffic import Traffic
 
@@ -39,7 +39,7 @@ class View:
     started_at: float
     now: float
     address: tuple[str, int]
-    state: State
+    history: History
     weights: Mapping[str, int]
     replicas: Sequence[Replica]
     traffic: Traffic
@@ -49,9 +49,9 @@ class View:
 
 def make(view: View) -> dict[str, Any]:
     """The document."""
-    wanted, rollout = view.state.wanted, view.state.rollout
+    wanted, rollout = view.history.wanted, view.history.rollout
     document = wanted.document
-    scaled = view.state.scaled
+    scaled = view.history.scaled
     return {
         "name": view.name,
         "pid": view.pid,

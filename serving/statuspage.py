@@ -6,8 +6,8 @@ every two seconds. Every text that came from elsewhere is escaped.
 
 from __future__ import annotations
 
+import datetime
 import html
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,7 +128,8 @@ def _traffic(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _table(replicas: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     heads = ("replica", "state", "version", "address", "in flight", "req/s", "requests", "failed", "")
     yield '<div class="card flush"><table id="replicas"><tr>'
-    yield "".join(f"<th>{each}</th>" for each in heads) + "</tr>"
+    yield "".join(f"<th{' class=n' if 4 <= at < 8 else ''}>{each}</th>" for at, each in enumerate(heads))
+    yield "</tr>"
     for each in replicas:
         style = _STATE_CLASSES.get(each["state"], "soft")
         numbers = (each["in_flight"], f"{each['per_second']:.1f}", each["issued"], each["errors"])
@@ -148,6 +149,7 @@ def _starts(replicas: Sequence[Mapping[str, Any]], now: float) -> Iterator[str]:
     if not starts:
         yield '<div class="card soft">No replica has started yet.</div>'
         return
+    names = list(dict.fromkeys(phase for each, took in starts for phase, _ in _phases(each["phases"], took)))
     longest = max(0.1, *(took for _, took in starts))
     per_second = (_WIDTH - _LABELS - 90) / longest
     yield f'<div class="card"><svg id="starts" viewBox="0 0 {_WIDTH} {len(starts) * _ROW + 4}" role="img" '
@@ -156,9 +158,9 @@ def _starts(replicas: Sequence[Mapping[str, Any]], now: float) -> Iterator[str]:
         top = row * _ROW + 3
         yield f'<text class="label" x="{_LABELS - 8}" y="{top + 11}">{_text(each["name"])}</text>'
         at = 0.0
-        for number, (phase, seconds) in enumerate(_phases(each["phases"], took)):
+        for phase, seconds in _phases(each["phases"], took):
             width = max(1.0, seconds * per_second)
-            hue = _HUES[number % len(_HUES)]
+            hue = _HUES[names.index(phase) % len(_HUES)]
             box = f'x="{_LABELS + at * per_second:.1f}" y="{top}" width="{width:.1f}" height="{_ROW - 6}"'
             title = f"<title>{_text(phase)}: {_seconds(seconds)}</title>"
             yield f'<rect {box} fill="{hue}">{title}</rect>'
@@ -166,20 +168,23 @@ def _starts(replicas: Sequence[Mapping[str, Any]], now: float) -> Iterator[str]:
         end = _LABELS + max(took, at) * per_second + 6
         done = "" if each["ready_at"] else " so far"
         yield f'<text x="{end:.1f}" y="{top + 11}">{_seconds(took)}{done}</text>'
-    yield "</svg></div>"
+    yield '</svg><p class="soft">'
+    for number, phase in enumerate(names):
+        yield f'<span style="color: {_HUES[number % len(_HUES)]}">&#9632;</span> {_text(phase)} &nbsp;'
+    yield "</p></div>"
 
 
 def _phases(phases: Mapping[str, float], took: float) -> list[tuple[str, float]]:
-    """The phases, and what of the whole they leave unexplained."""
+    """The phases that the engine reports, after what came before them: process or container, supervisor."""
     named = [(name, seconds) for name, seconds in phases.items() if seconds > 0]
     rest = took - sum(seconds for _, seconds in named)
-    return [*named, ("other", rest)] if rest > 0.001 else named
+    return [("launch", rest), *named] if rest > 0.001 else named
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield '<div class="card flush"><table id="events">'
     for each in reversed(events[-_SHOWN_EVENTS:]):
-        at = time.strftime("%H:%M:%S", time.gmtime(each["at"]))
+        at = datetime.datetime.fromtimestamp(each["at"], datetime.UTC).strftime("%H:%M:%S")
         yield f'<tr><td class="soft">{at} UTC</td><td class="w">{_text(each["text"])}</td></tr>'
     yield "</table></div>"
 

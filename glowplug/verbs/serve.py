@@ -46,9 +46,9 @@ def command(document: Path, state_dir: Path, status_address: tuple[str, int] | N
     running = server.Server(wanted, server.Options(state_dir, status_address))
     running.start()
     host, port = running.address
-    click.echo(f"http://{host}:{port}")
     if running.status_address is not None:
         click.echo("status page: http://{}:{}".format(*running.status_address), err=True)
+    click.echo(f"http://{host}:{port}")
     sys.stdout.flush()
 
     def end(signum: int, frame: types.FrameType | None) -> None:

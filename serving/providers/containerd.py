@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serving import endpoint, errors
@@ -47,7 +47,7 @@ class ContainerdLauncher:
         assert wanted.image is not None  # refused by the document
         self._images[wanted.image] = self._pull(wanted.image)
 
-    def start(self, record: Record, wanted: Endpoint, folder: Path) -> str:
+    def start(self, record: Record, wanted: Endpoint, folder: Path, known: Callable[[str], None]) -> None:
         """See fleet.Launcher."""
         engine = wanted.engine
         assert isinstance(engine, endpoint.CommandEngine)
@@ -56,7 +56,7 @@ class ContainerdLauncher:
             self._images[wanted.image] = self._pull(wanted.image)
         script = self._script(record, wanted, engine, self._images[wanted.image])
         inside = engine.model_copy(update={"command": ("sh", "-c", script), "environment": {}})
-        return self._processes.start(record, wanted.model_copy(update={"engine": inside}), folder)
+        self._processes.start(record, wanted.model_copy(update={"engine": inside}), folder, known)
 
     def ended(self, record: Record) -> str | None:
         """See fleet.Launcher."""

@@ -23,10 +23,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from serving import changes, endpoint, errors
+from serving import changes, endpoint, errors, wholefile
 from serving.endpoint import Endpoint
 from serving.providers import backoff, engineclient, enginecommand
-from serving.providers.record import Record, Shelf, write_whole
+from serving.providers.record import Record, Shelf
 from serving.replica import Replica, State
 
 _KEPT_FAILED = 10
@@ -48,8 +48,9 @@ class Launcher(Protocol):
         """Whether replicas of this endpoint can be started here. Fetches what a first start would wait
         for."""
 
-    def start(self, record: Record, wanted: Endpoint, folder: Path) -> str:
-        """Start it; the handle by which it is known from now on. Its output goes to `folder`/log."""
+    def start(self, record: Record, wanted: Endpoint, folder: Path, known: Callable[[str], None]) -> None:
+        """Start it, its output to `folder`/log. `known` is called with the handle by which it is found again,
+        before it does anything: without that, a server that is killed here would leave it to nobody."""
 
     def ended(self, record: Record) -> str | None:
         """Why it is no longer there; None while it is."""
@@ -88,7 +89,7 @@ class Fleet:
         """See Provider."""
         self._launcher.check(endpoint_)
         version = changes.version(endpoint_)
-        write_whole(self._version_file(version), endpoint.to_json(endpoint_))
+        wholefile.write(self._version_file(version), endpoint.to_json(endpoint_))
         self._current = endpoint_
         return version
 
@@ -159,12 +160,16 @@ class Fleet:
         record = Record(name, version, ("127.0.0.1", _free_port()), self._clock(), limit=limit)
         self._write(record)
         try:
-            handle = self._launcher.start(record, wanted, self._shelf.folder(name))
+            self._launcher.start(
+                record,
+                wanted,
+                self._shelf.folder(name),
+                lambda handle: self._write(dataclasses.replace(record, handle=handle)),
+            )
         except errors.ServingError as exc:
             self._write(dataclasses.replace(record, failed_at=self._clock(), reason=str(exc)))
             _log.error("replica %s could not be started: %s", name, exc)
             return
-        self._write(dataclasses.replace(record, handle=handle))
         _log.info("replica %s of version %s started", name, version)
 
     def _follow(self, record: Record, now: float) -> None:

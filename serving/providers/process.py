@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from serving import endpoint, errors
@@ -22,6 +23,8 @@ from serving.providers.record import Record
 
 GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
 """The command, of this very installation."""
+_GATE = ("sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
+"""Becomes the program once it is told to; ends when whoever would have told it ends."""
 _STAT_STATE, _STAT_SESSION, _STAT_STARTED = 0, 3, 19
 """Fields of /proc/PID/stat, counted from behind the command's name."""
 
@@ -43,7 +46,7 @@ class ProcessLauncher:
                 require_program("engine.python", engine.python)
         require_model(wanted)
 
-    def start(self, record: Record, wanted: Endpoint, folder: Path) -> str:
+    def start(self, record: Record, wanted: Endpoint, folder: Path, known: Callable[[str], None]) -> None:
         """See fleet.Launcher."""
         settings = folder / enginecommand.SETTINGS
         settings.write_text(
@@ -60,8 +63,8 @@ class ProcessLauncher:
         try:
             with (folder / enginecommand.LOG).open("ab") as log:
                 child = subprocess.Popen(
-                    [*GLOWPLUG, "engine", "--config", str(settings)],
-                    stdin=subprocess.DEVNULL,
+                    [*_GATE, *GLOWPLUG, "engine", "--config", str(settings)],
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -69,7 +72,10 @@ class ProcessLauncher:
         except OSError as exc:
             raise errors.ConfigurationError(f"the engine cannot be started: {exc}") from exc
         self._children[child.pid] = child
-        return f"{child.pid}:{_started(child.pid)}"
+        known(f"{child.pid}:{_started(child.pid)}")
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that is gone already has `ended`
+            child.stdin.write(b"\n")
 
     def ended(self, record: Record) -> str | None:
         """See fleet.Launcher."""
@@ -100,8 +106,10 @@ class ProcessLauncher:
         if not record.handle:
             return
         pid, _, started = record.handle.partition(":")
-        targets = [int(pid)] if _started(int(pid)) == started else []
-        if whole:
+        now = _started(int(pid))
+        targets = [int(pid)] if now == started else []
+        if whole and now in (started, None):
+            # A leader that is gone keeps its number for as long as there are members.
             targets += [each for each in _session(int(pid)) if each not in targets]
         for target in targets:
             with contextlib.suppress(ProcessLookupError):

@@ -7,15 +7,15 @@ place: whoever reads it, after a kill at any moment, finds one state or the next
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from serving import wholefile
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Shelf:
                 document: dict[str, Any] = json.loads((folder / "record.json").read_bytes())
                 host, port = document.pop("address")
                 found[folder.name] = Record(address=(str(host), int(port)), **document)
-            except (OSError, ValueError, TypeError) as exc:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
                 _log.warning("%s has no usable record (%s); removed", folder, exc)
                 shutil.rmtree(folder, ignore_errors=True)
         return found
@@ -68,19 +68,8 @@ class Shelf:
         """Make or replace a record."""
         folder = self.folder(record.name)
         folder.mkdir(mode=0o700, exist_ok=True)
-        write_whole(folder / "record.json", json.dumps(dataclasses.asdict(record)))
+        wholefile.write(folder / "record.json", json.dumps(dataclasses.asdict(record)))
 
     def remove(self, name: str) -> None:
         """A replica's folder, log and all."""
         shutil.rmtree(self.folder(name), ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file's text at once: who reads finds the old one or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        draft.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()

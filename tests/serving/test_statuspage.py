@@ -1,0 +1,73 @@
+"""The page and the metrics, whatever an engine put into a text."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import endpoint, statusdocument, statuspage, traffic
+from serving.history import History
+from serving.replica import Replica, State
+from serving.router.reports import Counts, Report
+from tests.serving.served import document
+
+
+def _status(reason: str = "", phases: dict[str, float] | None = None) -> dict[str, Any]:
+    seen = traffic.Traffic("chat")
+    replicas = [
+        Replica("r1", "v", ("127.0.0.1", 1), State.READY, 1.0, 4.0, phases or {}, "", reason),
+        Replica("r2", "v", ("127.0.0.1", 2), State.FAILED, 1.0, reason=reason),
+    ]
+    seen.settle(replicas)
+    for at in range(3):
+        seen.report(Report("envoy", 1.0, {"chat": {("127.0.0.1", 1): Counts(2, 10, 1)}}, {}), float(at))
+    history = History().with_document(endpoint.load(yaml.safe_dump(document()), "e"), 1.0)
+    view = statusdocument.View(
+        name="chat",
+        pid=1,
+        started_at=1.0,
+        now=time.time(),
+        address=("127.0.0.1", 80),
+        history=history,
+        weights={"v": 100},
+        replicas=replicas,
+        traffic=seen,
+        events=[statusdocument.Event(1.0, reason)],
+        envoys=[],
+    )
+    return statusdocument.make(view)
+
+
+def test_requests_are_summed_by_replica_and_version() -> None:
+    status = _status()
+    first = status["replicas"][0]
+    assert (first["in_flight"], first["issued"], first["errors"]) == (2, 30, 3)
+    assert status["versions"] == {"v": {"issued": 30, "errors": 3}}
+    text = statusdocument.metrics(status).decode()
+    assert 'glowplug_endpoint_requests_total{endpoint="chat",version="v"} 30' in text
+    assert 'glowplug_endpoint_failed_requests_total{endpoint="chat",version="v"} 3' in text
+
+
+_PHASES = st.dictionaries(st.text(max_size=5), st.floats(0, 10), max_size=4)
+
+
+@given(st.text(alphabet="<>&\"'ab", max_size=30), _PHASES)
+def test_no_text_becomes_markup(reason: str, phases: dict[str, float]) -> None:
+    page = statuspage.render(_status(f"<script>{reason}", phases))
+    assert "<script" not in page
+    assert "http-equiv" in page
+
+
+def test_quantiles_are_envoy_s() -> None:
+    stats = b"""{"stats": [{"histograms": {"supported_quantiles": [0, 50, 95, 99, 100], "computed_quantiles":
+    [
+        {"name": "x", "values": [{"interval": null, "cumulative": 1}, {"interval": 2, "cumulative": 20},
+        {"interval": 2, "cumulative": 30}, {"interval": 2, "cumulative": 40}, {"interval": 2, "cumulative":
+        50}]}]}}]}"""
+    assert statusdocument.quantiles(stats) == {"p50": 0.02, "p95": 0.03, "p99": 0.04}
+    for none in (b"", b"[]", b'{"stats": []}', b'{"stats": [{"histograms": {}}]}'):
+        assert statusdocument.quantiles(none) == {}
