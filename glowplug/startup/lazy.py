@@ -1,7 +1,7 @@
 """The lazy start: the `glowplug` command, as a user would call it, on the link's client side.
 
 State, cache and mounts lie in a folder of the caller's. What the device server knows about its fetches is
-asked of it while the started process still runs: it ends with the last mount. Needs root.
+asked of it once the started process is ready; it is held so long, and stopped after each start. Needs root.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from imagefs import errors, kernelreadahead, platforms
 from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
+_OWNER = "bench"
 _NOT_FOUND = 4
 """The command's exit code for what is not there."""
 
@@ -88,28 +89,44 @@ class Glowplug:
         *,
         near: bool = False,
     ) -> list[dict[str, Any]]:
-        """`glowplug run`, as one start; the device server's fetch events until it was ready, none where ready
-        means that it has ended. Over the link or, `near`, from the registry's side of it."""
+        """`glowplug run`, as one start; the device server's fetch events until it was ready. Over the link,
+        or, `near`, from the registry's side of it."""
         events: list[dict[str, Any]] = []
         side = self.link.server if near else self.link.client
         options = ["--plain-http", *self._storage(), *_environment(environment), f"docker://{image}"]
         run = side.command([*self.starter, "run", *options, "--", *command])
         until = dataclasses.replace(until, network=side.file)
         watch = timeline.Watch(self._has_overlay, lambda: events.extend(self._events()))
-        timeline.follow(run, clock, until, watch)
+        try:
+            timeline.follow(run, clock, until, watch)
+        finally:
+            self._stop_server()
         return events
 
     def _has_overlay(self, pid: int) -> bool:
-        """Whether the root filesystem stands in the mount namespace of `glowplug run`."""
+        """Whether the root filesystem stands in the mount namespace of `glowplug run`. From then on the
+        device server is held: of a program that is ready when it ends, it would be gone unasked."""
         try:
             lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
         except OSError:
             return False
-        return any(" - overlay " in line and str(self.folder) in line for line in lines)
+        if not any(" - overlay " in line and str(self.folder) in line for line in lines):
+            return False
+        with contextlib.suppress(errors.ImagefsError):  # it has ended already
+            if client := control.DeviceClient.connect(self.folder / "state"):
+                client.hold(_OWNER)
+        return True
 
     def _events(self) -> list[dict[str, Any]]:
         client = control.DeviceClient.connect(self.folder / "state")
         return [] if client is None else client.events()
+
+    def _stop_server(self) -> None:
+        """Let go of the device server, which ends unless a mount of ours still needs it."""
+        with contextlib.suppress(errors.ImagefsError, OSError):
+            if client := control.DeviceClient.connect(self.folder / "state"):
+                client.detach(_OWNER)
+                client.stop_if_idle()
 
     @contextlib.contextmanager
     def mounted(self, image: str, directory: Path, *, near: bool = False) -> Iterator[None]:

@@ -122,6 +122,16 @@ def test_ready_when_an_address_answers_from_a_block_image_that_has_a_pack(
     assert 0 not in {fetch["layer"] for fetch in blocks["starts"][0]["fetches"]}
 
 
+def test_what_is_ready_when_it_ends_has_its_blocks_told_too(ref: str, tmp_path: Path) -> None:
+    document = tmp_path / "out.json"
+    words = _bench(ref, "--runs", 1, "--mode", "blocks", "--json", document, "--", "cat", "/data/read")
+    said = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    (start,) = json.loads(document.read_text())["series"][0]["starts"]
+    assert {fetch["layer"] for fetch in start["fetches"]} == {0, 1}
+    assert start["waits"] > 0
+
+
 def test_an_interrupt_leaves_nothing(ref: str) -> None:
     words = _bench(ref, "--mode", "containerd", "--mode", "blocks", "--runs", 50, "--", "sleep", "3")
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
