@@ -70,7 +70,7 @@ def _measurement(measured: Measurement) -> str:
         f"{table.megabytes(measured.source_bytes)} as the source image is stored",
         f"{table.megabytes(measured.unpacked_bytes)} unpacked" if measured.unpacked_bytes else "",
         f"medians of {len(measured.series[0].starts)}",
-        f"ready when {measured.until}",
+        f"ready: {measured.until}",
     ]
     command = shlex.join(measured.command) or "the image's own command"
     sections = [

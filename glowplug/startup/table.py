@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glowplug.startup.result import MARKS, Measurement, Series
+from glowplug.startup.result import BLOCKS, MARKS, PACK, PULLED, Measurement, Series
 
 
 def seconds(value: float | None) -> str:
@@ -50,7 +50,7 @@ def text(measured: Measurement) -> str:
     rows += [(series.label, *row(measured, series)) for series in measured.series]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
     count = len(measured.series[0].starts)
-    head = f"{measured.image}, {measured.speed}, medians of {count}; ready when {measured.until}"
+    head = f"{measured.image}, {measured.speed}, medians of {count}; ready: {measured.until}"
     lines = [head, ""]
     for label, *cells in rows:
         body = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
@@ -62,13 +62,16 @@ def _ratios(measured: Measurement) -> list[str]:
     """How many times sooner each lazy kind is ready than each pull."""
     lines = []
     for series in measured.series:
-        if series.mode not in ("blocks", "pack"):
+        if series.mode not in (BLOCKS, PACK):
             continue
-        sooner = [
-            f"{other.ready_seconds / series.ready_seconds:.1f} times sooner than {other.label}"
-            for other in measured.series
-            if other.mode in ("containerd", "tuned")
+        compared = [
+            f"{_ratio(series, other)} than {other.label}" for other in measured.series if other.mode in PULLED
         ]
-        if sooner:
-            lines.append(f"{series.label}: {', '.join(sooner)}")
+        if compared:
+            lines.append(f"{series.label}: {', '.join(compared)}")
     return lines
+
+
+def _ratio(series: Series, other: Series) -> str:
+    sooner = other.ready_seconds / series.ready_seconds
+    return f"{sooner:.1f} times sooner" if sooner >= 1 else f"{1 / sooner:.1f} times later"

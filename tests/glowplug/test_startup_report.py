@@ -153,6 +153,13 @@ def test_the_table_says_the_figures(text: str) -> None:
     assert text in table.text(sample())
 
 
+def test_a_lazy_start_that_is_slower_is_called_so() -> None:
+    slow = result.Series("blocks", "by blocks", (start(20.5, 1_000_000),))
+    assert "by blocks: 1.3 times later than containerd" in table.text(
+        sample(series=(*sample().series[:1], slow))
+    )
+
+
 def test_the_document_is_the_same_measurement() -> None:
     document = json.loads(json.dumps(sample().document()))
     pack = next(series for series in document["series"] if series["mode"] == "pack")
