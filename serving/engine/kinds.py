@@ -141,9 +141,11 @@ class Vllm:
     def _key(self) -> str | None:
         """vLLM's own API key, if its settings give it one: the probe is asked for it as everybody is."""
         arguments = self._engine.arguments
-        for name, value in itertools.pairwise(arguments):
+        for name, value in itertools.pairwise([*arguments, ""]):
             if name == "--api-key":
                 return value
+            if name.startswith("--api-key="):
+                return name.partition("=")[2]
         return self._engine.environment.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
 
     async def close(self) -> None:

@@ -176,7 +176,8 @@ class Supervisor:
         self._ledger.set_state(State.STARTING)
         self._phases = phases.begin(time.monotonic())
         plan = self._kind.plan(self._listener)
-        self._say("starting", start=self._starts, command=list(plan.command))
+        # Not its arguments: keys may be among them.
+        self._say("starting", start=self._starts, program=plan.command[0])
         child = self._child = await Child.start(
             plan.command, plan.environment, plan.descriptors, self._on_line
         )

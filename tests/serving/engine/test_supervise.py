@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -57,6 +58,27 @@ def test_requests_reach_the_engine_as_they_were(shared: Engine) -> None:
     assert seen["headers"]["traceparent"] == trace
     assert seen["headers"]["Accept"] == "x/y"
     assert "connection" not in headers
+
+
+@pytest.mark.parametrize("status", [204, 302, 304, 404, 500, 503])
+def test_answers_without_a_body_pass(shared: Engine, status: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=30)
+    with contextlib.closing(connection):
+        for method in ("GET", "HEAD", "DELETE"):  # on one connection: each answer ends where it should
+            connection.request(method, f"/status/{status}")
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (status, b"")
+            assert response.getheader("location") == "/echo"
+
+
+def test_bodies_pass_as_they_are_encoded(shared: Engine) -> None:
+    status, headers, body = shared.ask("/packed", headers={"Accept-Encoding": "gzip"})
+    assert (status, headers["content-encoding"], gzip.decompress(body)) == (200, "gzip", b"packed")
+    connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=30)
+    with contextlib.closing(connection):
+        pieces = iter([b"a" * 70_000, b"b" * 5])
+        connection.request("POST", "/echo", pieces, {"Expect": "100-continue"}, encode_chunked=True)
+        assert json.loads(connection.getresponse().read())["bytes"] == 70_005
 
 
 def test_a_stream_passes_piece_by_piece(shared: Engine) -> None:
