@@ -85,6 +85,7 @@ class Server:
         self._replicas: list[Replica] = []
         self._weights: dict[str, int] = {}
         self._keys = _Keys()
+        self._trouble: str | None = None
         self._router = Router(
             f"unix:{self._directory / 'xds.sock'}",
             on_load=lambda report: self._traffic.report(report, time.time()),
@@ -124,8 +125,16 @@ class Server:
         while not self._stopping.is_set():
             with contextlib.suppress(queue.Empty):
                 self._asked.get(timeout=_TURN_SECONDS)()
-            self._turn()
+            try:
+                self._turn()
+            except (errors.ServingError, OSError) as exc:  # a full disk, say: requests go on, so do we
+                self._troubled(str(exc))
+            else:
+                self._trouble = None
         self._end()
+        with contextlib.suppress(queue.Empty):
+            while True:  # who asked as we stopped must not wait for ever
+                self._asked.get_nowait()()
 
     def stop(self) -> None:
         """Have `run` drain and return."""
@@ -232,6 +241,12 @@ class Server:
                 self._event(note)
                 return
         raise errors.ServingError(f"the document of version {rollout.stable} is no longer known")
+
+    def _troubled(self, what: str) -> None:
+        """A turn that failed, and is tried again in the next: said when it begins."""
+        if what != self._trouble:
+            self._trouble = what
+            self._event(f"the endpoint is not controlled: {what}")
 
     def _event(self, text: str) -> None:
         self._events.append(statusdocument.Event(time.time(), text))
