@@ -11,7 +11,7 @@ _MODEL = "/opt/model"
 _SERVING = (
     "tokenizers==0.22.1",
     "safetensors==0.7.0",
-    "huggingface_hub==1.0.1",
+    "huggingface_hub==1.3.0",
     "regex==2025.11.3",
     "pyyaml==6.0.3",
     "tqdm==4.67.1",

@@ -67,6 +67,7 @@ def end_with_input() -> None:
 
 def main() -> None:
     """Load, try, listen."""
+    transformers.utils.logging.disable_progress_bar()
     application = Application(sys.argv[1])
     application.generate("def", 1)
     if stat.S_ISFIFO(os.fstat(0).st_mode):
