@@ -7,10 +7,14 @@ serve at all (starting, failed, hung, leaving), and is never said because of loa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
-from serving.engine.state import State
+from serving import errors
+from serving.engine.state import Limits, State
 
 LIVE, READY, STARTED, METRICS = "/livez", "/readyz", "/startupz", "/metrics"
 PROBES = frozenset({LIVE, READY, STARTED})
@@ -19,6 +23,7 @@ _UNCOUNTED = frozenset({METRICS, "/health", "/ping", "/version", "/v1/models", "
 """Paths of engines that cost nothing and are asked for by monitors: a full engine still answers them."""
 
 _MOST_RETRY_SECONDS = 60
+_MOST = 100_000
 
 
 def counts(path: str) -> bool:
@@ -48,3 +53,20 @@ def retry_after_seconds(ahead: int, limit: int, mean_seconds: float) -> int:
 def refusal(status: int, message: str, kind: str) -> bytes:
     """A body that clients of the OpenAI API understand."""
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+
+
+def limits(document: Any, now: Limits) -> Limits:
+    """What the body of `POST /limit` asks for; keys that it leaves out stay. DocumentError."""
+    if not isinstance(document, dict):
+        raise errors.DocumentError(f"a limit is written {json.dumps({'in_flight': now.in_flight})}")
+    fields: dict[str, Callable[[Any], bool]] = {
+        "in_flight": lambda v: isinstance(v, int) and 1 <= v <= _MOST,
+        "queue_requests": lambda v: isinstance(v, int) and 0 <= v <= _MOST,
+        "queue_seconds": lambda v: isinstance(v, (int, float)) and 0 < v <= 86_400,
+    }
+    for key, value in document.items():
+        if key not in fields:
+            raise errors.DocumentError(f"{key}: unknown key; known here: {', '.join(fields)}")
+        if isinstance(value, bool) or not fields[key](value):
+            raise errors.DocumentError(f"{key}: {value!r} is out of range")
+    return dataclasses.replace(now, **document)

@@ -11,10 +11,9 @@ Runs on the supervisor's event loop.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +26,6 @@ from serving.engine.proxy import Proxy
 from serving.engine.state import Limits, State
 
 _MAX_CONTROL_BYTES = 1 << 16
-_MOST = 100_000
 _PATH_BYTES = 107
 """What the kernel takes for a unix socket's address."""
 
@@ -145,8 +143,8 @@ class Front:
     async def _limit(self, request: web.Request) -> web.Response:
         """`{"in_flight": 8}`, and `queue_requests`, `queue_seconds` where they change, too."""
         try:
-            wanted = _limits(await request.json(), self._ledger.limits)
-        except (ValueError, errors.DocumentError) as exc:
+            wanted = admission.limits(await request.json(), self._ledger.limits)
+        except (ValueError, RecursionError, errors.DocumentError) as exc:
             return web.json_response({"error": str(exc)}, status=400)
         self._engine.set_limits(wanted)
         return web.json_response(dataclasses.asdict(wanted))
@@ -169,19 +167,3 @@ def listen(address: str, port: int) -> socket.socket:
             f"port: {address}:{port}: {exc.strerror or exc}; choose another, or 0 for a free one"
         ) from exc
     return listener
-
-
-def _limits(document: Any, now: Limits) -> Limits:
-    if not isinstance(document, dict):
-        raise errors.DocumentError(f"a limit is written {json.dumps({'in_flight': now.in_flight})}")
-    fields: dict[str, Callable[[Any], bool]] = {
-        "in_flight": lambda v: isinstance(v, int) and 1 <= v <= _MOST,
-        "queue_requests": lambda v: isinstance(v, int) and 0 <= v <= _MOST,
-        "queue_seconds": lambda v: isinstance(v, (int, float)) and 0 < v <= 86_400,
-    }
-    for key, value in document.items():
-        if key not in fields:
-            raise errors.DocumentError(f"{key}: unknown key; known here: {', '.join(fields)}")
-        if isinstance(value, bool) or not fields[key](value):
-            raise errors.DocumentError(f"{key}: {value!r} is out of range")
-    return dataclasses.replace(now, **document)

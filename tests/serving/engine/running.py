@@ -20,7 +20,7 @@ import yaml
 from tests.fixtures import block_images
 
 STUB = Path(__file__).parents[2] / "fixtures" / "stub_engine.py"
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
 _END_SECONDS = 40.0
 
 QUICK = {"stall_seconds": 2.0, "probe_interval_seconds": 0.5, "probe_timeout_seconds": 1.0}

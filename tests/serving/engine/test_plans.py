@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from serving import errors
 from serving.endpoint import VllmEngine
 from serving.engine import admission, processors, settings, vllm
-from serving.engine.state import State
+from serving.engine.state import Limits, State
 
 
 def _vllm(**given: object) -> tuple[settings.Settings, VllmEngine]:
@@ -186,6 +187,26 @@ def test_probes_map_states() -> None:
     assert answers[admission.READY] == {State.READY}
     assert answers[admission.STARTED] == {State.READY, State.DRAINING}
     assert answers[admission.LIVE] == set(State) - {State.HUNG}
+
+
+_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+
+
+@given(
+    st.dictionaries(st.sampled_from(["in_flight", "queue_requests", "queue_seconds", "x"]), _VALUES) | _VALUES
+)
+def test_any_body_is_limits_that_can_be_kept_or_an_error(document: object) -> None:
+    now = Limits(4, 2, 1.5)
+    try:
+        wanted = admission.limits(document, now)
+    except errors.DocumentError:
+        assert document != {}
+        return
+    assert wanted.in_flight >= 1
+    assert wanted.queue_requests >= 0
+    assert 0 < wanted.queue_seconds <= 86_400
+    assert isinstance(document, dict)
+    assert dataclasses.replace(now, **document) == wanted
 
 
 @given(st.integers(0, 10_000), st.integers(1, 1_000), st.floats(0, 1e6))
