@@ -30,13 +30,14 @@ def main(descriptor: int, arguments: list[str]) -> None:
         log = importlib.import_module("vllm.logger")
         platforms = importlib.import_module("vllm.platforms")
     except ModuleNotFoundError as exc:
-        sys.exit(f"glowplug: this vLLM has no {exc.name}; glowplug engine works with 0.32")
+        what = "no vLLM" if exc.name == "vllm" else f"a vLLM without {exc.name}"
+        sys.exit(f"{sys.executable} has {what}; name an interpreter with vLLM 0.32 (engine.python, --python)")
 
     def inherited(*_: Any, **__: Any) -> socket.socket:
         return socket.socket(fileno=socket.dup(descriptor))
 
     if not hasattr(launcher, "create_server_socket"):
-        sys.exit(f"glowplug: this vLLM's {_LAUNCHER} makes its socket in another way; use 0.32")
+        sys.exit(f"{sys.executable}: this vLLM's {_LAUNCHER} makes its socket in another way; use vLLM 0.32")
     launcher.create_server_socket = inherited  # type: ignore[attr-defined]
     if platforms.current_platform.is_cpu():
         # What vLLM 0.32 saves of a CPU model ahead of time it cannot load ('function' object has no attribute

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -282,6 +283,15 @@ def test_a_first_start_that_fails_ends_with_the_reason(tmp_path: Path) -> None:
     with running.engine(tmp_path, engine=stub(STUB_FAILS="1")) as engine:
         assert engine.process.wait(30) == 7
         assert "ValueError: no such checkpoint" in engine.log.read_text().splitlines()[-1]
+
+
+def test_an_interpreter_without_vllm_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with running.engine(
+        tmp_path, engine={"kind": "vllm", "python": sys.executable}, model=str(tmp_path)
+    ) as engine:
+        assert engine.process.wait(60) == 7
+        assert f"{sys.executable} has no vLLM; name" in engine.log.read_text()
 
 
 def test_a_first_start_that_never_ends_is_ended(tmp_path: Path) -> None:
