@@ -22,9 +22,12 @@ def service(
     replicas: Sequence[Replica],
     weights: Mapping[str, int],
     port: int,
+    *,
     keys: tuple[Key, ...] = (),
+    activator: tuple[str, int] | None = None,
 ) -> Service:
-    """The endpoint as it is to be routed now. `port` is the document's, or the one that was found for 0."""
+    """The endpoint as it is to be routed now. `port` is the document's, or the one that was found for 0;
+    `activator` gets the requests while no replica is healthy."""
     backends = tuple(
         Backend(
             each.address[0],
@@ -43,6 +46,7 @@ def service(
         backends=backends,
         version_weights=dict(weights),
         keys=keys,
+        activator=activator,
         settings=RouteSettings(
             request_timeout_seconds=routing.request_timeout_seconds,
             stream_idle_seconds=routing.idle_timeout_seconds,

@@ -25,7 +25,6 @@ import os
 import queue
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from serving import (
     controller,
     errors,
     journal,
+    ports,
     providers,
     routes,
     statusapi,
@@ -46,14 +46,17 @@ from serving import (
 )
 from serving.endpoint import Endpoint
 from serving.endpoint import load as load_document
+from serving.holding import Holding
+from serving.keyfile import KeyFile
 from serving.replica import Provider, Replica, State
 from serving.router import bootstrap
 from serving.router.control import Router
 from serving.router.envoy import Envoy
-from serving.service import Key
 
 _TURN_SECONDS = 0.1
 _KEPT_EVENTS = 200
+_HOLDING_SECONDS = 10.0
+"""How long a start waits for the activator, so that the first requests are held and not refused."""
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,13 +87,14 @@ class Server:
         self._started_at = time.time()
         self._replicas: list[Replica] = []
         self._weights: dict[str, int] = {}
-        self._keys = _Keys()
+        self._keys = KeyFile()
         self._trouble: str | None = None
         self._router = Router(
             f"unix:{self._directory / 'xds.sock'}",
             on_load=lambda report: self._traffic.report(report, time.time()),
         )
         (self._directory / "envoy").mkdir(mode=0o700, exist_ok=True)
+        self._holding = Holding(self._directory, document.name, f"unix:{self._directory / 'xds.sock'}")
         self._envoy = Envoy(
             self._directory / "envoy",
             bootstrap.Settings(
@@ -106,16 +110,21 @@ class Server:
     # -- life --------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Returns when the endpoint is being brought up. What is wrong with document or machine is raised,
-        and nothing is left of the attempt."""
+        """Returns when requests are taken; until a replica is ready, they are held. What is wrong with
+        document or machine is raised, and nothing is left of the attempt."""
         try:
             self._apply(self._first)
             self._choose_port()
             self._router.start()
             self._api.start()
-            self._turn()
             self._envoy.start()
             self._envoy.keep_open([self.address])
+            self._turn()
+            until = time.monotonic() + _HOLDING_SECONDS
+            while self._holding.ensure() is None and time.monotonic() < until:
+                time.sleep(_TURN_SECONDS)
+            self._turn()
+            self._envoy.wait_ready()
         except BaseException:
             self._abandon()
             raise
@@ -158,6 +167,7 @@ class Server:
         self._provider.close()
         if self._fresh:
             self._envoy.stop()
+            self._holding.stop()
             shutil.rmtree(self._directory, ignore_errors=True)
         self._journal.close()
 
@@ -165,6 +175,7 @@ class Server:
         settings = self._wanted.drain
         self._event("draining: no new connections are taken")
         self._envoy.stop(settings.seconds)
+        self._holding.stop()
         self._observe()
         while self._replicas:  # bounded: the provider kills who does not finish in the drain's time
             self._provider.drain([each.name for each in self._replicas])
@@ -227,8 +238,15 @@ class Server:
     def _route(self) -> None:
         port = self._journal.state.port
         assert port is not None
-        keys = self._keys.read(self._wanted.limits.keys_file)
-        self._router.update([routes.service(self._wanted, self._replicas, self._weights, port, keys)])
+        routed = routes.service(
+            self._wanted,
+            self._replicas,
+            self._weights,
+            port,
+            keys=self._keys.read(self._wanted.limits.keys_file),
+            activator=self._holding.ensure(),
+        )
+        self._router.update([routed])
 
     def _rolled_back(self, why: str, rollout: controller.Rollout) -> None:
         """The document goes back with the traffic, or the next turn would begin the same update again."""
@@ -258,7 +276,7 @@ class Server:
         old = state.wanted.document if state.revisions else None
         found = changes.plan(old, document)
         if document.limits.keys_file is not None:
-            self._keys.read(document.limits.keys_file)
+            self._keys.check(document.limits.keys_file)
         moved = old is None or _place(old) != _place(document)
         if moved:
             _require_free(*_place(document))
@@ -403,49 +421,19 @@ class Server:
         )
 
 
-class _Keys:
-    """The API keys of a file, read again when it changes; a file that turned bad keeps the keys it had."""
-
-    def __init__(self) -> None:
-        self._stamp: tuple[str, int, int] | None = None
-        self._keys: tuple[Key, ...] = ()
-
-    def read(self, file: str | None) -> tuple[Key, ...]:
-        """The keys now. The first reading of a file may fail: DocumentError."""
-        if file is None:
-            self._stamp, self._keys = None, ()
-            return ()
-        try:
-            found = os.stat(file)
-            stamp = (file, found.st_mtime_ns, found.st_size)
-            if stamp == self._stamp:
-                return self._keys
-            keys = routes.keys(Path(file).read_text(), file)
-        except (OSError, UnicodeDecodeError, errors.DocumentError) as exc:
-            if self._stamp is not None and self._stamp[0] == file:
-                return self._keys
-            raise errors.DocumentError(f"limits.keys_file: {exc}; write the file, or name another") from exc
-        self._stamp, self._keys = stamp, keys
-        return keys
-
-
 def _place(document: Endpoint) -> tuple[str, int]:
     return document.routing.address, document.routing.port
 
 
 def _require_free(address: str, port: int) -> int:
     """The port that can be listened on: this one, or any for 0. ConfigurationError."""
-    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as exc:
-            raise errors.ConfigurationError(
-                f"routing.port: cannot listen on {address}:{port}: {exc.strerror}; name another port, "
-                "or 0 for any that is free"
-            ) from exc
-        return int(probe.getsockname()[1])
+    try:
+        return ports.probe(address, port)
+    except OSError as exc:
+        raise errors.ConfigurationError(
+            f"routing.port: cannot listen on {address}:{port}: {exc.strerror}; name another port, "
+            "or 0 for any that is free"
+        ) from exc
 
 
 def _shown_changes(found: list[changes.Change]) -> dict[str, Any]:

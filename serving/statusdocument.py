@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from serving import changes
 from serving.history import History
 from serving.replica import Replica
+from serving.router.reports import ACTIVATOR_PREFIX
 from serving.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -74,8 +75,11 @@ def make(view: View) -> dict[str, Any]:
         "traffic": [dataclasses.asdict(each) for each in view.traffic.samples()[-_SHOWN_SAMPLES:]],
         "versions": {name: dataclasses.asdict(count) for name, count in view.traffic.versions().items()},
         "events": [dataclasses.asdict(each) for each in view.events],
+        "held": view.traffic.held(),
         "envoys": [
-            {"node": each.id, "current": each.current, "refused": each.refused} for each in view.envoys
+            {"node": each.id, "current": each.current, "refused": each.refused}
+            for each in view.envoys
+            if not each.id.startswith(ACTIVATOR_PREFIX)
         ],
     }
 
@@ -148,6 +152,9 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield "# TYPE glowplug_endpoint_in_flight gauge"
     for each in status["replicas"]:
         yield f'glowplug_endpoint_in_flight{{{endpoint},replica="{each["name"]}"}} {each["in_flight"]}'
+    yield "# HELP glowplug_endpoint_held Requests that wait for a replica to be up."
+    yield "# TYPE glowplug_endpoint_held gauge"
+    yield f"glowplug_endpoint_held{{{endpoint}}} {status['held']}"
     yield "# HELP glowplug_endpoint_start_seconds From a replica's start to ready."
     yield "# TYPE glowplug_endpoint_start_seconds gauge"
     for each in status["replicas"]:

@@ -95,6 +95,7 @@ def _tiles(status: Mapping[str, Any]) -> Iterator[str]:
         (f"{ready} / {status['wanted_replicas']}", "replicas ready"),
         ("-" if last is None else f"{last['per_second']:.1f}", "requests a second"),
         ("-" if last is None else str(last["in_flight"]), "in flight"),
+        (str(status["held"]), "waiting for a replica"),
         ("-" if last is None else f"{last['errors_per_second']:.1f}", "failures a second"),
         *((_seconds(latency[each]) if each in latency else "-", each) for each in ("p50", "p95", "p99")),
     ]

@@ -11,13 +11,10 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from serving.controller import Count
 from serving.replica import Replica
-
-if TYPE_CHECKING:
-    from serving.router.reports import Report
+from serving.router.reports import ACTIVATOR_PREFIX, Report
 
 _KEPT_SAMPLES = 300
 _KEPT_PLACES = 1_000
@@ -54,6 +51,7 @@ class Traffic:
         self._homes: collections.OrderedDict[Place, tuple[str, str]] = collections.OrderedDict()
         self._versions: dict[str, Count] = collections.defaultdict(Count)
         self._flows: dict[str, Flow] = {}
+        self._held = 0
         self._samples: collections.deque[Sample] = collections.deque(maxlen=_KEPT_SAMPLES)
 
     def settle(self, replicas: Sequence[Replica]) -> None:
@@ -67,7 +65,12 @@ class Traffic:
                 self._flows.pop(name, None)
 
     def report(self, report: Report, at: float) -> None:
-        """Add what one Envoy said."""
+        """Add what one Envoy said; from an activator, how many requests wait there."""
+        if report.node.startswith(ACTIVATOR_PREFIX):
+            named = report.counts.get(self._service, {}).values()
+            with self._lock:
+                self._held = sum(each.in_flight for each in named)
+            return
         seconds = max(report.seconds, 1e-3)
         in_flight = issued = failed = 0
         counts = report.counts.get(self._service, {})
@@ -100,6 +103,11 @@ class Traffic:
         """When the last report came; 0 before the first."""
         with self._lock:
             return self._samples[-1].at if self._samples else 0.0
+
+    def held(self) -> int:
+        """Requests that wait for a replica to be up."""
+        with self._lock:
+            return self._held
 
     def of(self, name: str) -> Flow:
         """One replica's."""

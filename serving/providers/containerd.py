@@ -15,9 +15,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from serving import endpoint, errors
+from serving import detached, endpoint, errors
 from serving.endpoint import Endpoint
-from serving.providers.process import GLOWPLUG, ProcessLauncher, require_model, require_program
+from serving.providers.process import ProcessLauncher, require_model, require_program
 from serving.providers.record import Record
 
 _PULL_SECONDS = 120.0
@@ -109,7 +109,7 @@ class ContainerdLauncher:
     def _pull(self, image: str) -> str:
         """Make it runnable; containerd's name of it. DocumentError, ConfigurationError."""
         command: Sequence[str] = [
-            *(*GLOWPLUG, "pull", "--state", self._place.agent_state),
+            *(*detached.GLOWPLUG, "pull", "--state", self._place.agent_state),
             *("--containerd-address", self._place.address, "--namespace", self._place.namespace, image),
         ]
         try:

@@ -17,13 +17,12 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from serving import changes, endpoint, errors, wholefile
+from serving import changes, endpoint, errors, ports, wholefile
 from serving.endpoint import Endpoint
 from serving.providers import backoff, engineclient, enginecommand
 from serving.providers.record import Record, Shelf
@@ -35,6 +34,7 @@ _READY_PROBE_SECONDS = 1.0
 _SILENT_SECONDS = 10.0
 """A replica that answers nothing for so long is taken for not ready; Envoy's own checks are faster."""
 _PROBES_AT_ONCE = 16
+_ADDRESS = "127.0.0.1"
 _LOG_BYTES = 64 << 10
 _LAST_LINES, _SEARCHED_LINES = 5, 50
 
@@ -157,7 +157,7 @@ class Fleet:
         wanted = self._of_version(version)
         name = f"{version[:4]}-{secrets.token_hex(3)}"
         limit = self._limit if self._limit is not None else wanted.replicas.limit
-        record = Record(name, version, ("127.0.0.1", _free_port()), self._clock(), limit=limit)
+        record = Record(name, version, (_ADDRESS, ports.probe(_ADDRESS, 0)), self._clock(), limit=limit)
         self._write(record)
         try:
             self._launcher.start(
@@ -328,11 +328,3 @@ def last_lines(path: Path, lines: int) -> list[str]:
         return []
     found = text.splitlines()[-lines:] if lines > 0 else []
     return ["".join(each for each in line if each.isprintable() or each == "\t") for line in found]
-
-
-def _free_port() -> int:
-    """A port that nobody has now. Who takes it first in between makes the start fail; the next takes
-    another."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -81,20 +82,20 @@ def test_bad_versions_are_rolled_back_and_the_old_one_never_notices(directory: P
         good = served.status()["version"]
 
         async def attempts() -> Load:
+            in_thread = asyncio.get_running_loop().run_in_executor
             async with Load(served.url, clients=8, pause_seconds=0.02) as load:
-                in_thread = asyncio.get_running_loop().run_in_executor
-                for environment, why in (
-                    ({"CRASH": "1"}, "no such checkpoint: weights-of-nobody"),
-                    ({"FAIL_PERCENT": "60"}, "update.max_error_percent"),
-                ):
-                    await in_thread(None, served.apply, document("bad", 2, environment=environment))
-                    status = await in_thread(
-                        None,
-                        served.until,
-                        "it is rolled back",
-                        lambda status, why=why: why in status["note"] and settled(good)(status),
-                    )
-                    assert status["weights"] == {good: 100}
+                file = served.write(document("bad", 2, environment={"CRASH": "1"}))
+                said = await in_thread(None, served.command, "apply", "--wait", file)
+                assert said.returncode == 1
+                assert "rolled back from revision 2" in said.stderr
+                assert "no such checkpoint: weights-of-nobody" in said.stderr
+                await in_thread(None, served.apply, document("bad", 2, environment={"FAIL_PERCENT": "60"}))
+                await in_thread(
+                    None,
+                    served.until,
+                    "it is rolled back",
+                    lambda now: "update.max_error_percent" in now["note"] and settled(good)(now),
+                )
             return load
 
         load = asyncio.run(attempts())
@@ -102,11 +103,6 @@ def test_bad_versions_are_rolled_back_and_the_old_one_never_notices(directory: P
         assert {each.name for each in load.asked if each.wrong is None} <= {"one", "bad", "stream"}
         assert [each for each in load.failed if "unlucky" not in str(each.wrong)] == []
         assert load.failed, "the failing version never had traffic: the error rate was not what took it back"
-
-        # `apply --wait` says so, too.
-        said = served.command("apply", "--wait", served.write(document("bad", 2, environment={"CRASH": "1"})))
-        assert said.returncode == 1
-        assert "rolled back from revision" in said.stderr
 
 
 def test_a_crash_loop_backs_off_and_says_why(directory: Path) -> None:
@@ -138,6 +134,7 @@ def test_life_of_an_endpoint(directory: Path) -> None:
         _keys_are_asked_for_and_rotated(served, keys)
         _live_changes_restart_nothing(served, first, names)
         _scaled(served)
+        _held_while_nobody_is_there(served)
         _another_server_is_refused(served, first)
         _page_in_a_browser(served, directory)
         _rollback(served, keys)
@@ -197,6 +194,16 @@ def _scaled(served: Served) -> None:
     assert served.command("scale", "chat", "1").returncode == 0
     served.until("one is left", lambda status: len(status["replicas"]) == 1)
     assert served.answer("/work")[0] == 200
+
+
+def _held_while_nobody_is_there(served: Served) -> None:
+    assert served.command("scale", "chat", "0").returncode == 0
+    served.until("nobody is left", lambda status: status["replicas"] == [])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.answer, "/work")
+        served.until("it is held", lambda status: status["held"] == 1)
+        assert served.command("scale", "chat", "1").returncode == 0
+        assert asked.result(60)[0] == 200
 
 
 def _another_server_is_refused(served: Served, first: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_a_server_killed_before_it_knew_the_handle_leaves_no_process(tmp_path: P
 
     with pytest.raises(Killed):
         launcher.start(_record(), WANTED, tmp_path, known)
-    child = launcher._children[seen[0]]
+    child = launcher._sessions._children[seen[0]]
     assert child.stdin is not None
     child.stdin.close()  # as the kernel does for a process that is killed
     assert child.wait(30) != 0
