@@ -195,7 +195,7 @@ class Fetcher:
         else:
             self._miss(known.layer, request)
         if request.priority is Priority.DEMAND and not request.from_peer and known.patience_seconds is None:
-            self._read_ahead(map_digest, index)
+            self._read_ahead(map_digest, index, request.frames)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
         """Bytes of a layer image, at demand priority; raises what `request` answers."""
@@ -339,10 +339,10 @@ class Fetcher:
             self._log.note_hit(request.map_digest, request.index, request.priority, request.wanted_at, length)
             self._reply(request, fd)
 
-    def _read_ahead(self, map_digest: str, index: int) -> None:
+    def _read_ahead(self, map_digest: str, index: int, frames_demanded: int) -> None:
         with self._lock:
             known = self._layers.get(map_digest)
-            proposed = self._plan.demanded(map_digest, index) if known else range(0)
+            proposed = self._plan.demanded(map_digest, index, frames_demanded) if known else range(0)
         for ahead in proposed:
             block = known.layer.block_map.blocks[ahead] if known else None
             if known and block is not None and not block.zero and not self._cache.present(block.digest):

@@ -555,6 +555,32 @@ def test_what_nobody_waits_for_any_more_gives_way_to_other_demands_and_to_nothin
         queue.finished(fetch)
 
 
+def test_what_is_left_gives_way_to_none_that_needs_its_connection() -> None:
+    queue = framed_plan(plan.Policy(connections_per_layer=2))
+    queue.want("a", 1, Priority.DEMAND, 0.0, "one", 60.0, 0b0001)
+    rest = queue.next_fetch(0.0)
+    assert rest is not None
+    queue.frames_arrived("a", 1, 0b0001, 0.0)
+    queue.want("a", 2, Priority.DEMAND, 0.0, "two", 60.0, 0b0001)
+    other = queue.next_fetch(0.0)
+    assert other is not None
+    assert queue.gives_way(rest)
+    queue.want("a", 3, Priority.DEMAND, 0.0, "three", 60.0, 0b0001)
+    assert queue.next_fetch(0.0) is None
+    assert not queue.gives_way(rest)
+    queue.arrived("a", 1)
+    queue.finished(rest)
+    assert indices(queue.next_fetch(0.0)) == (3,)
+
+
+def test_frames_far_from_the_next_block_ask_for_nothing_of_it() -> None:
+    queue = framed_plan(plan.Policy(read_ahead=readahead.ReadAheadPolicy(initial_blocks=2)))
+    assert list(queue.demanded("a", 1, 0b0111)) == []
+    assert list(queue.demanded("a", 1, 0b1000)) == [2, 3]
+    assert list(queue.demanded("a", 1, 0b1111)) == []
+    assert list(queue.demanded("a", 9)) == [10, 11]
+
+
 def test_a_rest_that_fails_is_nobodys_failure() -> None:
     queue = framed_plan()
     queue.want("a", 1, Priority.DEMAND, 0.0, "one", 60.0, 0b0001)
