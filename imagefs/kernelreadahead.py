@@ -22,12 +22,12 @@ READ_AHEAD_KIB = 2048
 """Of a mount that was started from. A file that is read from end to end takes twice as long at 128."""
 START_READ_AHEAD_KIB = 2048
 """During a start without a boot pack."""
-TRACE_READ_AHEAD_KIB = 128
+TRACE_READ_AHEAD_KIB = 32
 """During a start that is traced, unless the user says otherwise; a start with a boot pack has what its pack
 says (bootpack.Table), because what the kernel reads ahead must be the same in both. Traced with 4 KiB, a
 start of PyTorch on mounts of 2048 KiB had 64 demand misses; with the same in both, whichever, 4 at most. The
-pack is the smaller the less is read ahead: 21 MB at 4 KiB, 37 at 128, 65 at 2048. Warm starts take the same
-time from 32 to 2048 KiB, at 4 a third more (docs/benchmarks.md, `readahead`)."""
+pack is the smaller the less is read ahead: 21 MB at 4 KiB, 28 at 32, 37 at 128, 65 at 2048. Warm starts take
+the same time from 32 to 2048 KiB, at 4 a third more (docs/benchmarks.md, `readahead`)."""
 
 _FS_IOC_GETFSSYSFSPATH = 0x80811501
 """_IOR(0x15, 1, struct fs_sysfs_path): a byte of length, 128 of path below /sys/fs."""
