@@ -74,7 +74,7 @@ class Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignor
             connection.wake.set()
 
     def zones(self) -> list[str]:
-        """The zone of each connected Envoy."""
+        """The zone of each that is connected; an activator, or an Envoy that was not told, has none."""
         return [each.zone for each in self._connections if each.joined]
 
     def nodes(self) -> list[Node]:

@@ -117,7 +117,7 @@ class Router:
         return self._state.snapshot(zone, time.time())
 
     def membership_changed(self) -> None:
-        zones = collections.Counter(self._discovery.zones())
+        zones = collections.Counter(zone for zone in self._discovery.zones() if zone)
         self._changed(self._state.set_zones(zones))
 
     def reporting(self, node: str) -> None:
