@@ -118,13 +118,11 @@ class Replicas(_Part):
 
 
 class Fp8(_Part):
-    """FP8 weights, for engines that know them."""
+    """FP8 weights, for engines that know them. Which modules are left out is decided when a checkpoint is
+    made (`glowplug quantize`); such a checkpoint needs nothing here."""
 
     enabled: bool = False
-    attention: bool = True
-    """Attention projections too."""
-    ignore: tuple[str, ...] = Field(default=(), strict=False)
-    """Modules that keep their type, by name or `re:` pattern."""
+    """Quantize the weights of an ordinary checkpoint while they are loaded."""
 
 
 class Resources(_Part):
@@ -214,7 +212,7 @@ class Endpoint(_Part):
     )
     engine: Annotated[CommandEngine | VllmEngine | ReservedEngine, Field(discriminator="kind")]
     model: str | None = None
-    """A directory, s3://BUCKET/PREFIX or oci:DIR. Required by engines other than `command`."""
+    """A directory, or s3://BUCKET/PREFIX. Required by engines other than `command`."""
     model_name: str | None = None
     """What clients call the model; the endpoint's name if left out."""
     image: str | None = None
@@ -239,7 +237,11 @@ class Endpoint(_Part):
                 f"engine.kind: {self.engine.kind!r} is reserved and not there yet; use vllm or command"
             )
         if isinstance(self.engine, VllmEngine) and not self.model:
-            raise ValueError("model: the engine vllm needs one: a directory, s3://BUCKET/PREFIX or oci:DIR")
+            raise ValueError("model: the engine vllm needs one: a directory, or s3://BUCKET/PREFIX")
+        if self.model is not None and self.model.startswith("oci:"):
+            raise ValueError(
+                "model: oci: is reserved and not there yet; use a directory or s3://BUCKET/PREFIX"
+            )
         if self.provider != "process" and not self.image:
             raise ValueError(f"image: the provider {self.provider} runs replicas in an image; name one")
         if self.provider == "process" and self.image:

@@ -97,12 +97,20 @@ def _tiles(status: Mapping[str, Any]) -> Iterator[str]:
         ("-" if last is None else str(last["in_flight"]), "in flight"),
         (str(status["held"]), "waiting for a replica"),
         ("-" if last is None else f"{last['errors_per_second']:.1f}", "failures a second"),
-        *((_seconds(latency[each]) if each in latency else "-", each) for each in ("p50", "p95", "p99")),
+        *(
+            (_seconds(latency[each]) if each in latency else "-", each + _promise(status, f"{each}_seconds"))
+            for each in ("p50", "p95", "p99")
+        ),
     ]
     yield '<div class="tiles">'
     for value, label in tiles:
         yield f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>'
     yield "</div>"
+
+
+def _promise(status: Mapping[str, Any], objective: str) -> str:
+    promised = status["objectives"].get(objective)
+    return "" if promised is None else f", promised {_seconds(promised)}"
 
 
 def _traffic(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -77,7 +77,7 @@ def require_program(key: str, program: str) -> None:
 
 def require_model(wanted: Endpoint) -> None:
     """DocumentError where the model is a directory that is not there."""
-    local = wanted.model is not None and "://" not in wanted.model and not wanted.model.startswith("oci:")
+    local = wanted.model is not None and "://" not in wanted.model
     if local and not Path(str(wanted.model)).exists():
         raise errors.DocumentError(
             f"model: {wanted.model} does not exist on this machine; name a directory that does"
