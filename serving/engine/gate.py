@@ -75,16 +75,20 @@ class Gate:
 
     async def _limited(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         assert self._limiter is not None
-        body = _Body(receive)
-        try:
-            entered_ns = await body.unless_gone(self._limiter.enter())
-        except limiter.RejectedError as exc:
-            message = admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded")
-            await _respond(send, 429, message, (b"retry-after", str(exc.retry_after_seconds).encode()))
-            return
+        entered_ns = self._limiter.enter_at_once()
         if entered_ns is None:
-            return
-        status = 500  # an application that raises before it answers
+            body = _Body(receive)
+            receive = body.receive
+            try:
+                entered_ns = await body.unless_gone(self._limiter.enter())
+            except limiter.RejectedError as exc:
+                message = admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded")
+                await _respond(send, 429, message, (b"retry-after", str(exc.retry_after_seconds).encode()))
+                return
+            if entered_ns is None:
+                return
+        status, failed = 0, True
+        closing = self._closing(send)
 
         async def watch(message: _Message) -> None:
             nonlocal status
@@ -92,11 +96,11 @@ class Gate:
                 status = message["status"]
             await closing(message)
 
-        closing = self._closing(send)
         try:
-            await self._app(scope, body.receive, watch)
+            await self._app(scope, receive, watch)
+            failed = status >= 500
         finally:
-            self._limiter.leave(entered_ns, failed=status >= 500)
+            self._limiter.leave(entered_ns, failed=failed)
 
     def _closing(self, send: _Send) -> _Send:
         """While the engine drains, tells clients to go elsewhere next time."""
@@ -168,7 +172,7 @@ class _Body:
     async def unless_gone(self, entering: Any) -> int | None:
         """What `entering` gives, or None when the client went first."""
         place = asyncio.ensure_future(entering)
-        await asyncio.sleep(0)  # most requests are let in at once, and their body is not ours to read
+        await asyncio.sleep(0)  # who is rejected at once is not read from
         if place.done():
             return place.result()  # type: ignore[no-any-return]
         listening = asyncio.ensure_future(self._gone())

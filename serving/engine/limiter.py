@@ -70,11 +70,15 @@ class Limiter:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
 
+    def enter_at_once(self) -> int | None:
+        """A place in flight if there is one: its start, for `leave`, in monotonic nanoseconds."""
+        return time.monotonic_ns() if self._ledger.enter(self._slot) else None
+
     async def enter(self) -> int:
-        """Wait for a place in flight. Its start, for `leave`, in monotonic nanoseconds. RejectedError."""
+        """Wait for a place in flight; as `enter_at_once`. RejectedError."""
+        if (entered_ns := self.enter_at_once()) is not None:
+            return entered_ns
         now_ns = time.monotonic_ns()
-        if self._ledger.enter(self._slot):
-            return now_ns
         limits = self._ledger.limits
         waiting = self._ledger.waiting()
         if waiting >= limits.queue_requests:
