@@ -22,9 +22,11 @@ class Policy:
     the demand has to share the link with, so that it is one small request: at 1 Gbit/s a demand of 1.5 MB
     took 17 ms without a fill, 19 with, 35 with three connections of 4 MiB, and the fill 72 MB/s instead of
     85. An origin whose last fetch failed gets `failing_connections`, so that dead ones cannot use up the
-    whole. `request_bytes` bounds one request that takes neighbours along (compressed) for boot and
-    read-ahead, `fill_request_bytes` for fill. Pauses between tries of a failing layer grow from
-    `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after refused
+    whole. `request_bytes` bounds one request that takes neighbours along (compressed) for boot,
+    `fill_request_bytes` for fill, `read_ahead_request_bytes` for read-ahead: a file of weights has 3.3 MB a
+    block, and with each in a request of its own its reader waited for the registry's answers; it takes two
+    neighbours only behind a reader that has proved to be sequential. Pauses between tries of a failing layer
+    grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after refused
     credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off reads for
     good. `corrupt_attempts` is how often a block is fetched whose bytes are wrong.
     """
@@ -37,6 +39,7 @@ class Policy:
     fill_connections: int = 1
     failing_connections: int = 2
     request_bytes: int = 2 * 1024 * 1024
+    read_ahead_request_bytes: int = 8 * 1024 * 1024
     fill_request_bytes: int = 2 * 1024 * 1024
     retry_seconds: float = 0.1
     retry_max_seconds: float = 3.0

@@ -124,6 +124,11 @@ class Plan(Generic[W]):
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        self._request_bounds = {
+            Priority.BOOT: policy.request_bytes,
+            Priority.READ_AHEAD: policy.read_ahead_request_bytes,
+            Priority.FILL: policy.fill_request_bytes,
+        }
         self._layers: dict[str, _Layer] = {}
         # Origin -> its layers with something queued; both in order of whose turn it is.
         self._turns: collections.OrderedDict[str, collections.OrderedDict[str, None]] = (
@@ -410,9 +415,7 @@ class Plan(Generic[W]):
         end = first + 1
         length = blocks[first].compressed_bytes
         if priority is not Priority.DEMAND:
-            bound = self._policy.request_bytes
-            if priority is Priority.FILL:
-                bound = self._policy.fill_request_bytes
+            bound = self._request_bounds[priority]
             while end in queue and length + blocks[end].compressed_bytes <= bound:
                 length += blocks[end].compressed_bytes
                 end += 1

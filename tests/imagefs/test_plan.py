@@ -72,8 +72,17 @@ def test_a_demand_raises_a_queued_block_and_is_fetched_alone() -> None:
 
 
 def test_neighbours_share_a_request_up_to_its_bound() -> None:
-    policy = plan.Policy(request_bytes=3 * BLOCK_COMPRESSED, fill_request_bytes=5 * BLOCK_COMPRESSED)
+    policy = plan.Policy(
+        connections_per_layer=8,
+        request_bytes=2 * BLOCK_COMPRESSED,
+        read_ahead_request_bytes=3 * BLOCK_COMPRESSED,
+        fill_request_bytes=5 * BLOCK_COMPRESSED,
+    )
     queue = plan_of(("a", "o"), policy=policy)
+    for index in range(5, 8):
+        queue.want("a", index, Priority.BOOT, 0.0)
+    assert indices(queue.next_fetch(0.0)) == (5, 6)
+    assert indices(queue.next_fetch(0.0)) == (7,)
     for index in range(4):
         queue.want("a", index, Priority.READ_AHEAD, 0.0)
     for index in range(10, 20):
@@ -343,6 +352,7 @@ class Planning(RuleBasedStateMachine):
             demand_connections=1,
             failing_connections=1,
             request_bytes=3 * BLOCK_COMPRESSED,
+            read_ahead_request_bytes=2 * BLOCK_COMPRESSED,
             fill_request_bytes=4 * BLOCK_COMPRESSED,
         )
         self.plan: plan.Plan[int] = plan.Plan(self.policy)
