@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,34 @@ def test_the_layout_is_read_by_skopeo(tmp_path: Path) -> None:
     config = json.loads(said.stdout)
     assert config["rootfs"]["diff_ids"] == [layer.diff_id]
     assert config["config"]["Cmd"] == ["/tool"]
+
+
+@pytest.mark.root
+@pytest.mark.soak
+@pytest.mark.parametrize("name", workloads.RECIPES)
+def test_each_image_starts_lazily_and_answers(name: str, tmp_path: Path) -> None:
+    """Built, converted, started on a network of its own until the ready line; then the URL, if any."""
+    built = workloads.build(name, Path(__file__).parents[2] / ".cache" / "workloads", print)
+    shutil.copytree(built.layout, tmp_path / "layout")
+    glowplug = str(Path(sys.executable).with_name("glowplug"))
+    ref = f"oci:{tmp_path / 'layout'}:{workloads.TAG}"
+    subprocess.run([glowplug, "convert", ref], check=True, capture_output=True)
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    storage = ["--state", str(tmp_path / "state"), "--cache", str(tmp_path / "cache")]
+    process = subprocess.Popen(
+        [*alone, glowplug, "run", *storage, ref, "--", *built.command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert any(line.split()[:1] == [workloads.READY] for line in process.stdout)
+        if built.url is not None:
+            inside = ["nsenter", f"--target={process.pid}", "--net"]
+            subprocess.run([*inside, "curl", "-sSf", built.url], check=True)
+        process.stdin.close()
+        for _ in process.stdout:
+            pass
+    assert process.returncode == 0
