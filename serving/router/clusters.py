@@ -60,6 +60,8 @@ def cluster(service: services.Service) -> cluster_pb2.Cluster:
         "upstream_connection_options": {"tcp_keepalive": {"keepalive_time": 30, "keepalive_interval": 10}},
     }
     document |= _BALANCING[settings.balancing]
+    if settings.balancing is services.Balancing.FULL_SCAN:
+        del document["common_lb_config"]["locality_weighted_lb_config"]  # its policy has one of its own
     if settings.balancing is services.Balancing.STICKY:
         document["common_lb_config"]["consistent_hashing_lb_config"] = {"hash_balance_factor": 125}
     if settings.health_path is not None:

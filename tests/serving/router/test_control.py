@@ -85,3 +85,21 @@ def test_equal_services_send_nothing(tmp_path: Path) -> None:
         assert front.router.nodes() == [before]
         with pytest.raises(errors.NotFoundError, match="no service is called t"):
             front.router.set_max_requests("t", 1)
+
+
+def test_every_balancing_is_accepted_and_keeps_to_the_weights_of_versions(tmp_path: Path) -> None:
+    with world.backends("a", "b") as (a, b), world.Front(tmp_path / "e") as front:
+        there = (a.value(version="v1"), b.value(version="v2"))
+        for balancing in services.Balancing:
+            settings = services.RouteSettings(health_path=None, balancing=balancing)
+            service = services.Service(
+                "s", front.listen, there, version_weights={"v1": 1, "v2": 1}, settings=settings
+            )
+            front.serve(service)
+            names = [front.get(headers={"x-session-id": str(n)})[1] for n in range(24)]
+            assert set(names) == {"a", "b"}, balancing
+            front.serve(dataclasses.replace(service, version_weights={"v1": 0, "v2": 1}))
+            assert {front.get(headers={"x-session-id": str(n)})[1] for n in range(8)} == {"b"}, balancing
+            if balancing is services.Balancing.STICKY:
+                front.serve(service)
+                assert len({front.get(headers={"x-session-id": "one"})[1] for _ in range(8)}) == 1

@@ -195,16 +195,19 @@ def test_services_share_a_listener_by_host_and_prefix(front: world.Front) -> Non
         assert front.get("/x", {"host": f"c.test:{front.port}"})[1] == "c"
 
 
-def test_http2_reaches_backend_that_speaks_it_only(front: world.Front) -> None:
-    """The router's own xDS server is an HTTP/2 server that no HTTP/1 client can use."""
+def test_http2_on_both_sides(front: world.Front) -> None:
+    """Envoy speaks HTTP/2 to its own second listener, which speaks HTTP/1 to the backend."""
     with world.backends("a") as (a,):
-        front.serve(
-            services.Service(
-                "s", front.listen, (a.value(),), settings=dataclasses.replace(SETTINGS, http2=True)
-            )
-        )
+        second = services.Listen(world.free_port())
+        inner = services.Service("inner", second, (a.value(),), settings=SETTINGS)
+        there = (services.Backend("127.0.0.1", second.port),)
+        http2 = dataclasses.replace(SETTINGS, http2=True)
+        front.serve(inner, services.Service("outer", front.listen, there, settings=http2))
+        assert front.get() == (200, "a")
+        # A backend without HTTP/2 is not tried in HTTP/1.
+        front.serve(services.Service("outer", front.listen, (a.value(),), settings=http2))
         assert front.get()[0] in (502, 503)
-        assert a.served == 0
+        assert a.served == 1
 
 
 def test_what_fails_is_logged_and_all_where_it_is_wanted(front: world.Front) -> None:
