@@ -13,6 +13,7 @@ COPY glowplug glowplug
 COPY imagefs imagefs
 COPY agent agent
 COPY converter converter
+COPY serving serving
 
 # One environment per image, so that the node does not carry what only the converter needs.
 FROM build AS converter-build

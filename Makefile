@@ -15,10 +15,10 @@ STARTUP_ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup debian demo test soak check fmt bench proto clean
+.PHONY: help setup debian demo test soak check fmt bench benchrouter proto clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: debian $(STAMP) ## Install what is missing: Debian packages (as root) and .venv
 
@@ -64,6 +64,9 @@ fmt: setup ## Format, and fix what the linter can fix
 bench: setup ## Measure starts, warm reads, conversion, metadata; results/ (long: see docs/benchmarks.md)
 	$(PYTHON) -m e2e.startup $(STARTUP_ARGS)
 	$(PYTHON) -m e2e.bench --image $(DEMO) $(BENCH_ARGS)
+
+benchrouter: setup ## The router against nginx and HAProxy (needs both, and wrk); results/router.json
+	$(PYTHON) -m e2e.router $(BENCH_ARGS)
 
 # An old enough protoc: what it writes works with every protobuf that the agent extra allows.
 PROTOC := .cache/protoc
