@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e import blocks, cri, plain, readahead, startup, weights, workloads
+from e2e import blocks, conversion, cri, plain, readahead, startup, weights, workloads
 from glowplug.startup import lazy, link, machine, registry
 from glowplug.startup.speed import Speed
 
@@ -119,9 +119,11 @@ def _in_turns(action: str, carry_out: Callable[[Path], None], root: Path, local:
 
 
 def convert(bench: Bench) -> Result:
-    """From an OCI layout to an OCI layout, nothing reused: speed by bytes of tar, and peak memory."""
-    speeds, peaks = [], []
+    """From an OCI layout to an OCI layout, nothing reused: speed by bytes of tar, and peak memory; in turns
+    with the stages that no conversion can do without, alone."""
+    speeds, peaks, bounds = [], [], []
     for number in range(bench.runs):
+        bounds.append(conversion.measure(bench.workload.layout))
         target = bench.folder / f"converted-{number}"
         machine.drop_page_cache()
         command = [str(lazy.COMMAND), "convert", bench.workload.source, "--to", f"oci:{target}:latest"]
@@ -129,7 +131,18 @@ def convert(bench: Bench) -> Result:
         machine.check_call(["rm", "-rf", str(target)])
         speeds.append(bench.workload.unpacked_bytes / 1e6 / seconds)
         peaks.append(peak_bytes / 2**20)
-    return [_row("convert", "tar a second", "MB/s", speeds), _row("convert", "peak memory", "MiB", peaks)]
+    speed = _row("convert", "tar a second", "MB/s", speeds)
+    total = _row("convert", "bound: all stages in turn, all processors", "MB/s", [x.total for x in bounds])
+    return [
+        speed,
+        _row("convert", "peak memory", "MiB", peaks),
+        *(
+            _row("convert", f"{stage}, by one of all processors", "MB/s", [x.stages[stage] for x in bounds])
+            for stage in bounds[0].stages
+        ),
+        total,
+        _ratio("convert", "of the bound", speed, total),
+    ]
 
 
 def metadata(bench: Bench) -> Result:
