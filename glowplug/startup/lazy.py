@@ -96,7 +96,7 @@ class Glowplug:
         options = ["--plain-http", *self._storage(), *_environment(environment), f"docker://{image}"]
         run = side.command([*self.starter, "run", *options, "--", *command])
         until = dataclasses.replace(until, network=side.file)
-        watch = timeline.Watch(self._has_overlay, lambda: events.extend(self._events()))
+        watch = timeline.Watch(self._has_overlay, self._hold_server, lambda: events.extend(self._events()))
         try:
             timeline.follow(run, clock, until, watch)
         finally:
@@ -104,18 +104,18 @@ class Glowplug:
         return events
 
     def _has_overlay(self, pid: int) -> bool:
-        """Whether the root filesystem stands in the mount namespace of `glowplug run`. From then on the
-        device server is held: of a program that is ready when it ends, it would be gone unasked."""
+        """Whether the root filesystem stands in the mount namespace of `glowplug run`."""
         try:
             lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
         except OSError:
             return False
-        if not any(" - overlay " in line and str(self.folder) in line for line in lines):
-            return False
-        with contextlib.suppress(errors.ImagefsError):  # it has ended already
+        return any(" - overlay " in line and str(self.folder) in line for line in lines)
+
+    def _hold_server(self) -> None:
+        """Have the device server wait until it was asked, also for a program that is ready when it ends."""
+        with contextlib.suppress(errors.ImagefsError, OSError):  # it has ended already
             if client := control.DeviceClient.connect(self.folder / "state"):
                 client.hold(_OWNER)
-        return True
 
     def _events(self) -> list[dict[str, Any]]:
         client = control.DeviceClient.connect(self.folder / "state")

@@ -61,10 +61,14 @@ class Clock:
 
     def start(self) -> Start:
         """What was marked."""
-        ready = self._seconds[READY]
+        seconds = dict(self._seconds)
+        if MOUNTED in seconds and FIRST_OUTPUT in seconds:
+            # Who prints has its root filesystem, however late the look for it was.
+            seconds[MOUNTED] = min(seconds[MOUNTED], seconds[FIRST_OUTPUT])
+        ready = seconds[READY]
         flow = [each for each in self._flow if each[0] < ready]
         flow.append((ready, self._moved_bytes))
-        return Start(self._began_ns, dict(self._seconds), self._moved_bytes, self._answered, tuple(flow))
+        return Start(self._began_ns, seconds, self._moved_bytes, self._answered, tuple(flow))
 
     def _since(self) -> float:
         return (time.monotonic_ns() - self._began_ns) / 1e9
@@ -73,9 +77,11 @@ class Clock:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Watch:
     """What is done while a program is followed: `mounted`, given its process id, says whether its root
-    filesystem stands; `when_ready` is called once it is ready, before it is ended by `end`."""
+    filesystem stands, and `when_mounted` is called then, on a thread of ours; `when_ready` is called once it
+    is ready, before it is ended by `end`."""
 
     mounted: Callable[[int], bool] | None = None
+    when_mounted: Callable[[], None] | None = None
     when_ready: Callable[[], None] | None = None
     end: Callable[[], None] | None = None
 
@@ -123,19 +129,19 @@ def follow(command: Sequence[str], clock: Clock, until: readiness.Until, watch: 
 def _watching(child: readiness.Child, clock: Clock, watch: Watch) -> Iterator[None]:
     """Mark when its root filesystem stands, until the block is left."""
     done = threading.Event()
-    mounted = watch.mounted
-    if mounted is not None:
-        threading.Thread(target=_await_mounted, args=(child, clock, mounted, done), daemon=True).start()
+    if watch.mounted is not None:
+        threading.Thread(target=_await_mounted, args=(child, clock, watch, done), daemon=True).start()
     try:
         yield
     finally:
         done.set()
 
 
-def _await_mounted(
-    child: readiness.Child, clock: Clock, mounted: Callable[[int], bool], done: threading.Event
-) -> None:
+def _await_mounted(child: readiness.Child, clock: Clock, watch: Watch, done: threading.Event) -> None:
+    assert watch.mounted is not None
     while child.exit_code is None and not done.wait(_WATCH_SECONDS):
-        if mounted(child.pid):
+        if watch.mounted(child.pid):
             clock.mark(MOUNTED)
+            if watch.when_mounted is not None:
+                watch.when_mounted()
             return

@@ -35,10 +35,21 @@ def test_marks_come_in_order_and_bytes_and_requests_are_those_of_the_start() -> 
 def test_when_ready_is_called_while_the_program_still_runs_and_then_it_ends() -> None:
     seen: list[str] = []
     calls = timeline.Watch(
-        when_ready=lambda: seen.append("still waits for its input"), end=lambda: seen.append("end")
+        mounted=lambda pid: True,
+        when_mounted=lambda: seen.append("mounted"),
+        when_ready=lambda: seen.append("still waits for its input"),
+        end=lambda: seen.append("end"),
     )
-    start(SERVER, watch=calls)
-    assert seen == ["still waits for its input", "end"]
+    start("import time; time.sleep(0.3); " + SERVER, watch=calls)
+    assert seen == ["mounted", "still waits for its input", "end"]
+
+
+def test_who_prints_was_mounted_however_late_it_was_seen() -> None:
+    clock = timeline.Clock(lambda: 0, lambda: 0)
+    for mark in (result.FIRST_OUTPUT, result.MOUNTED, result.READY):
+        clock.mark(mark)
+    marks = clock.start().seconds
+    assert marks[result.MOUNTED] == marks[result.FIRST_OUTPUT] <= marks[result.READY]
 
 
 def test_without_another_sign_the_end_is_ready() -> None:
