@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,12 +90,15 @@ def complete(engine: Engine, tokens: int, **more: Any) -> tuple[int, Any, bytes]
     return engine.ask("/v1/completions", {**wanted, **more})
 
 
-def named(engine: Engine, name: str) -> int:
-    """A process of the engine by what vLLM calls it."""
-    for pid in running.group(engine.status()["pid"]):
-        if name in Path(f"/proc/{pid}/comm").read_text():
-            return pid
-    raise AssertionError(f"no {name} among the engine's processes")
+def worker(engine: Engine) -> int:
+    """The process with the model."""
+    group = running.group(engine.status()["pid"])
+    return next(pid for pid in group if Path(f"/proc/{pid}/comm").read_text() == "VLLM::Worker\n")
+
+
+def api_server(engine: Engine) -> int:
+    """One of the two, while the other goes on."""
+    return int(engine.status()["servers"][1]["pid"])
 
 
 def test_it_starts_in_phases_and_answers_probes(vllm: Engine) -> None:
@@ -206,20 +209,20 @@ def test_last_a_drain_finishes_the_stream_and_leaves_nothing(vllm: Engine) -> No
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("who", ["Worker", "APIServer_1"])
-def test_whichever_process_hangs_the_engine_is_back(tmp_path: Path, who: str) -> None:
+@pytest.mark.parametrize("who", [worker, api_server])
+def test_whichever_process_hangs_the_engine_is_back(tmp_path: Path, who: Callable[[Engine], int]) -> None:
     with running.engine(tmp_path, **document("--enforce-eager")) as engine:
         engine.wait_for("ready", _START_SECONDS)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             load = [pool.submit(complete, engine, 400) for _ in range(2)]
             time.sleep(0.3)
-            os.kill(named(engine, who), signal.SIGSTOP)
+            os.kill(who(engine), signal.SIGSTOP)
             began = time.monotonic()
             for each in load:
                 with contextlib.suppress(http.client.HTTPException, OSError):
                     each.result()
             engine.wait_for("starting", _START_SECONDS, hangs=1)
-            print(f"{who}: killed {time.monotonic() - began:.1f} s after it stopped")
+            print(f"{who.__name__}: killed {time.monotonic() - began:.1f} s after it stopped")
         engine.wait_for("ready", _START_SECONDS, starts=2)
         assert complete(engine, 3)[0] == 200
 
