@@ -242,6 +242,8 @@ class Endpoint(_Part):
             raise ValueError(
                 "model: oci: is reserved and not there yet; use a directory or s3://BUCKET/PREFIX"
             )
+        if self.provider == "kubernetes":
+            raise ValueError("provider: kubernetes is reserved and not there yet; use process or containerd")
         if self.provider != "process" and not self.image:
             raise ValueError(f"image: the provider {self.provider} runs replicas in an image; name one")
         if self.provider == "process" and self.image:

@@ -18,6 +18,8 @@ from pathlib import Path
 from serving import detached, errors, ports, wholefile
 
 _AGAIN_SECONDS = 2.0
+_DEADLINE = "24h"
+"""The routes' own timeouts end a wait, and can be changed while it lasts: `routing` in the document."""
 _STOP_SECONDS = 10.0
 _CONNECT_SECONDS = 0.2
 _ADDRESS = "127.0.0.1"
@@ -66,6 +68,7 @@ class Holding:
         command = [
             *(*detached.GLOWPLUG, "activator", "--name", self._name, "--control", self._control),
             *("--service", f"{self._name}={_ADDRESS}:{self._port}", "--drain", "1s"),
+            *("--deadline", _DEADLINE),
         ]
         self._sessions.start(command, self._log_file, self._known)
         _log.info("%s: its activator is started", self._name)

@@ -89,10 +89,21 @@ class Server:
         self._weights: dict[str, int] = {}
         self._keys = KeyFile()
         self._trouble: str | None = None
+        self._provider: Provider
         self._router = Router(
             f"unix:{self._directory / 'xds.sock'}",
             on_load=lambda report: self._traffic.report(report, time.time()),
         )
+        self._api = statusapi.Api(self._directory / client.SOCKET, options.status, self)
+        self._first = document
+        try:
+            self._build(document)
+        except errors.ServingError:
+            self._forget_attempt()
+            raise
+
+    def _build(self, document: Endpoint) -> None:
+        """What may not be had on this machine."""
         (self._directory / "envoy").mkdir(mode=0o700, exist_ok=True)
         self._holding = Holding(self._directory, document.name, f"unix:{self._directory / 'xds.sock'}")
         self._envoy = Envoy(
@@ -103,9 +114,7 @@ class Server:
                 admin=str(self._directory / "envoy" / "admin.sock"),
             ),
         )
-        self._provider: Provider = providers.create(document, self._directory)
-        self._api = statusapi.Api(self._directory / client.SOCKET, options.status, self)
-        self._first = document
+        self._provider = providers.create(document, self._directory)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -164,23 +173,32 @@ class Server:
         """A start that did not come about. What another server left running stays."""
         self._api.stop()
         self._router.stop()
-        self._provider.close()
         if self._fresh:
+            self._end_replicas()
             self._envoy.stop()
             self._holding.stop()
+        self._provider.close()
+        self._forget_attempt()
+
+    def _forget_attempt(self) -> None:
+        if self._fresh:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._journal.close()
+
+    def _end_replicas(self) -> None:
+        """Bounded: the provider kills who does not finish in the drain's time."""
+        self._observe()
+        while self._replicas:
+            self._provider.drain([each.name for each in self._replicas])
+            time.sleep(_TURN_SECONDS)
+            self._observe()
 
     def _end(self) -> None:
         settings = self._wanted.drain
         self._event("draining: no new connections are taken")
         self._envoy.stop(settings.seconds)
         self._holding.stop()
-        self._observe()
-        while self._replicas:  # bounded: the provider kills who does not finish in the drain's time
-            self._provider.drain([each.name for each in self._replicas])
-            time.sleep(_TURN_SECONDS)
-            self._observe()
+        self._end_replicas()
         self._api.stop()
         self._router.stop()
         self._provider.close()

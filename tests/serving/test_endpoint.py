@@ -55,6 +55,7 @@ replicas:
         (DOCUMENT + "provider: containerd", 8, "image: the provider containerd runs replicas in an image"),
         (DOCUMENT + "image: docker://r/a", 8, "image: the provider process runs replicas on this machine"),
         (DOCUMENT + "model: oci:x", 8, "model: oci: is reserved and not there yet"),
+        (DOCUMENT + "provider: kubernetes", 8, "provider: kubernetes is reserved and not there yet"),
         ("name: [", 1, "not YAML"),
     ],
 )
