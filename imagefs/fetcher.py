@@ -15,7 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import logging
 import os
@@ -25,7 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from imagefs import answering, blockmap, blockreading, carrier, errors, fetchlog, framemask, frames, plan
+from imagefs import answering, blockreading, carrier, errors, fetchlog, framemask, frames, plan
 from imagefs.answering import Done, PartDone
 from imagefs.arrival import Arrival
 from imagefs.cache import BlockCache
@@ -95,7 +94,7 @@ class Fetcher:
         self._arrivals: dict[tuple[str, int], Arrival] = {}
         self._log = fetchlog.FetchLog(settings.events)
         self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds)
-        self._zeros = _zeros()
+        self._zeros = answering.zeros()
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
         self._clock.start()
@@ -177,18 +176,18 @@ class Fetcher:
         known = self._layers.get(map_digest)
         if known is None or not 0 <= index < len(known.layer.block_map.blocks):
             error = errors.NotFoundError(f"layer {map_digest}: block {index}: not attached, or no such block")
-            self._reply(request, error)
+            answering.call(request.done, error)
             return
         block = known.layer.block_map.blocks[index]
         if block.zero:
             self._log.count(zero_hits=1)
-            self._lend(request, self._zeros)
+            answering.hand_out(request.done, self._zeros)
             return
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
         if fd is not None:
             self._log.note_hit(map_digest, index, request.priority, request.wanted_at, length)
-            self._reply(request, fd)
+            answering.call(request.done, fd)
         elif self._cache.present(block.digest):
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
             self._checkers.submit(self._check, request)
@@ -247,7 +246,7 @@ class Fetcher:
             self._time.notify_all()
             self._calm.notify_all()
         for answer in answers:
-            self._refuse(answer, _closing())
+            self._refuse(answer, answering.closing())
         if self._peers is not None:
             self._peers.close()
         self._checkers.shutdown(wait=True)
@@ -310,7 +309,7 @@ class Fetcher:
                 if paused or (deadline is not None and deadline < self._clock_until):
                     self._time.notify()
         if known is None:
-            self._reply(request, errors.NotFoundError(f"layer {map_digest} is not attached"))
+            answering.call(request.done, errors.NotFoundError(f"layer {map_digest} is not attached"))
         elif arrival is not None:
             # The thread that brings it has looked for its waiters already. It will find the same wrong frame.
             with contextlib.suppress(errors.ImagefsError):
@@ -332,12 +331,12 @@ class Fetcher:
             length = block_map.block_length(request.index)
             fd = self._cache.get(block_map.blocks[request.index].digest, length)
         if known is None:
-            self._reply(request, errors.NotFoundError(f"layer {request.map_digest} is not attached"))
+            answering.call(request.done, errors.NotFoundError(f"layer {request.map_digest} is not attached"))
         elif fd is None:
             self._miss(known.layer, request)
         else:
             self._log.note_hit(request.map_digest, request.index, request.priority, request.wanted_at, length)
-            self._reply(request, fd)
+            answering.call(request.done, fd)
 
     def _read_ahead(self, map_digest: str, index: int, frames_demanded: int) -> None:
         with self._lock:
@@ -425,7 +424,7 @@ class Fetcher:
     def frame_came(self, arrival: Arrival) -> None:
         """By the thread that brings the block, or by that of one who wants what came before."""
         if self._closed:
-            raise _closing()
+            raise answering.closing()
         with self._lock:
             wanted = self._plan.awaited_frames(*arrival.key, arrival.decoded)
         part = arrival.part(wanted) if wanted else None
@@ -499,26 +498,3 @@ class Fetcher:
             self._log.note(answer, "failed", 0)
         for waiter in answer.waiters:
             answering.call(waiter, error)
-
-    def _lend(self, request: _Request, fd: int) -> None:
-        if request.done is not None:
-            answering.hand_out(request.done, fd)
-
-    def _reply(self, request: _Request, result: int | Exception) -> None:
-        if request.done is not None:
-            answering.call(request.done, result)
-        elif isinstance(result, int):
-            os.close(result)
-
-
-def _zeros() -> int:
-    """A file of zeros as long as any block, which whoever gets a descriptor of it cannot change."""
-    fd = os.memfd_create("glowplug-zeros", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, blockmap.MAX_BLOCK_BYTES)
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    return fd
-
-
-def _closing() -> errors.UnavailableError:
-    return errors.UnavailableError("the fetcher is closing")
