@@ -23,6 +23,10 @@ from converter import erofs_metadata, errors
 from converter.tree import Node
 from imagefs.erofs import ondisk
 
+LAYOUT_VERSION: Final = 1
+"""Part of the reuse key, so that no layer is reused that was written otherwise. Raise it with any change to
+which bytes a tree and its data become, the tree's own rules included: a test holds both to known digests."""
+
 INLINE_LIMIT_BYTES: Final = 256
 """A file, or its part past the last full 4 KiB, of at most this is kept beside its inode.
 

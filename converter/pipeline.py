@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from converter import blob, layer, lower, memory, publish, report, reuse, stages, tasks, tree
+from converter import blob, erofs_writer, layer, lower, memory, publish, report, reuse, stages, tasks, tree
 from converter import source as sources
 from converter.observer import Observer
 from imagefs import artifact, errors, reference
@@ -219,6 +219,7 @@ class _ImageConversion:
     def _key(self, each: sources.SourceLayer, chain_id: str | None) -> reuse.Key:
         parameters = self._request.parameters
         return reuse.Key(
+            erofs_writer.LAYOUT_VERSION,
             each.diff_id,
             chain_id,
             parameters.block_bytes,

@@ -30,8 +30,9 @@ _UNUSABLE = (errors.NotFoundError, errors.InvalidInputError, errors.IntegrityErr
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
     """What a converted layer must have been made from and with. `chain_id` is None for a layer that depends
-    on its own tar alone."""
+    on its own tar alone. `layout_version` is erofs_writer.LAYOUT_VERSION."""
 
+    layout_version: int
     diff_id: str
     chain_id: str | None
     block_bytes: int

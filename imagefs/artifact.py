@@ -115,6 +115,7 @@ def canonical_json(value: object) -> bytes:
 
 def reuse_key(
     *,
+    layout_version: int,
     diff_id: str,
     chain_id: str | None,
     block_bytes: int,
@@ -123,11 +124,11 @@ def reuse_key(
     libzstd_version: int,
 ) -> str:
     """The key under which a converted layer may stand for a source layer (design: "Which layers are
-    reusable"). `chain_id` is given only for a layer that depends on what lies below it."""
+    reusable"). `layout_version` is the layer image writer's; `chain_id` is given only for a layer that
+    depends on what lies below it."""
     own = f"chain={chain_id}" if chain_id else f"diff={diff_id}"
-    return (
-        f"v1/block={block_bytes}/frame={frame_bytes}/level={compression_level}/zstd={libzstd_version}/{own}"
-    )
+    made_with = f"level={compression_level}/zstd={libzstd_version}"
+    return f"v{layout_version}/block={block_bytes}/frame={frame_bytes}/{made_with}/{own}"
 
 
 def encode(image: BlockImage) -> bytes:

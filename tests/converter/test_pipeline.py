@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from converter import blob, errors, limits
+from converter import blob, erofs_writer, errors, limits
 from converter.source import Wanted
 from imagefs import artifact, blockmap, erofs
 from imagefs import errors as imagefs_errors
@@ -437,3 +438,18 @@ def test_a_destination_that_fails_in_the_middle_is_taken_up_again(
     assert [line.reused for line in result.images[0].layers] == ["destination", "destination"]
     tagged = origin_of(f"docker://{registry.host}/{name}").read_manifest("v1")
     assert tagged.digest == result.images[0].block_image
+
+
+def test_a_layer_that_would_be_written_otherwise_has_another_reuse_key(tmp_path: Path) -> None:
+    # If this digest changes, layers that were converted before must not be reused: raise LAYOUT_VERSION.
+    made = images.make(tars.torture_layers())
+    result = convert(layout(tmp_path, made))
+    origin = origin_of(f"oci:{tmp_path}")
+    hasher = hashlib.sha256()
+    for found in block_image(result).layers:
+        assert found.reuse_key.startswith(f"v{erofs_writer.LAYOUT_VERSION}/")
+        hasher.update(hashlib.sha256(layer_image(origin, found)).digest())
+    assert (erofs_writer.LAYOUT_VERSION, hasher.hexdigest()) == (
+        1,
+        "e678f0553e60beb1f178713dfd2e281433af5e8e469c3e66debb4a1ae2e67d8b",
+    )

@@ -123,7 +123,7 @@ def test_layers_above_reused_ones_still_read_them(tmp_path: Path, registry: serv
 
 def damaged(origin: Origin, folder: Path, how: str) -> None:
     """Spoil what the folder's layer index says of the first layer."""
-    key = reuse.Key(images.digest(TARS[0]), None, *SPOILED)
+    key = reuse.Key(1, images.digest(TARS[0]), None, *SPOILED)
     found = reuse.LayerIndex(origin).find(key)
     assert found is not None
     blob = folder / "blobs/sha256" / found.blob.digest.removeprefix("sha256:")

@@ -158,6 +158,7 @@ def test_the_latest_boot_pack_counts() -> None:
 
 def test_reuse_key_tells_layers_apart() -> None:
     base = {
+        "layout_version": 1,
         "diff_id": "sha256:" + "a" * 64,
         "chain_id": None,
         "block_bytes": 1 << 22,
@@ -167,6 +168,7 @@ def test_reuse_key_tells_layers_apart() -> None:
     }
     keys = {artifact.reuse_key(**base)}
     for field, value in {
+        "layout_version": 2,
         "diff_id": "sha256:" + "b" * 64,
         "chain_id": "sha256:" + "a" * 64,
         "block_bytes": 1 << 21,
@@ -175,4 +177,4 @@ def test_reuse_key_tells_layers_apart() -> None:
         "libzstd_version": 10506,
     }.items():
         keys.add(artifact.reuse_key(**{**base, field: value}))
-    assert len(keys) == 7
+    assert len(keys) == 8
