@@ -171,10 +171,10 @@ def added(seconds: float) -> dict[str, Figures]:
         front = stack.enter_context(_front())
         front.serve(front.service([backend], services.Balancing.P2C))
         rate = 0.6 * _wrk(front.port, 64, seconds) / seconds
-        # Python's clients would be what is measured: a few connections of wrk hold the rate below saturation.
+        # Python's clients would be what is measured; wrk has no rate, but few connections keep it below.
         figures: dict[str, Figures] = {}
+        connections = _connections_for(front.port, rate)
         for name, port in (("direct", backend), ("envoy", front.port)):
-            connections = _connections_for(port, rate)
             figures[name] = {"requests/s": rate, "connections": connections} | _wrk_latency(
                 port, connections, seconds
             )
