@@ -2,7 +2,8 @@
 
 Reads layouts that other tools made (skopeo, umoci); writes what they read. A blob is written to a temporary
 name, synced and renamed; index.json is replaced the same way, under a lock (flock on DIR) and after reading
-it again, so that any number of threads and processes may write at once. Tools that ignore the lock can
+it again, so that any number of threads and processes may write at once. Temporary files are locked while
+they are written: what a killed writer left is removed by the next one. Tools that ignore the lock can
 still lose our entries in index.json, as each other's.
 
 index.json lists every manifest once, tagged ones once per tag (`org.opencontainers.image.ref.name`), with
@@ -13,11 +14,15 @@ OCI image spec 1.1, "Image Layout". Runs in the caller's thread and keeps no fil
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,8 @@ _LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
 _RANGE_PIECE_BYTES = 256 * 1024
+_WRITING = ".writing-"
+_YOUNG_SECONDS = 60.0
 
 
 class FolderOrigin:
@@ -199,7 +206,7 @@ class FolderOrigin:
     def _read_index(self) -> dict[str, Any]:
         path = self._directory / "index.json"
         try:
-            with path.open("rb") as file:
+            with _open_file(path) as file:
                 data = file.read(_MAX_INDEX_BYTES + 1)
         except FileNotFoundError:
             data = b'{"schemaVersion":2,"mediaType":"' + artifact.OCI_INDEX.encode() + b'","manifests":[]}'
@@ -267,7 +274,7 @@ class FolderOrigin:
     @contextlib.contextmanager
     def _open(self, digest: str) -> Iterator[Any]:
         try:
-            file = self._path(digest).open("rb", buffering=0)
+            file = _open_file(self._path(digest))
         except (FileNotFoundError, NotADirectoryError) as exc:
             raise errors.NotFoundError(f"{self.name}: blob {digest}: not found in this folder") from exc
         except PermissionError as exc:
@@ -310,11 +317,24 @@ class FolderOrigin:
         except OSError as exc:
             raise errors.ConfigurationError(f"{self.name}: cannot write there: {exc}") from exc
 
+    def _remove_abandoned(self) -> None:
+        """Temporary files that nobody writes any more. One that is younger than a moment may not be locked
+        yet: it stays."""
+        youngest = time.time() - _YOUNG_SECONDS
+        for path in self._directory.glob(f"{_WRITING}*"):
+            # Held by its writer, gone meanwhile, or not ours to touch: no reason not to write.
+            with contextlib.suppress(OSError), _open_file(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_mtime <= youngest:
+                    path.unlink()
+
     @contextlib.contextmanager
     def _replacing(self, path: Path) -> Iterator[int]:
         """A temporary file that becomes `path`, whole and synced, when the block ends without an error."""
         try:
-            fd, temporary = tempfile.mkstemp(prefix=".writing-", dir=self._directory)
+            self._remove_abandoned()
+            fd, temporary = tempfile.mkstemp(prefix=_WRITING, dir=self._directory)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as exc:
             raise errors.ConfigurationError(f"{self.name}: cannot write there: {exc}") from exc
         try:
@@ -322,15 +342,25 @@ class FolderOrigin:
                 yield fd
                 os.fchmod(fd, 0o644)
                 os.fsync(fd)
+                os.rename(temporary, path)  # while the lock is held
             finally:
                 os.close(fd)
-            os.rename(temporary, path)
         except OSError as exc:
             raise errors.ConfigurationError(f"{self.name}: cannot write {path}: {exc}") from exc
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         _sync_directory(path.parent)
+
+
+def _open_file(path: Path) -> io.BufferedReader:
+    """Open a regular file. Of a FIFO, which others may have put there, the opening alone would wait for ever.
+    Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(fd, "rb")
 
 
 def _write_all(fd: int, data: bytes) -> None:

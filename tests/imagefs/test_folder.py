@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -319,3 +320,38 @@ class TestConnect:
             "assert not {'boto3', 'botocore'} & set(sys.modules)"
         )
         run(sys.executable, "-c", code)
+
+
+# -- what does not belong there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["blob", "index.json"])
+def test_a_fifo_in_place_of_a_file_is_an_error_and_holds_up_nobody(
+    origin: folder.FolderOrigin, layout: Path, where: str
+) -> None:
+    digest = origin.put_manifest(image(origin), artifact.OCI_MANIFEST, "v1")
+    path = layout / "index.json" if where == "index.json" else layout / "blobs" / digest.replace(":", "/")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(errors.UnavailableError, match="not a regular file"):
+        origin.read_manifest("v1")
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_stays(
+    origin: folder.FolderOrigin, layout: Path
+) -> None:
+    layout.mkdir()
+    left, fresh, written = (layout / f".writing-{name}" for name in ("left", "fresh", "written"))
+    for path in (left, fresh, written):
+        path.write_bytes(b"half a blob")
+    for path in (left, written):
+        os.utime(path, (0, 0))
+    os.mkfifo(layout / ".writing-fifo")
+    with written.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        origin.put_manifest(image(origin), artifact.OCI_MANIFEST, "v1")
+    assert sorted(path.name for path in layout.glob(".writing-*")) == [
+        ".writing-fifo",
+        ".writing-fresh",
+        ".writing-written",
+    ]
