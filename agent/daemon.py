@@ -206,6 +206,7 @@ class Agent:
         for step in (
             self._watch_devices,
             self._images.sweep,
+            self._images.start_read_ahead.tell,
             self._reconciler.heal,
             self._fills.tick,
             self._sampler.tick,

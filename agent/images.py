@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 
 from agent import config, lookup, snapshots
@@ -29,8 +29,9 @@ from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.sampling import Sampler
 from agent.snapshotter import Found
+from agent.startreadahead import StartReadAhead
 from agent.store import BootPackRow, ImageRow, LayerRow, Store
-from imagefs import assembly, blockmap, bootpack, erofs, errors, kernelreadahead
+from imagefs import assembly, blockmap, erofs, errors
 from imagefs.erofs import ondisk
 from imagefs.fuse import statedirectory
 from imagefs.fuse.control import DeviceClient
@@ -74,6 +75,7 @@ class Images:
         self._trust = trust
         self._clock = clock
         self._maps = MapFiles(settings.root / "maps")
+        self.start_read_ahead = StartReadAhead(self._maps, mounts, devices)
         self._table = ImageTable(
             store.images(),
             place_matters=settings.images.trust == "repository",
@@ -134,26 +136,11 @@ class Images:
         started = self._clock()
         device = self.attach(block_digest)[layer]
         name = f"{row.reference}: layer {layer} ({found.map_digest})"
-        path = self._mounts.ensure(found.mount_number, name, device, self._start_read_ahead_kib(row))
-        self._say_started(row, [found])
+        kib = self.start_read_ahead.kib(row, recorded=row.boot_pack is None and self._is_recorded(row))
+        path = self._mounts.ensure(found.mount_number, name, device, kib)
+        self.start_read_ahead.mounted(owner_of(block_digest), [found])
         self._observer.phase(row.reference, "mount", self._clock() - started)
         return path
-
-    def _start_read_ahead_kib(self, row: ImageRow) -> int:
-        """What the kernel reads ahead until a start of the image is over."""
-        if row.boot_pack is None:
-            recorded = self._is_recorded(row)
-            return kernelreadahead.TRACE_READ_AHEAD_KIB if recorded else kernelreadahead.START_READ_AHEAD_KIB
-        table = self._maps.read(row.boot_pack.table_digest)
-        # Unknown, and not yet: what is read ahead too little is no miss.
-        return kernelreadahead.TRACE_READ_AHEAD_KIB if table is None else bootpack.decode_read_ahead(table)
-
-    def _say_started(self, row: ImageRow, layers: Iterable[LayerRow]) -> None:
-        """The device server lets the mounts read ahead more once the start is over."""
-        names = [self._mounts.backing_device(layer.mount_number) for layer in layers]
-        found = [name for name in names if name is not None]
-        if found:
-            self._devices.started(owner_of(row.block_digest), found)
 
     def _is_recorded(self, row: ImageRow) -> bool:
         if self._sampler is None:
@@ -235,20 +222,10 @@ class Images:
             for owner, row in rows.items()
             if owner in devices and {row.device(layer) for layer in row.layers} <= devices[owner]
         }
-        self._say_again()
+        for owner, row in rows.items():
+            if row.block_digest in self._attached:  # an agent that died may not have said so
+                self.start_read_ahead.mounted(owner, row.layers)
         return [owner for owner in devices if owner.startswith(_OWNER) and owner not in rows]
-
-    def _say_again(self) -> None:
-        """An agent that died after a mount may not have said so; the device server may have been told before,
-        and need not be told of what reads ahead all there is."""
-        for row in self._table.rows():
-            if row.block_digest in self._attached:
-                layers = [layer for layer in row.layers if self._reads_ahead_little(layer)]
-                self._say_started(row, layers)
-
-    def _reads_ahead_little(self, layer: LayerRow) -> bool:
-        kib = self._mounts.read_ahead_kib(layer.mount_number)
-        return kib is not None and kib < kernelreadahead.READ_AHEAD_KIB
 
     def tidy_maps(self) -> int:
         """Remove the block maps that no image has. How many."""

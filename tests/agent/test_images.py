@@ -374,6 +374,11 @@ def test_a_boot_pack_comes_at_once_and_is_there_after_a_reboot(node: LazyNode) -
     node.proxy.close()
     assert (node.images.directory(found.block_digest, 0) / "etc/motd").read_text() == "base\n"
     assert (node.images.directory(found.block_digest, 0) / "data").read_bytes() == b"d" * 200_000
+    row = next(row for row in node.images.rows() if row.block_digest == found.block_digest)
+    assert node.mounts.read_ahead_kib(row.layers[0].mount_number) == 32
+    assert node.devices.status()["starting"] == []
+    node.images.start_read_ahead.tell()
+    assert node.devices.status()["starting"] == [owner_of(found.block_digest)]
 
 
 @pytest.mark.parametrize("first", ["forged", "honest"])
