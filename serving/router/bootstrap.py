@@ -13,7 +13,8 @@ from serving.router import resources, versions
 
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 _HTTP = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-_CONTROL = "glowplug_router"
+CONTROL = "glowplug_router"
+"""The cluster by which an Envoy reaches us."""
 _IDENTITY, _AUTHORITY = "identity", "authority"
 
 _KEPT_STATS = (
@@ -76,7 +77,7 @@ def document(settings: Settings) -> dict[str, Any]:
     """Envoy's bootstrap, as JSON's values."""
     service = {
         "envoy_grpc": {
-            "cluster_name": _CONTROL,
+            "cluster_name": CONTROL,
             # When the control plane is back, its Envoys are: the default waits up to 30 s.
             "retry_policy": {"retry_back_off": {"base_interval": "0.2s", "max_interval": "2s"}},
         }
@@ -140,11 +141,11 @@ def _control_cluster(settings: Settings) -> dict[str, Any]:
         host, port = settings.control
         address = {"socket_address": {"address": host, "port_value": port}}
     cluster: dict[str, Any] = {
-        "name": _CONTROL,
+        "name": CONTROL,
         "type": "STATIC" if isinstance(settings.control, str) else "STRICT_DNS",
         "connect_timeout": "1s",
         "load_assignment": {
-            "cluster_name": _CONTROL,
+            "cluster_name": CONTROL,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
         },
         "typed_extension_protocol_options": {

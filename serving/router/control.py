@@ -107,6 +107,10 @@ class Router:
         """Every backend's load by the last reports; empty while they are unknown."""
         return self._call(lambda: self._loads.current(self._state.services.values(), time.monotonic()))
 
+    def dropped(self) -> dict[str, int]:
+        """By service, what went to no backend for want of room, by the last reports: a part of the demand."""
+        return self._call(self._loads.dropped)
+
     def nodes(self) -> list[ads.Node]:
         """The Envoys that are connected."""
         return self._call(self._discovery.nodes)

@@ -13,7 +13,7 @@ import grpc.aio
 from envoy.config.endpoint.v3 import load_report_pb2
 from envoy.service.load_stats.v3 import lrs_pb2, lrs_pb2_grpc
 
-from serving.router import reports
+from serving.router import bootstrap, reports
 
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]  # its stubs lack it
 
@@ -55,6 +55,8 @@ def _report(node: str, clusters: list[load_report_pb2.ClusterStats]) -> reports.
     dropped: dict[str, int] = {}
     seconds = 0.0
     for cluster in clusters:
+        if cluster.cluster_name == bootstrap.CONTROL:
+            continue
         seconds = max(seconds, cluster.load_report_interval.ToNanoseconds() / 1e9)
         dropped[cluster.cluster_name] = cluster.total_dropped_requests
         there: dict[reports.Place, reports.Counts] = collections.defaultdict(reports.Counts)
@@ -67,5 +69,5 @@ def _report(node: str, clusters: list[load_report_pb2.ClusterStats]) -> reports.
                     before.issued + each.total_issued_requests,
                     before.errors + each.total_error_requests,
                 )
-        counts[cluster.cluster_name] = dict(there)
+        counts[cluster.cluster_name] = reports.without_dropped(there, cluster.total_dropped_requests)
     return reports.Report(node, seconds or reports.INTERVAL_SECONDS, counts, dropped)

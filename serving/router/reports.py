@@ -7,6 +7,7 @@ unknown, not zero: nothing is said then.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
@@ -57,6 +58,14 @@ class Loads:
     def record(self, report: Report, now: float) -> None:
         self._last[report.node] = (now, report)
 
+    def dropped(self) -> dict[str, int]:
+        """Requests of each service that were given to no backend, over the interval of the last reports."""
+        total: collections.Counter[str] = collections.Counter()
+        for _, report in self._last.values():
+            if report is not None:
+                total.update(report.dropped)
+        return dict(total)
+
     def current(self, found: Iterable[services.Service], now: float) -> list[services.Load]:
         """Every backend's load, summed over the Envoys; empty while it is unknown."""
         reports = [report for at, report in self._last.values() if report is not None]
@@ -73,6 +82,16 @@ class Loads:
                 places |= report.counts.get(service.name, {}).keys()
             loads += [_sum(service.name, place, reports) for place in sorted(places)]
         return loads
+
+
+def without_dropped(counts: Mapping[Place, Counts], dropped: int) -> dict[Place, Counts]:
+    """Envoy counts a request that the limit of in-flight ones turned away as an error of the backend that it
+    would have had: overload is not failure, so these are taken out, from each in proportion."""
+    errors = sum(each.errors for each in counts.values())
+    kept = max(0.0, 1.0 - dropped / errors) if errors else 1.0
+    return {
+        place: dataclasses.replace(each, errors=round(each.errors * kept)) for place, each in counts.items()
+    }
 
 
 def _sum(service: str, place: Place, reports: list[Report]) -> services.Load:

@@ -27,6 +27,33 @@ def test_in_flight_issued_and_idle(tmp_path: Path) -> None:
         world.until(lambda: sum(each.in_flight for each in front.router.loads()) == 0)
 
 
+def test_what_was_turned_away_is_demand_and_nobodys_error(tmp_path: Path) -> None:
+    with world.backends("a") as (a,), world.Front(tmp_path / "e") as front:
+        a.delay_seconds = 0.5
+        settings = services.RouteSettings(health_path=None, max_requests=2)
+        front.serve(services.Service("s", front.listen, (a.value(),), settings=settings))
+        world.until(front.router.loads)
+        dropped, errors = [], []
+        for _ in range(3):  # over more than one interval: what comes before the first report is not in it
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                assert {status for status, _ in pool.map(lambda _: front.get(), range(16))} == {200, 429}
+            world.until(lambda: sum(each.issued for each in front.router.loads()))
+            dropped.append(front.router.dropped()["s"])
+            errors.append(sum(each.errors for each in front.router.loads()))
+            if dropped[-1]:
+                break
+        assert max(dropped) > 0
+        assert max(errors) == 0
+
+
+def test_errors_that_are_none_are_taken_out_in_proportion() -> None:
+    counts = {("10.0.0.1", 80): reports.Counts(0, 9, 8), ("10.0.0.2", 80): reports.Counts(0, 9, 4)}
+    kept = reports.without_dropped(counts, 6)
+    assert [each.errors for each in kept.values()] == [4, 2]
+    assert reports.without_dropped(counts, 0) == counts
+    assert [each.errors for each in reports.without_dropped(counts, 99).values()] == [0, 0]
+
+
 def _report(node: str, in_flight: int) -> reports.Report:
     return reports.Report(node, 1.0, {"s": {("10.0.0.1", 80): reports.Counts(in_flight, 5, 1)}}, {})
 
