@@ -214,7 +214,7 @@ class _LowerData:
         return len(data)
 
     def hole_ahead(self) -> int:
-        return 0
+        return self._file.hole_ahead(self._position)
 
     def skip_hole(self) -> None:
-        return
+        self._position += self.hole_ahead()

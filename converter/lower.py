@@ -54,6 +54,7 @@ class _Entry:
 
     reader: erofs.Reader
     inode: erofs.Inode
+    zeros_from: Callable[[int], int]
 
     @property
     def mode(self) -> int:
@@ -91,6 +92,12 @@ class _Entry:
     def xattrs(self) -> Mapping[bytes, bytes]:
         return self.reader.xattrs(self.inode)
 
+    def hole_ahead(self, offset: int) -> int:
+        flat_bytes = self.inode.size - self.inode.tail_bytes
+        if self.inode.data_start < 0 or offset >= flat_bytes:
+            return 0
+        return min(self.zeros_from(self.inode.data_start + offset), flat_bytes - offset)
+
     def read(self, offset: int, length: int) -> bytes:
         return self.reader.read(self.inode, offset, length)
 
@@ -100,11 +107,12 @@ class _Layer:
 
     def __init__(self, blocks: _Blocks) -> None:
         self._reader = erofs.Reader(blocks.read)
+        self._zeros_from = blocks.zeros_from
         self._directories: dict[Path, erofs.Inode | None] = {(): self._reader.root()}
 
     def lookup(self, path: Path) -> _Entry | None:
         inode = self._find(path)
-        return None if inode is None else _Entry(self._reader, inode)
+        return None if inode is None else _Entry(self._reader, inode, self._zeros_from)
 
     def children(self, path: Path) -> Iterable[bytes]:
         directory = self._directory(path)
@@ -134,6 +142,14 @@ class _Blocks:
         self._name = layer.blob_digest if isinstance(layer, LazyLayer) else layer.digest
         # A spool file of this converter or a map from anywhere: its claims are checked the same way.
         frames.check_sizes(self._map, self._name)
+
+    def zeros_from(self, offset: int) -> int:
+        """How far from byte `offset` of the image its blocks are holes."""
+        block_bytes, blocks = self._map.block_bytes, self._map.blocks
+        end = offset // block_bytes
+        while end < len(blocks) and blocks[end].zero:
+            end += 1
+        return max(0, end * block_bytes - offset)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset` of the image."""

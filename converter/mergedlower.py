@@ -48,6 +48,10 @@ class LowerEntry(Protocol):
     @property
     def xattrs(self) -> Mapping[bytes, bytes] | None: ...
 
+    def hole_ahead(self, offset: int) -> int:
+        """Bytes from `offset` of a regular file's content, up to its end, that are known to be zero without
+        reading them; 0 where that is not known."""
+
     def read(self, offset: int, length: int) -> bytes:
         """A regular file's bytes from `offset`; fewer than `length` only at its end."""
 

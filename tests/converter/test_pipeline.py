@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from converter import blob, erofs_writer, errors, limits
+from converter import blob, erofs_writer, errors, limits, lower
 from converter.source import Wanted
 from imagefs import artifact, blockmap, erofs
 from imagefs import errors as imagefs_errors
@@ -453,3 +453,33 @@ def test_a_layer_that_would_be_written_otherwise_has_another_reuse_key(tmp_path:
         1,
         "e678f0553e60beb1f178713dfd2e281433af5e8e469c3e66debb4a1ae2e67d8b",
     )
+
+
+def test_a_hard_link_to_a_sparse_file_below_does_not_read_its_holes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tar of 1 KB can ask for a terabyte of them.
+    size = 2000 * BLOCK + 100
+    ends = [(0, b"begin"), (1000 * BLOCK + 7, b"middle"), (size - 3, b"end")]
+    builder = tars.Builder()
+    builder.directory(b"d/").old_sparse(b"d/small", size, ends)
+    read_bytes = []
+    read = lower._Entry.read
+
+    def counting(entry: lower._Entry, offset: int, length: int) -> bytes:
+        read_bytes.append(length)
+        return read(entry, offset, length)
+
+    monkeypatch.setattr(lower._Entry, "read", counting)
+    result = convert(layout(tmp_path, images.make([bytes(builder), link_layer()])))
+    below, linked = block_image(result).layers
+    origin = origin_of(f"oci:{tmp_path}")
+    images_of = [reader_of(layer_image(origin, each)) for each in (below, linked)]
+    contents = [
+        reader.read(find(reader, path), 0, size)
+        for reader, path in zip(images_of, ("d/small", "linked"), strict=True)
+    ]
+    assert contents[0] == contents[1]
+    assert [contents[1][at : at + len(piece)] for at, piece in ends] == [piece for _, piece in ends]
+    assert sum(read_bytes) <= 4 * BLOCK
+    assert result.images[0].layers[1].holes == result.images[0].layers[0].holes > 1900

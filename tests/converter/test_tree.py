@@ -41,6 +41,9 @@ class Thing:
     def size(self) -> int:
         return len(self.content)
 
+    def hole_ahead(self, offset: int) -> int:
+        return 0
+
     def read(self, offset: int, length: int) -> bytes:
         return self.content[offset : offset + length]
 
