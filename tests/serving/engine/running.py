@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,14 @@ def engine(directory: Path, **document: Any) -> Iterator[Engine]:
         yield running
     finally:
         running.destroy()
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait for something that is bound to happen."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "what is waited for does not happen"
+        time.sleep(0.005)
 
 
 def group(leader: int) -> set[int]:

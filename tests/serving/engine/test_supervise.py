@@ -113,8 +113,7 @@ def test_above_limit_and_queue_is_429_with_retry_after_and_never_503(shared: Eng
 def test_monitors_are_answered_by_a_full_engine(shared: Engine) -> None:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         full = [pool.submit(shared.complete, 100) for _ in range(4)]
-        while shared.status()["waiting"] < 2:
-            time.sleep(0.01)
+        running.until(lambda: shared.status()["waiting"] == 2)
         assert shared.ask("/health")[0] == 200
         text = shared.ask("/metrics")[2].decode()
         assert shared.ask("/readyz")[0] == 200
@@ -127,16 +126,13 @@ def test_monitors_are_answered_by_a_full_engine(shared: Engine) -> None:
 def test_a_client_that_leaves_the_queue_is_forgotten(shared: Engine) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         full = [pool.submit(shared.complete, 100) for _ in range(2)]
-        while shared.status()["in_flight"] < 2:
-            time.sleep(0.01)
+        running.until(lambda: shared.status()["in_flight"] == 2)
         with socket.create_connection(("127.0.0.1", shared.port)) as client:
             client.sendall(
                 b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 17\r\n\r\n{"max_tokens": 1}'
             )
-            while shared.status()["waiting"] < 1:
-                time.sleep(0.01)
-        while shared.status()["waiting"] > 0:
-            time.sleep(0.01)
+            running.until(lambda: shared.status()["waiting"] == 1)
+        running.until(lambda: shared.status()["waiting"] == 0)
         assert shared.status()["in_flight"] == 2
         assert [each.result()[0] for each in full] == [200] * 2
 
@@ -145,14 +141,11 @@ def test_the_limit_changes_while_running(shared: Engine) -> None:
     try:
         assert shared.tell("POST", "/limit", {"in_flight": 1, "queue_requests": 7})[0] == 200
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            answers = [pool.submit(shared.complete, 30) for _ in range(6)]
-            while shared.status()["waiting"] < 5:
-                time.sleep(0.01)
+            answers = [pool.submit(shared.complete, 100) for _ in range(6)]
+            running.until(lambda: shared.status()["waiting"] == 5)
             assert shared.status()["in_flight"] == 1
             shared.tell("POST", "/limit", {"in_flight": 6})
-            while (status := shared.status())["waiting"]:
-                time.sleep(0.01)
-            assert status["in_flight"] > 1
+            running.until(lambda: shared.status()["in_flight"] > 1)
             assert [each.result()[0] for each in answers] == [200] * 6
     finally:
         shared.tell("POST", "/limit", {"in_flight": 2, "queue_requests": 2})
@@ -228,8 +221,7 @@ def test_a_loaded_engine_is_not_killed_for_being_busy(tmp_path: Path) -> None:
         engine.wait_for("ready")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             stream = pool.submit(engine.complete, 140, stream=True)
-            while engine.status()["in_flight"] < 1:
-                time.sleep(0.01)
+            running.until(lambda: engine.status()["in_flight"] == 1)
             engine.ask("/control", {"mode": "hang"})
             assert stream.result()[2].endswith(b"[DONE]\n\n")
         assert engine.status()["hangs"] == 0
@@ -271,8 +263,7 @@ def test_an_engine_that_cannot_be_started_again_is_tried_again(tmp_path: Path) -
         pid = engine.wait_for("ready")["pid"]
         program.unlink()
         os.kill(pid, signal.SIGKILL)
-        while not any("No such file" in each["reason"] for each in engine.events("failed")):
-            time.sleep(0.05)
+        running.until(lambda: any("No such file" in each["reason"] for each in engine.events("failed")))
         assert engine.ask("/livez")[0] == 200
         program.write_text(text)
         program.chmod(0o755)
@@ -333,11 +324,9 @@ def test_a_drain_finishes_streams_and_says_close(tmp_path: Path) -> None:
         pid = engine.wait_for("ready")["pid"]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             stream = pool.submit(engine.complete, 60, stream=True)
-            while engine.status()["in_flight"] < 1:
-                time.sleep(0.01)
+            running.until(lambda: engine.status()["in_flight"] == 1)
             waiting = pool.submit(engine.complete, 2)
-            while engine.status()["waiting"] < 1:
-                time.sleep(0.01)
+            running.until(lambda: engine.status()["waiting"] == 1)
             assert engine.tell("POST", "/drain")[0] == 202
             engine.wait_for("draining")
             engine.process.send_signal(signal.SIGTERM)  # as a kubelet, after the hook that said so
@@ -364,8 +353,7 @@ def test_a_drain_ends_at_its_time_with_what_is_left(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=stream)
         thread.start()
-        while engine.status()["in_flight"] < 1:
-            time.sleep(0.01)
+        running.until(lambda: engine.status()["in_flight"] == 1)
         assert engine.end() == 0
         thread.join(30)
         assert errors, "half an answer passed for a whole one"

@@ -101,6 +101,17 @@ def api_server(engine: Engine) -> int:
     return int(engine.status()["servers"][1]["pid"])
 
 
+@contextlib.contextmanager
+def frozen(engine: Engine) -> Iterator[None]:
+    """The model stands still, for much less than a hang takes: what is in flight stays there."""
+    model = worker(engine)
+    os.kill(model, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(model, signal.SIGCONT)
+
+
 def test_it_starts_in_phases_and_answers_probes(vllm: Engine) -> None:
     status = vllm.status()
     assert list(status["phases"]) == [each for each in phases.ORDER if each in status["phases"]]
@@ -136,11 +147,17 @@ def test_its_spans_are_children_of_the_callers(vllm: Engine) -> None:
 
 def test_two_server_processes_keep_one_limit(vllm: Engine) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: complete(vllm, 100), range(12)))
-    statuses = [status for status, _, _ in answers]
-    assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 4
-    assert all(int(headers["retry-after"]) >= 1 for status, headers, _ in answers if status == 429)
+        with frozen(vllm):
+            answers = [pool.submit(complete, vllm, 5) for _ in range(12)]
+            running.until(lambda: sum(each.done() for each in answers) == 8)
+            status = vllm.status()
+            assert (status["in_flight"], status["waiting"]) == (2, 2)
+            for each in answers:
+                if each.done():
+                    refused, headers, _ = each.result()
+                    assert refused == 429
+                    assert int(headers["retry-after"]) >= 1
+        assert sorted(each.result()[0] for each in answers) == [200] * 4 + [429] * 8
     text = vllm.ask("/metrics")[2].decode()
     assert "vllm:iteration_tokens_total_count" in text
     assert "glowplug_engine_limit_requests 2.0" in text
@@ -150,11 +167,13 @@ def test_the_limit_changes_in_both(vllm: Engine) -> None:
     try:
         vllm.tell("POST", "/limit", {"in_flight": 1, "queue_requests": 20})
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(complete, vllm, 150) for _ in range(8)]
-            while vllm.status()["waiting"] < 3:
-                time.sleep(0.005)
-            assert vllm.status()["in_flight"] <= 1
-            vllm.tell("POST", "/limit", {"in_flight": 8})
+            with frozen(vllm):
+                answers = [pool.submit(complete, vllm, 5) for _ in range(8)]
+                running.until(lambda: vllm.status()["waiting"] == 7)
+                assert vllm.status()["in_flight"] == 1
+                vllm.tell("POST", "/limit", {"in_flight": 6})
+                running.until(lambda: vllm.status()["waiting"] == 2)
+                assert vllm.status()["in_flight"] == 6
             assert [each.result()[0] for each in answers] == [200] * 8
     finally:
         vllm.tell("POST", "/limit", {"in_flight": 2, "queue_requests": 2})
@@ -164,30 +183,28 @@ def test_a_client_that_leaves_the_queue_is_forgotten(vllm: Engine) -> None:
     vllm.tell("POST", "/limit", {"in_flight": 1})
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            running_one = pool.submit(complete, vllm, 400)
-            while vllm.status()["in_flight"] < 1:
-                time.sleep(0.005)
-            client = http.client.HTTPConnection("127.0.0.1", vllm.port)
-            body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1})
-            client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-            while vllm.status()["waiting"] < 1:
-                time.sleep(0.005)
-            client.close()
-            while vllm.status()["waiting"]:
-                time.sleep(0.005)
-            assert not running_one.done()
-            assert running_one.result()[0] == 200
+            with frozen(vllm):
+                before_it = pool.submit(complete, vllm, 5)
+                running.until(lambda: vllm.status()["in_flight"] == 1)
+                client = http.client.HTTPConnection("127.0.0.1", vllm.port)
+                body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1})
+                client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+                running.until(lambda: vllm.status()["waiting"] == 1)
+                client.close()
+                running.until(lambda: vllm.status()["waiting"] == 0)
+                assert vllm.status()["in_flight"] == 1
+            assert before_it.result()[0] == 200
     finally:
         vllm.tell("POST", "/limit", {"in_flight": 2})
 
 
 def test_a_full_engine_is_ready_and_shows_its_models(vllm: Engine) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        full = [pool.submit(complete, vllm, 300) for _ in range(2)]
-        while vllm.status()["in_flight"] < 2:
-            time.sleep(0.005)
-        assert vllm.ask("/readyz")[0] == 200
-        assert json.loads(vllm.ask("/v1/models")[2])["data"][0]["id"] == "tiny"
+        with frozen(vllm):
+            full = [pool.submit(complete, vllm, 5) for _ in range(2)]
+            running.until(lambda: vllm.status()["in_flight"] == 2)
+            assert vllm.ask("/readyz")[0] == 200
+            assert json.loads(vllm.ask("/v1/models")[2])["data"][0]["id"] == "tiny"
         assert [each.result()[0] for each in full] == [200, 200]
 
 
@@ -195,14 +212,14 @@ def test_last_a_drain_finishes_the_stream_and_leaves_nothing(vllm: Engine) -> No
     processes = running.group(vllm.status()["pid"])
     assert len(processes) >= 4
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(complete, vllm, 450, stream=True)
-        while vllm.status()["in_flight"] < 1:
-            time.sleep(0.005)
-        vllm.process.send_signal(signal.SIGTERM)
-        vllm.wait_for("draining")
-        status, headers, _ = vllm.ask("/v1/models")
-        assert (status, headers["connection"]) == (200, "close")
-        assert vllm.ask("/readyz")[0] == 503
+        with frozen(vllm):
+            stream = pool.submit(complete, vllm, 50, stream=True)
+            running.until(lambda: vllm.status()["in_flight"] == 1)
+            vllm.process.send_signal(signal.SIGTERM)
+            vllm.wait_for("draining")
+            status, headers, _ = vllm.ask("/v1/models")
+            assert (status, headers["connection"]) == (200, "close")
+            assert vllm.ask("/readyz")[0] == 503
         assert stream.result()[2].endswith(b"data: [DONE]\n\n")
     assert vllm.process.wait(60) == 0
     assert all(running.gone(pid) for pid in processes)
