@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from converter import pack
-from imagefs import blockmap, mounts
+from imagefs import mounts
 from imagefs.erofs import ondisk
 from imagefs.fuse import control
-from tests.fixtures import block_images, boot_packs, images, tars
+from tests.fixtures import block_images, boot_packs, images, servers, tars
 from tests.fixtures.block_images import Command
+from tests.fixtures.conversion import origin_of
 
 pytestmark = pytest.mark.root
 
@@ -452,29 +452,22 @@ def test_interrupted_while_the_origin_hangs(glowplug: Command, tmp_path: Path, d
     assert glowplug.left() == []
 
 
-def opens_a_fifo(pid: int) -> bool:
-    """Whether a thread of the process waits in open(2) for the other end of a FIFO."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            if (task / "wchan").read_text() == "wait_for_partner":
-                return True
-    return False
-
-
 @pytest.mark.parametrize("verb", ["inspect", "mount"])
 def test_an_interrupt_does_not_wait_for_an_origin_that_hangs(
-    glowplug: Command, directory: Path, tmp_path: Path, verb: str
+    glowplug: Command,
+    directory: Path,
+    registry: servers.RegistryServer,
+    fault_server: servers.FaultProxy,
+    verb: str,
 ) -> None:
-    ref = block_images.make(tmp_path / "image", [BASE])
-    (block_map,) = [
-        blob
-        for blob in (tmp_path / "image/blobs/sha256").iterdir()
-        if blob.read_bytes()[:8] == blockmap.MAGIC
-    ]
-    block_map.unlink()
-    os.mkfifo(block_map)
-    process = glowplug.start(verb, ref, *([directory] if verb == "mount" else []), stderr=subprocess.PIPE)
-    while not opens_a_fifo(process.pid):
+    fault_server.upstream = registry.host
+    name = servers.unique_name()
+    images.make([BASE]).push(origin_of(f"docker://{registry.host}/{name}"), "v1")
+    block_images.convert(f"docker://{registry.host}/{name}:v1")
+    fault_server.add(servers.Fault(path="blobs/", times=None, hang=True))
+    arguments = [f"docker://{fault_server.host}/{name}:v1", *([directory] if verb == "mount" else [])]
+    process = glowplug.start(verb, *arguments, stderr=subprocess.PIPE)
+    while not fault_server.seen(path="blobs/"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
