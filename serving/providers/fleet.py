@@ -212,7 +212,6 @@ class Fleet:
         look = self._looks.get(record.name)
         if look is not None and look.ready and record.ready_at is None:
             self._write(dataclasses.replace(record, ready_at=now, phases=dict(look.phases)))
-            _log.info("replica %s is ready after %.1f s", record.name, now - record.created_at)
         elif record.ready_at is None:
             seconds = enginecommand.start_timeout_seconds(self._of_version(record.version))
             if now - record.created_at > seconds:
