@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagefs import bootpack, erofs, errors, kernelreadahead, mount, syscalls
+from imagefs import bootpack, erofs, errors, futures, kernelreadahead, mount, syscalls
 from imagefs.erofs import ondisk
 from imagefs.fuse.devices import LayerSpec, PackSpec
 from imagefs.image import LazyImage
@@ -92,9 +92,9 @@ def prepare_layers(image: LazyImage, devices: Sequence[Path]) -> list[RootAttrib
             for number, device in enumerate(devices)
             for offset, length in metadata_spans(image.layers[number])
         ]
-        roots = [check.result() for check in checks]
-        for read in reads:
-            read.result()
+        roots = list(futures.results(checks))
+        for _ in futures.results(reads):
+            pass
     finally:
         # Not waited for: what still reads after an error, or Ctrl-C, ends when the layers are detached.
         pool.shutdown(wait=False, cancel_futures=True)

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagefs import artifact, blockmap, bootpack, errors, platforms
+from imagefs import artifact, blockmap, bootpack, errors, futures, platforms
 from imagefs.artifact import BlockImage, Descriptor, Layer, Manifest
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
@@ -190,7 +190,7 @@ def _load(ref: Reference, manifest: Manifest, origin: Origin) -> LazyImage:
     pool = concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_READS, len(wanted) + 1))
     try:
         reading = pool.submit(read_boot_pack, image, origin)
-        config, *maps = pool.map(lambda descriptor: _read_blob(origin, descriptor), wanted)
+        config, *maps = futures.results([pool.submit(_read_blob, origin, each) for each in wanted])
         _check_diff_ids(ref, image, config)
         layers = tuple(
             _lazy_layer(ref, number, layer, data, origin)
@@ -238,7 +238,7 @@ def _usable_boot_pack(
     reading: concurrent.futures.Future[bootpack.Table | None],
 ) -> bootpack.Table | None:
     try:
-        table = reading.result()
+        (table,) = futures.results([reading])
         if table is not None:
             bootpack.check_layers(table, {layer.map_digest: layer.block_map for layer in layers})
     except errors.ImagefsError as exc:
