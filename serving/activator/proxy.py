@@ -19,10 +19,10 @@ import random
 from collections.abc import Callable, Collection
 
 import aiohttp
-import multidict
 import yarl
 from aiohttp import web
 
+from serving import headers
 from serving.activator import hold
 from serving.activator.choice import Place, Replicas
 from serving.activator.control import Held
@@ -36,18 +36,6 @@ _RETRY_AFTER_SECONDS = "2"
 _EXPIRE_SECONDS = 0.25
 """How late a wait may end."""
 _CHUNK_BYTES = 64 * 1024
-_HOP_BY_HOP = frozenset(
-    (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)
 
 
 @dataclasses.dataclass(slots=True)
@@ -193,11 +181,10 @@ class Proxy:
             f"http://{f'[{host}]' if ':' in host else host}:{port}{request.raw_path}", encoded=True
         )
         body = request.content.iter_chunked(_CHUNK_BYTES) if request.can_read_body else None
-        headers = _end_to_end(request.headers)
         return await self._session.request(
             request.method,
             url,
-            headers=headers,
+            headers=headers.end_to_end(request.headers),
             data=body,
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
@@ -207,7 +194,7 @@ class Proxy:
         self, request: web.BaseRequest, upstream: aiohttp.ClientResponse
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
-        response.headers.extend(_end_to_end(upstream.headers))
+        response.headers.extend(headers.end_to_end(upstream.headers))
         await response.prepare(request)
         try:
             async for piece in upstream.content.iter_any():
@@ -280,16 +267,6 @@ class Proxy:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             async with self._session.get(url, timeout=limit, allow_redirects=False) as answer:
                 self._replicas.mark(place, up=answer.status == 200)
-
-
-def _end_to_end(
-    headers: multidict.CIMultiDictProxy[str] | multidict.CIMultiDict[str],
-) -> multidict.CIMultiDict[str]:
-    """The headers that are meant for the other end (RFC 9110, 7.6.1)."""
-    named = {each.strip().lower() for value in headers.getall("Connection", ()) for each in value.split(",")}
-    return multidict.CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in _HOP_BY_HOP | named
-    )
 
 
 def _refusal(status: int, text: str) -> web.Response:

@@ -13,14 +13,13 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
+from serving import headers
 from serving.engine import admission, limiter
 from serving.engine.ledger import Ledger
 from serving.engine.state import State
 
-_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
-    | {"transfer-encoding", "upgrade", "host", "content-length"}
-)
+_REPLACED = ("host", "content-length")
+"""Set anew on this hop."""
 _KEEP_ALIVE_SECONDS = 1.0
 """Shorter than that of any server that we know: a request on a connection that is being closed is lost."""
 _METRICS_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
@@ -98,15 +97,15 @@ class Proxy:
         return text if text.endswith(b"\n") or not text else text + b"\n"
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
-        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP]
+        passed = headers.end_to_end(request.headers, _REPLACED)
         if request.content_length is not None and request.can_read_body:
-            headers.append(("Content-Length", str(request.content_length)))
+            passed["Content-Length"] = str(request.content_length)
         response: web.StreamResponse | None = None
         try:
             async with self.session.request(
                 request.method,
                 self.url(request.raw_path),
-                headers=headers,
+                headers=passed,
                 data=request.content.iter_any() if request.can_read_body else None,
                 allow_redirects=False,
             ) as upstream:
@@ -130,9 +129,7 @@ class Proxy:
 
     def _opened(self, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
-        for name, value in upstream.headers.items():
-            if name.lower() not in _HOP:
-                response.headers.add(name, value)
+        response.headers.extend(headers.end_to_end(upstream.headers, _REPLACED))
         response.content_length = upstream.content_length
         if self._ledger.state is State.DRAINING:
             response.force_close()
