@@ -1,0 +1,1 @@
+"""The Kubernetes API for those who write to it: objects, conflicts, leadership."""

@@ -1,0 +1,1 @@
+"""Autoscaling policies against replayed and made traffic, in simulated time."""
