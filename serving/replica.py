@@ -27,9 +27,28 @@ class State(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Vitals:
+    """What an engine says of itself, at a time (`at`, seconds since the epoch). `finished`, `rejected` (429)
+    and `busy_seconds` (time in flight, of all requests) are sums since its supervisor began; so are
+    `cpu_seconds`, which fall when a process of it ends. `memory` is a part of what it may use. None is what
+    nobody could say."""
+
+    at: float
+    in_flight: int
+    queued: int
+    finished: int
+    rejected: int
+    busy_seconds: float
+    cpus: float | None = None
+    cpu_seconds: float | None = None
+    memory: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of the engine. Times are seconds since the epoch. `phases` are the parts of its start, in
-    order, each with the seconds that it took; `reason` is why it failed, or why it is not ready yet."""
+    order, each with the seconds that it took; `reason` is why it failed, or why it is not ready yet; `vitals`
+    what it said of itself last, a second ago or a few."""
 
     name: str
     version: str
@@ -40,6 +59,7 @@ class Replica:
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
     zone: str = ""
     reason: str | None = None
+    vitals: Vitals | None = None
 
 
 class Provider(Protocol):

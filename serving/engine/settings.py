@@ -80,6 +80,10 @@ class Settings(_Part):
     drain: endpoint.Drain = endpoint.Drain()
     cpus: int | None = Field(None, ge=1, le=4_096)
     """Processors to plan for; what the cgroup and the affinity leave, if left out."""
+    memory_bytes: int | None = Field(None, ge=1 << 20)
+    """Memory that the engine may use; the machine's, if left out. What is used is shown as a part of it."""
+    cgroup: str | None = None
+    """The control group that the engine runs in, where that is not its process tree: a container's."""
     stream_weights: int | None = Field(None, ge=1, le=1_024)
     """Read weights by that many parallel requests (run:ai streamer). s3:// is streamed in any case."""
     traces_endpoint: str | None = None

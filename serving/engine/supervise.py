@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -28,7 +29,7 @@ from typing import Any
 
 from serving import errors
 from serving.endpoint import VllmEngine
-from serving.engine import front, gate, health, kinds, limiter, metrics, phases, watch
+from serving.engine import front, gate, health, kinds, limiter, metrics, phases, processors, usage, watch
 from serving.engine.child import Child
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
@@ -61,6 +62,7 @@ class Supervisor:
         self._starts = self._hangs = 0
         self._reason = ""
         self._child: Child | None = None
+        self._cpus = settings.cpus or processors.available()
 
     async def run(self) -> None:
         """Until it is drained. ConfigurationError, UnavailableError where the engine does not start."""
@@ -116,7 +118,20 @@ class Supervisor:
             "in_flight": self._ledger.in_flight(),
             "waiting": self._ledger.waiting(),
             "servers": [{"pid": each.pid, "in_flight": each.in_flight} for each in self._ledger.slots()],
+            "counters": dataclasses.asdict(self._ledger.counters()),
+            "usage": self._usage(),
         }
+
+    def _usage(self) -> Mapping[str, Any] | None:
+        """None while there is no engine."""
+        if self._child is None or not self._child.running:
+            return None
+        settings = self._settings
+        used = usage.of_cgroup(settings.cgroup) if settings.cgroup else usage.of_tree(self._child.pid)
+        if used is None:
+            return None
+        memory_bytes = settings.memory_bytes or usage.machine_memory_bytes()
+        return {**dataclasses.asdict(used), "cpus": self._cpus, "memory_limit_bytes": memory_bytes}
 
     def set_limits(self, limits: Limits) -> None:
         self._ledger.set_limits(limits)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from serving import detached, endpoint, errors
 from serving.endpoint import Endpoint
+from serving.providers import enginecommand
 from serving.providers.process import ProcessLauncher, require_model, require_program
 from serving.providers.record import Record
 
@@ -104,7 +105,7 @@ class ContainerdLauncher:
         return ["ctr", "--address", self._place.address, "--namespace", self._place.namespace, *arguments]
 
     def _container(self, record: Record) -> str:
-        return f"{self._name}-{record.name}"
+        return enginecommand.container(self._name, record.name)
 
     def _pull(self, image: str) -> str:
         """Make it runnable; containerd's name of it. DocumentError, ConfigurationError."""

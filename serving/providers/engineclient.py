@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from serving import errors, unixhttp
+from serving.replica import Vitals
 
 _TIMEOUT_SECONDS = 2.0
 _MAX_ANSWER_BYTES = 1 << 20
 _SHOWN_REASON = 500
+_MOST = 1e18
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Look:
     answered_at: float
     reason: str | None = None
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    vitals: Vitals | None = None
 
 
 def look(address: tuple[str, int], control: Path, answered_at: float, clock: Callable[[], float]) -> Look:
@@ -43,7 +46,8 @@ def look(address: tuple[str, int], control: Path, answered_at: float, clock: Cal
     finally:
         connection.close()
     if response.status == 200:
-        return Look(True, True, clock(), phases=_phases(control))
+        said = _said(control)
+        return Look(True, True, clock(), phases=_phases(said), vitals=vitals(said, clock()))
     text = " ".join(body.decode("utf-8", "replace").split())
     return Look(False, True, clock(), f"/readyz: {response.status} {text}"[:_SHOWN_REASON])
 
@@ -63,12 +67,49 @@ def status(control: Path) -> dict[str, Any]:
     return document
 
 
-def _phases(control: Path) -> Mapping[str, float]:
-    """The parts of the start, in seconds; empty where the engine does not say."""
+def vitals(said: Mapping[str, Any], now: float) -> Vitals | None:
+    """The numbers in a status; None where those of requests are not all there."""
+    counters, used = said.get("counters"), said.get("usage")
+    counters = counters if isinstance(counters, dict) else {}
+    used = used if isinstance(used, dict) else {}
+    names = ("finished", "rejected", "busy_nanoseconds")
+    numbers = [_number(said.get("in_flight")), _number(said.get("waiting"))]
+    numbers += [_number(counters.get(name)) for name in names]
+    if None in numbers:
+        return None
+    in_flight, waiting, finished, rejected, busy = (number or 0.0 for number in numbers)
+    memory, most = _number(used.get("memory_bytes")), _number(used.get("memory_limit_bytes"))
+    return Vitals(
+        now,
+        int(in_flight),
+        int(waiting),
+        int(finished),
+        int(rejected),
+        busy / 1e9,
+        cpus=_number(used.get("cpus")),
+        cpu_seconds=_number(used.get("cpu_seconds")),
+        memory=memory / most if memory is not None and most is not None and most >= 1 else None,
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A number that can be one of these: finite, not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 <= value < _MOST else None
+
+
+def _said(control: Path) -> Mapping[str, Any]:
+    """The status; empty where the engine gives none."""
     try:
-        phases = status(control).get("phases")
+        return status(control)
     except errors.UnavailableError:
         return {}
+
+
+def _phases(said: Mapping[str, Any]) -> Mapping[str, float]:
+    """The parts of the start, in seconds."""
+    phases = said.get("phases")
     if not isinstance(phases, dict):
         return {}
     return {str(name): float(took) for name, took in phases.items() if isinstance(took, (int, float))}

@@ -36,8 +36,17 @@ def settings(
         # The notice was given before: by the fleet, which tells an engine only when the routes have changed.
         "drain": {"notice_seconds": 0.0, "seconds": wanted.drain.seconds},
         "cpus": None if wanted.resources.cpus is None else math.ceil(wanted.resources.cpus),
+        "memory_bytes": wanted.resources.memory_bytes,
+        "cgroup": f"/{wanted.containerd.namespace}/{container(wanted.name, folder.name)}"
+        if wanted.provider == "containerd"
+        else None,
     }
     return json.dumps(document, indent=1)
+
+
+def container(name: str, replica: str) -> str:
+    """The name of a replica's container, for the provider that runs it in one."""
+    return f"{name}-{replica}"
 
 
 def start_timeout_seconds(wanted: Endpoint) -> float:

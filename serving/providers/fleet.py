@@ -240,6 +240,7 @@ class Fleet:
             ready_at=record.ready_at,
             phases=record.phases,
             reason=reason,
+            vitals=look.vitals if (look := self._looks.get(record.name)) is not None else None,
         )
 
     def _refusal(self, record: Record) -> str | None:
