@@ -55,10 +55,9 @@ class Pool:
     """One node class as it is now.
 
     `wanted` is how many nodes real work has or waits for (pods running or pending, replicas desired), pool
-    nodes not counted; None is a gap: the source did not answer, which is not a demand of zero.
-    `requests_total`, `hits_total` and `misses_total` count nodes asked for, handed over warm, and asked for
-    when none was warm; they only grow, but begin anew with a new controller. Where a source cannot count
-    requests, `requests_total` is None and every rise of `wanted` is taken for them.
+    nodes not counted; None is a gap: the source did not answer, which is not a demand of zero. Every rise of
+    it is that many requests for nodes. `hits_total` and `misses_total` count nodes handed over warm, and
+    asked for when none was warm; they only grow, but begin anew with a new controller.
     `quota` is how many more nodes the provider would give, None for no known bound. `blocked_until` is set
     while requests are held back (an error, throttling, no capacity), with the provider's words in `blocked`.
     """
@@ -66,7 +65,6 @@ class Pool:
     node_class: str
     wanted: int | None
     nodes: tuple[Node, ...]
-    requests_total: int | None = None
     hits_total: int = 0
     misses_total: int = 0
     quota: int | None = None
