@@ -107,9 +107,18 @@ class Router:
         """Every backend's load by the last reports; empty while they are unknown."""
         return self._call(lambda: self._loads.current(self._state.services.values(), time.monotonic()))
 
-    def dropped(self) -> dict[str, int]:
-        """By service, what went to no backend for want of room, by the last reports: a part of the demand."""
-        return self._call(self._loads.dropped)
+    def pressure(self, service: str) -> reports.Pressure:
+        """What one service is asked for, by all reports that came: the demand of whoever scales it.
+        NotFoundError."""
+
+        def find() -> reports.Pressure:
+            found = self._state.services.get(service)
+            if found is None:
+                raise errors.NotFoundError(f"router: no service is called {service}")
+            connected = [each.id for each in self._discovery.nodes()]
+            return self._loads.pressure(found, connected, time.monotonic())
+
+        return self._call(find)
 
     def nodes(self) -> list[ads.Node]:
         """The Envoys that are connected."""
@@ -133,7 +142,7 @@ class Router:
             self._on_load(report)
 
     def silent(self, node: str) -> None:
-        self._loads.left(node)
+        self._loads.left(node, time.monotonic())
 
     # -- the loop ----------------------------------------------------------------------------------
 

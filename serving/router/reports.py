@@ -3,18 +3,24 @@
 Called by `control` with what `lrs` received. A report says what is in flight and what was issued since the
 one before; a backend that it does not name is idle. An Envoy that is connected and silent makes the load
 unknown, not zero: nothing is said then.
+
+For who decides by the load how much there shall be, more is unknown (`Loads.pressure`): an Envoy that ended
+its stream a moment ago may be gone, or may be cut off from us and full of requests; and where only activators
+report, nobody says what the replicas have.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from serving import service as services
 
 INTERVAL_SECONDS = 1.0
 LATE_SECONDS = 2.5
+GONE_SECONDS = 10.0
+"""An Envoy whose stream ended opens it again after five seconds; after so long it is gone."""
 ACTIVATOR_PREFIX = "activator/"
 """Of the node ids of activators, which report on themselves alone."""
 
@@ -41,30 +47,80 @@ class Report:
     dropped: Mapping[str, int]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Total:
+    """Of one service at one Envoy, since it began to report: requests given to backends, requests given to
+    none for want of room, and the seconds that its reports cover. Whoever wants rates takes differences."""
+
+    issued: int = 0
+    dropped: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pressure:
+    """What one service is asked for: the load of its backends, and totals by Envoy (activators are none).
+    `unknown` says why nothing is to be concluded from what is small in it; None where all of it counts."""
+
+    loads: tuple[services.Load, ...]
+    totals: Mapping[str, Total]
+    unknown: str | None = None
+
+
 class Loads:
-    """The last report of each Envoy. Used from the control plane's loop only."""
+    """The last report of each Envoy, and sums. Used from the control plane's loop only."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[float, Report | None]] = {}
+        self._left: dict[str, float] = {}
+        self._totals: dict[str, dict[str, Total]] = collections.defaultdict(dict)
+        """By node, by service."""
 
     def joined(self, node: str, now: float) -> None:
         """An Envoy began to report; its first report is awaited from now on."""
         self._last[node] = (now, None)
+        self._left.pop(node, None)
 
-    def left(self, node: str) -> None:
-        """An Envoy is gone, and what it had in flight with it."""
-        self._last.pop(node, None)
+    def left(self, node: str, now: float) -> None:
+        """An Envoy ended its reports, and what it had in flight is no longer counted."""
+        if self._last.pop(node, None) is not None:
+            self._left[node] = now
+        self._totals.pop(node, None)
 
     def record(self, report: Report, now: float) -> None:
+        """One report that came."""
         self._last[report.node] = (now, report)
+        self._left.pop(report.node, None)
+        if report.node.startswith(ACTIVATOR_PREFIX):
+            return
+        totals = self._totals[report.node]
+        for service, counts in report.counts.items():
+            before = totals.get(service, Total())
+            totals[service] = Total(
+                before.issued + sum(each.issued for each in counts.values()),
+                before.dropped + report.dropped.get(service, 0),
+                before.seconds + report.seconds,
+            )
 
-    def dropped(self) -> dict[str, int]:
-        """Requests of each service that were given to no backend, over the interval of the last reports."""
-        total: collections.Counter[str] = collections.Counter()
-        for _, report in self._last.values():
-            if report is not None:
-                total.update(report.dropped)
-        return dict(total)
+    def pressure(self, service: services.Service, connected: Collection[str], now: float) -> Pressure:
+        """See Pressure. `connected`: the nodes that have a stream to the control plane, reporting or not."""
+        totals = {node: found[service.name] for node, found in self._totals.items() if service.name in found}
+        return Pressure(tuple(self.current([service], now)), totals, self._unknown(connected, now))
+
+    def _unknown(self, connected: Collection[str], now: float) -> str | None:
+        self._left = {node: at for node, at in self._left.items() if now - at <= GONE_SECONDS}
+        for node, (at, report) in self._last.items():
+            if report is None:
+                return f"the first report of {node} is awaited"
+            if now - at > INTERVAL_SECONDS + LATE_SECONDS:
+                return f"{node} has not reported for {now - at:.1f} s"
+        for node, at in self._left.items():
+            return f"{node} ended its reports {now - at:.1f} s ago"
+        if silent := sorted(set(connected) - self._last.keys()):
+            return f"{silent[0]} is connected and does not report"
+        if all(node.startswith(ACTIVATOR_PREFIX) for node in self._last):
+            return "no Envoy reports"
+        return None
 
     def current(self, found: Iterable[services.Service], now: float) -> list[services.Load]:
         """Every backend's load, summed over the Envoys; empty while it is unknown."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_what_was_turned_away_is_demand_and_nobodys_error(tmp_path: Path) -> Non
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 assert {status for status, _ in pool.map(lambda _: front.get(), range(16))} == {200, 429}
             world.until(lambda: sum(each.issued for each in front.router.loads()))
-            dropped.append(front.router.dropped()["s"])
+            dropped.append(sum(each.dropped for each in front.router.pressure("s").totals.values()))
             errors.append(sum(each.errors for each in front.router.loads()))
             if dropped[-1]:
                 break
@@ -82,5 +83,44 @@ def test_a_silent_envoy_makes_loads_unknown_until_it_is_gone(late: bool) -> None
     else:
         loads.joined("y", 10.0)
     assert loads.current([SERVICE], 10.1) == []
-    loads.left("y")
+    loads.left("y", 10.1)
     assert loads.current([SERVICE], 10.1)[0].in_flight == 2
+
+
+def test_pressure_is_unknown_until_every_envoy_has_spoken_or_is_long_gone() -> None:
+    loads = reports.Loads()
+
+    def unknown(at: float, *connected: str) -> str | None:
+        return loads.pressure(SERVICE, connected, at).unknown
+
+    assert unknown(0.0) == "no Envoy reports"
+    loads.record(_report("activator/a", 2), 0.0)
+    assert unknown(0.1) == "no Envoy reports"
+    loads.joined("x", 0.0)
+    assert unknown(0.1) == "the first report of x is awaited"
+    loads.record(_report("x", 2), 0.5)
+    loads.record(_report("y", 3), 0.5)
+    assert unknown(0.6, "x", "y", "activator/a") is None
+    assert unknown(0.6, "x", "y", "z") == "z is connected and does not report"
+    assert unknown(3.9) == "activator/a has not reported for 3.9 s"
+    loads.left("activator/a", 3.9)
+    loads.record(_report("x", 2), 4.0)
+    assert unknown(4.05) == "y has not reported for 3.5 s"
+    loads.left("y", 4.0)
+    assert unknown(4.1) == "activator/a ended its reports 0.2 s ago"
+    for second in range(5, 16):
+        loads.record(_report("x", 2), float(second))
+    assert unknown(15.0) is None
+    assert loads.pressure(SERVICE, (), 15.0).loads[0].in_flight == 2
+
+
+def test_totals_grow_with_every_report_and_end_with_the_envoy() -> None:
+    loads = reports.Loads()
+    for second in range(3):
+        loads.record(dataclasses.replace(_report("x", 2), dropped={"s": 7}), float(second))
+    loads.record(_report("y", 2), 2.0)
+    loads.record(_report("activator/a", 9), 2.0)
+    found = loads.pressure(SERVICE, (), 2.1).totals
+    assert found == {"x": reports.Total(15, 21, 3.0), "y": reports.Total(5, 0, 1.0)}
+    loads.left("x", 2.2)
+    assert loads.pressure(SERVICE, (), 2.3).totals.keys() == {"y"}
