@@ -30,10 +30,8 @@ class OriginSource:
     size: int
 
     def open(self, offset: int) -> Iterator[bytes]:
-        for piece in self.origin.stream_blob(self.digest, self.size):
-            if offset < len(piece):
-                yield piece[offset:]
-            offset = max(0, offset - len(piece))
+        # Not verified here: the destination compares the digest of what it gets.
+        return self.origin.stream_range(self.digest, offset, self.size - offset)
 
 
 def bring_blob(descriptor: Descriptor, source: Origin, destination: Origin) -> str:

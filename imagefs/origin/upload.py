@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 
-from imagefs import errors
+from imagefs import errors, frames
 from imagefs.origin import BlobSource, headers, retry, session, transport
 
 MONOLITHIC_BYTES = 1024 * 1024
@@ -47,6 +47,8 @@ class Upload:
         self._sent = 0
         self._hasher = hashlib.sha256()
         self._hashed = 0
+        self._reader: frames.Pieces | None = None
+        """Stands where the last chunk ended: a source is opened again only where one is sent again."""
 
     def run(self, digest: str, size: int, source: BlobSource) -> None:
         """Send the blob. IntegrityError if the source is not `size` bytes with `digest`."""
@@ -66,6 +68,7 @@ class Upload:
                     self._finish(digest, b"")
                 return
             except errors.UnavailableError as exc:
+                self._reader = None  # the error may have been the source's
                 if isinstance(exc, _UploadLostError):
                     self._location = None
                     if self._is_there():
@@ -117,22 +120,22 @@ class Upload:
 
     def _pieces(self, source: BlobSource, start: int, end: int, size: int) -> Iterator[bytes]:
         """Bytes `start` to `end` of the source; each is hashed once, however often it is sent."""
-        position = start
-        for piece in source.open(start):
-            if position + len(piece) > size:
-                raise errors.IntegrityError(f"{self._what}: the source has more than {size} bytes")
-            piece = piece[: end - position]
-            if position + len(piece) > self._hashed:
+        reader = self._reader
+        if reader is None or reader.position != start:
+            reader = self._reader = frames.Pieces(source.open(start), start)
+        while reader.position < end:
+            position = reader.position
+            piece = reader.take(end - position)
+            if not piece:
+                raise errors.IntegrityError(
+                    f"{self._what}: the source ended at byte {position}, {end} bytes were expected"
+                )
+            if reader.position > self._hashed:
                 self._hasher.update(piece[max(0, self._hashed - position) :])
-                self._hashed = position + len(piece)
-            position += len(piece)
+                self._hashed = reader.position
             yield piece
-            if position == end < size:
-                return
-        if position < end:
-            raise errors.IntegrityError(
-                f"{self._what}: the source ended at byte {position}, {end} bytes were expected"
-            )
+        if end == size and reader.take(1):
+            raise errors.IntegrityError(f"{self._what}: the source has more than {size} bytes")
 
     def _small(self, digest: str, size: int, source: BlobSource) -> bytes:
         data = b"".join(source.open(0))

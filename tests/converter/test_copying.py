@@ -11,7 +11,7 @@ import pytest
 from converter import copying
 from imagefs import artifact, image, reference
 from imagefs import errors as imagefs_errors
-from imagefs.origin import connect
+from imagefs.origin import BytesSource, connect
 from tests.fixtures import block_images, images, servers
 from tests.fixtures.conversion import block_image, convert, origin_of
 
@@ -130,6 +130,18 @@ def assert_image_alone(ref: str, digest: str) -> None:
     assert_whole(ref, digest, ())
     origin = origin_of(ref)
     assert origin.referrers(digest) == []
+
+
+@pytest.mark.parametrize("place", ["docker", "oci"])
+def test_a_source_is_opened_at_any_byte(tmp_path: Path, registry: servers.RegistryServer, place: str) -> None:
+    data = os.urandom(3_000_000)
+    name = f"docker://{registry.host}/{servers.unique_name()}" if place == "docker" else f"oci:{tmp_path}"
+    origin = origin_of(name)
+    digest = artifact.digest_of(data)
+    origin.put_blob(digest, len(data), BytesSource(data))
+    source = copying.OriginSource(origin, digest, len(data))
+    for offset in (0, 1, 1_048_576, len(data) - 1, len(data)):
+        assert b"".join(source.open(offset)) == data[offset:]
 
 
 def test_a_blob_that_differs_stops_the_copy_before_the_tag(

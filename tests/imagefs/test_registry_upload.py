@@ -64,6 +64,13 @@ def test_chunks(origin: registry.RegistryOrigin, fault_server: FaultProxy, regis
     check(registry, origin)
 
 
+def test_the_source_is_read_once_however_many_chunks(origin: registry.RegistryOrigin) -> None:
+    """One that was opened for each chunk, and read from its start, made copies of large blobs quadratic."""
+    source = CountingSource()
+    origin.put_blob(DIGEST, len(DATA), source)
+    assert source.read_bytes == len(DATA)
+
+
 class ResumableUploads:
     """The uploads of a registry that keeps what a broken chunk brought and tells where it stands, as the
     specification has it. (docker-registry 2.8 keeps it, but answers 404 to the question.)"""
