@@ -49,8 +49,9 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Total:
-    """Of one service at one Envoy, since it began to report: requests given to backends, requests given to
-    none for want of room, and the seconds that its reports cover. Whoever wants rates takes differences."""
+    """Of one service at one Envoy, since it began to report: requests given to backends (activators are
+    none), requests given to nobody for want of room, and the seconds that its reports cover. Whoever wants
+    rates takes differences."""
 
     issued: int = 0
     dropped: int = 0
@@ -75,6 +76,8 @@ class Loads:
         self._left: dict[str, float] = {}
         self._totals: dict[str, dict[str, Total]] = collections.defaultdict(dict)
         """By node, by service."""
+        self._activators: dict[str, set[Place]] = collections.defaultdict(set)
+        """By service, as they say of themselves."""
 
     def joined(self, node: str, now: float) -> None:
         """An Envoy began to report; its first report is awaited from now on."""
@@ -92,12 +95,15 @@ class Loads:
         self._last[report.node] = (now, report)
         self._left.pop(report.node, None)
         if report.node.startswith(ACTIVATOR_PREFIX):
+            for service, counts in report.counts.items():
+                self._activators[service] = set(counts)
             return
         totals = self._totals[report.node]
         for service, counts in report.counts.items():
             before = totals.get(service, Total())
+            issued = [each.issued for place, each in counts.items() if place not in self._activators[service]]
             totals[service] = Total(
-                before.issued + sum(each.issued for each in counts.values()),
+                before.issued + sum(issued),
                 before.dropped + report.dropped.get(service, 0),
                 before.seconds + report.seconds,
             )

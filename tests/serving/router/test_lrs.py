@@ -116,10 +116,13 @@ def test_pressure_is_unknown_until_every_envoy_has_spoken_or_is_long_gone() -> N
 
 def test_totals_grow_with_every_report_and_end_with_the_envoy() -> None:
     loads = reports.Loads()
+    held = {"s": {("10.0.0.9", 80): reports.Counts(3, 4, 0)}}
+    loads.record(reports.Report("activator/a", 1.0, held, {}), 0.0)
     for second in range(3):
-        loads.record(dataclasses.replace(_report("x", 2), dropped={"s": 7}), float(second))
+        report = _report("x", 2)
+        counts = {"s": {**report.counts["s"], **held["s"]}}  # what waits at an activator went to nobody yet
+        loads.record(dataclasses.replace(report, counts=counts, dropped={"s": 7}), float(second))
     loads.record(_report("y", 2), 2.0)
-    loads.record(_report("activator/a", 9), 2.0)
     found = loads.pressure(SERVICE, (), 2.1).totals
     assert found == {"x": reports.Total(15, 21, 3.0), "y": reports.Total(5, 0, 1.0)}
     loads.left("x", 2.2)
