@@ -21,11 +21,14 @@ Port = Annotated[int, Field(ge=0, le=65_535)]
 
 
 class KubernetesAccess(Part):
-    """How the API server is reached. Nothing said: as a pod reaches it."""
+    """How the API server is reached. Nothing said: as a pod reaches it or, outside of pods, as kubectl
+    does."""
 
     url: str | None = None
     ca_file: str | None = None
     token_file: str | None = None
+    kubeconfig: str | None = None
+    context: str | None = None
 
 
 class Toleration(Part):
