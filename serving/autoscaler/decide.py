@@ -1,0 +1,281 @@
+"""How many replicas an endpoint should have, and how many requests each may take: `decide`.
+
+Pure; called about once a second (any cadence does) by the autoscaler's loop and by the simulator, with the
+time as an argument. `State` is all that it remembers, goes to JSON and back, and gives the same decisions
+after a restart.
+
+    observation --sound?--> demand --horizontal--> need --steps, windows, tolerance--> size
+                   |no                                                                  |
+                   +--> the last size, and why -----------------------------------------+
+                                                                                        v
+                        replicas <-- quota <-- maximum <-- starts <-- minimum <-- floors
+
+Invariants, whatever the observation:
+- The size is never above the quota, nor above the maximum, nor below the minimum but for these two.
+- It is lowered only by a sound observation, after a window of sound ones, while no replica is starting
+  (Kubernetes deletes those that are not ready first), in steps.
+- More demand never gives fewer replicas; constant demand gives a constant size.
+- What is wrong with an observation is said in the explanation. A clock that jumps ages nothing: windows are
+  kept on a clock of observed time (`seen_seconds`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from serving.autoscaler import horizontal, windows
+from serving.autoscaler.observation import Clamp, Demand, Explanation, Instance, Observation
+from serving.autoscaler.policy import Policy
+from serving.replica import State as ReplicaState
+
+STALE_SECONDS = 2.5
+"""Older observations are no basis for anything."""
+GAP_SECONDS = 30.0
+"""A longer time between two decisions is a clock that jumped, or a controller that slept."""
+_LARGEST = 1e12
+"""Of anything that is counted. More is a mistake."""
+_EXTRA_STARTS = 2.0
+_EXTRA_SECONDS = 30.0
+"""What was ordered ahead of demand is kept until it had so many starts' time, and no less, to be needed."""
+_STARTS = 20
+"""The latest starts, whose median is the start time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """See the module. `at` is the `now` of the last decision, on whatever clock that was; every other stamp
+    is on the clock of observed time. `step_*` is the size that a second's step up is measured from."""
+
+    policy: Policy
+    replicas: int
+    limit: int
+    at: float | None = None
+    seen_seconds: float = 0.0
+    load: horizontal.Load = dataclasses.field(default_factory=horizontal.Load)
+    steady: windows.Peak = dataclasses.field(default_factory=windows.Peak)
+    ahead: windows.Peak = dataclasses.field(default_factory=windows.Peak)
+    idle_seconds: float = 0.0
+    start_seconds: float | None = None
+    step_from: int = 0
+    step_seconds: float = 0.0
+    lowered_at: float = 0.0
+
+    @classmethod
+    def initial(cls, policy: Policy) -> State:
+        """Before anything was seen."""
+        return cls(policy, policy.minimum, policy.limit)
+
+    def under(self, policy: Policy) -> State:
+        """The same memories under other settings: a document changed. The limit starts from its setting
+        again, where that is what changed."""
+        limit = self.limit if policy.limit == self.policy.limit else policy.limit
+        return dataclasses.replace(self, policy=policy, limit=limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; the policy is the document's, and not among them."""
+        value = dataclasses.asdict(dataclasses.replace(self, policy=Policy()))
+        del value["policy"]
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], policy: Policy) -> State:
+        """What `to_json` gave, also by way of JSON text. TypeError, KeyError and ValueError for what it did
+        not give."""
+        load = value["load"]
+        history = tuple(windows.Bucket(**each) for each in load["history"])
+        return cls(
+            **{
+                **value,
+                "policy": policy,
+                "load": horizontal.Load(**{**load, "history": history}),
+                "steady": _peak(value["steady"]),
+                "ahead": _peak(value["ahead"]),
+            }
+        )
+
+
+def _peak(value: Mapping[str, Any]) -> windows.Peak:
+    return windows.Peak(tuple((float(stamp), float(each)) for stamp, each in value["entries"]))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """`replicas` in all, those that start included; `limit`: how many requests each may have in flight, and
+    `target` how many it should have in the mean."""
+
+    state: State
+    replicas: int
+    limit: int
+    target: float
+    because: Explanation
+
+
+def decide(state: State, observation: Observation, now: float) -> Decision:
+    """The next state, and what is to be done. `now` is in seconds since the epoch (schedules are by it), and
+    on the same clock as the observation's times."""
+    there = [each for each in observation.instances if each.state in _THERE]
+    if state.at is None:  # whoever decided before had reasons: what is there is the first size
+        state = dataclasses.replace(state, replicas=max(state.replicas, len(there)))
+    wrong = _unsound(state, observation, now)
+    demand = observation.demand if wrong is None else None
+    if demand is None:
+        settled = _unknown(state, wrong or "no load report came in time")
+    else:
+        settled = _sized(state, demand, there, now)
+    size, clamps = _clamped(state, settled, observation, there, now)
+    because = dataclasses.replace(settled.because, clamps=settled.because.clamps + tuple(clamps))
+    at = now if math.isfinite(now) else state.at
+    following = dataclasses.replace(settled.state, replicas=size, at=at)
+    if size < state.replicas:
+        following = dataclasses.replace(following, lowered_at=following.seen_seconds)
+    return Decision(following, size, state.limit, state.policy.target_at(state.limit), because)
+
+
+_THERE = frozenset({ReplicaState.READY, ReplicaState.STARTING})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settled:
+    """A size before the clamps."""
+
+    state: State
+    size: int
+    because: Explanation
+
+
+def _unsound(state: State, observation: Observation, now: float) -> str | None:
+    """What is wrong with an observation, None if nothing is."""
+    if state.at is not None and not 0 <= now - state.at <= GAP_SECONDS:
+        return f"{now - state.at:+.4g} s since the last decision: the clock jumped, or nobody decided"
+    if not abs(now - observation.at) <= STALE_SECONDS:
+        return f"the observation is {now - observation.at:.4g} s old"
+    demand = observation.demand
+    if demand is None:
+        return None
+    for field in dataclasses.fields(demand):
+        value = getattr(demand, field.name)
+        if value is not None and not 0 <= value <= _LARGEST:
+            return f"{field.name} is {value}"
+    if demand.queued > demand.in_flight:
+        return f"{demand.queued:g} queued of {demand.in_flight:g} in flight: these contradict one another"
+    if demand.in_flight == 0 and demand.issued_per_second == 0:
+        flying = sum(each.in_flight or 0.0 for each in observation.instances)
+        if flying > 0:
+            return f"nothing in flight, but the replicas have {flying:g}: these contradict one another"
+    return None
+
+
+def _unknown(state: State, why: str) -> _Settled:
+    because = Explanation("unknown", None, 0.0, f"the last size, {state.replicas}", note=why)
+    return _Settled(state, state.replicas, because)
+
+
+def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _Settled:
+    """The size by demand, within the steps that are allowed."""
+    policy = state.policy
+    elapsed = now - state.at if state.at is not None else 0.0
+    start_seconds = _start_seconds(there) or state.start_seconds
+    ready = sum(each.state is ReplicaState.READY for each in there)
+    target = policy.target_at(state.limit)
+    capacity = horizontal.Capacity(ready, target, state.limit)
+    load = horizontal.noted(state.load, demand, capacity, elapsed)
+    start = policy.start_seconds if start_seconds is None else start_seconds
+    need = horizontal.need(load, demand, capacity, policy, start)
+    seen = state.seen_seconds + elapsed
+    steady = state.steady.pushed(seen, need.steady, policy.down_window_seconds)
+    ahead = state.ahead.pushed(seen, need.ahead, max(_EXTRA_SECONDS, _EXTRA_STARTS * start))
+    quiet = demand.in_flight == demand.held == demand.issued_per_second == demand.rejected_per_second == 0
+    state = _step_noted(state, elapsed)
+    state = dataclasses.replace(
+        state,
+        seen_seconds=seen,
+        load=load,
+        steady=steady,
+        ahead=ahead,
+        idle_seconds=state.idle_seconds + elapsed if quiet else 0.0,
+        start_seconds=start_seconds,
+    )
+    because = Explanation("demand", need.level, need.window_seconds, need.formula)
+    return _moved(state, need, because, quiet)
+
+
+def _start_seconds(there: list[Instance]) -> float | None:
+    """The median of the latest starts."""
+    starts = [
+        (each.ready_at, each.ready_at - each.created_at)
+        for each in there
+        if each.ready_at is not None and math.isfinite(each.ready_at - each.created_at)
+    ]
+    taken = sorted(seconds for _, seconds in sorted(starts)[-_STARTS:] if seconds >= 0)
+    return taken[len(taken) // 2] if taken else None
+
+
+def _step_noted(state: State, elapsed: float) -> State:
+    """A second's step is measured from the size at its beginning, however often it is asked."""
+    seconds = state.step_seconds + elapsed
+    if seconds < windows.GRAIN_SECONDS and state.step_from:
+        return dataclasses.replace(state, step_seconds=seconds)
+    return dataclasses.replace(state, step_seconds=0.0, step_from=state.replicas)
+
+
+def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: bool) -> _Settled:
+    policy, size = state.policy, state.replicas
+    wanted = max(0 if quiet else 1, math.ceil(need.ahead - 1e-9))
+    clamps = []
+    if wanted > size:
+        most = math.ceil(max(state.step_from, 1) * policy.up_factor) + policy.up_step
+        if wanted > most:
+            clamps.append(Clamp("a second's step up", wanted, max(size, most)))
+        return _Settled(
+            state, max(size, min(wanted, most)), dataclasses.replace(because, clamps=tuple(clamps))
+        )
+    kept = max(state.steady.value, state.ahead.value)
+    lower = math.ceil(kept * (1 + policy.tolerance) - 1e-9)
+    idle = policy.minimum == 0 and state.idle_seconds >= policy.idle_seconds
+    lower = 0 if idle else max(1, lower)
+    if lower >= size:
+        return _Settled(state, size, because)
+    note = ""
+    if state.seen_seconds < policy.down_window_seconds and not idle:
+        note, lower = f"nothing is lowered before {policy.down_window_seconds:g} s were seen", size
+    elif not idle and state.seen_seconds - state.lowered_at < policy.down_seconds:
+        note, lower = f"lowered less than {policy.down_seconds:g} s ago", size
+    elif not idle and lower < (least := math.floor(size * policy.down_factor)):
+        clamps.append(Clamp("a step down", lower, least))
+        lower = least
+    because = dataclasses.replace(
+        because,
+        clamps=tuple(clamps),
+        note=note or f"{kept:.4g} replicas at most in the last {policy.down_window_seconds:g} s",
+    )
+    return _Settled(state, lower, because)
+
+
+def _clamped(
+    state: State, settled: _Settled, observation: Observation, there: list[Instance], now: float
+) -> tuple[int, list[Clamp]]:
+    """Floors first, what bounds from above last: the quota outranks them all."""
+    policy = state.policy
+    clamps: list[Clamp] = []
+    size = settled.size
+
+    def rule(name: str, bounded: int) -> None:
+        nonlocal size
+        if bounded != size:
+            clamps.append(Clamp(name, size, bounded))
+            size = bounded
+
+    provisioned = math.ceil(policy.provisioned / policy.target_at(state.limit))
+    rule("provisioned concurrency", max(size, provisioned))
+    rule("schedule", max([size, *(each.minimum for each in policy.schedules if each.holds(now))]))
+    rule("minimum", max(size, policy.minimum))
+    patience = policy.start_patience_seconds
+    if any(each.state is ReplicaState.STARTING and now - each.created_at <= patience for each in there):
+        rule("a replica is starting", max(size, state.replicas))
+    rule("maximum", min(size, policy.maximum))
+    if observation.quota is not None:
+        rule("quota", min(size, observation.quota if observation.quota >= 0 else state.replicas))
+    return size, clamps

@@ -1,0 +1,118 @@
+"""What an endpoint's scaling is held to: `Policy`, all settings of `decide`, each with its unit. Pure.
+
+Made by `of` from the endpoint document, or with keywords by whoever tries settings out (the simulator). A
+policy is checked when it is made, so that `decide` need not: what contradicts itself is a ValueError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from serving.endpoint import Endpoint
+
+DAY_SECONDS = 86_400.0
+_EPOCH_WEEKDAY = 3
+"""1 January 1970 was a Thursday; Monday is 0."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schedule:
+    """A floor for a part of the day, in UTC. `days` are 0 (Monday) to 6; a span that ends before it begins
+    goes over midnight, and belongs to the day on which it begins."""
+
+    days: frozenset[int]
+    from_seconds: float
+    to_seconds: float
+    minimum: int
+
+    def holds(self, now: float) -> bool:
+        """Whether `now` (seconds since the epoch) lies in it."""
+        day, seconds = divmod(now, DAY_SECONDS)
+        today = int(day + _EPOCH_WEEKDAY) % 7
+        if self.from_seconds < self.to_seconds:
+            return today in self.days and self.from_seconds <= seconds < self.to_seconds
+        if seconds >= self.from_seconds:
+            return today in self.days
+        return (today - 1) % 7 in self.days and seconds < self.to_seconds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The settings. Concurrency is in requests, or in model units where load is reported in them."""
+
+    minimum: int = 1
+    maximum: int = 1
+    target: float = 8.0
+    """In flight on a replica, in the mean."""
+    limit: int = 16
+    """In flight on a replica at most, to begin with."""
+    learn_limit: bool = False
+    """Learn the limit while it runs; the target keeps its ratio to it."""
+    limit_least: int = 1
+    limit_most: int = 1_000
+    latency_seconds: float | None = None
+    """What a request should take at most; the limit is kept below what exceeds it."""
+    headroom: float = 2.0
+    """Standard deviations of the requests in flight that must fit below the limits."""
+    evidence: float = 3.0
+    """Standard deviations by which a short window must differ from chance before it counts."""
+    start_seconds: float = 30.0
+    """A replica's start, until starts were measured."""
+    drain_seconds: float = 10.0
+    """In what time a backlog should be worked off."""
+    down_window_seconds: float = 300.0
+    """The size follows the largest demand of this long."""
+    tolerance: float = 0.1
+    """By how much demand must lie below the size before it is lowered."""
+    up_factor: float = 2.0
+    up_step: int = 4
+    """In a second the size grows by at most this factor, plus this many."""
+    down_factor: float = 0.7
+    down_seconds: float = 15.0
+    """Once in so many seconds the size falls, to this part of itself at the least."""
+    idle_seconds: float = 600.0
+    """Without a request for so long, an endpoint whose minimum is 0 has none."""
+    start_patience_seconds: float = 600.0
+    """A replica that has been starting for longer no longer keeps the size from being lowered."""
+    provisioned: float = 0.0
+    """In flight that there is always room for, whatever comes."""
+    schedules: tuple[Schedule, ...] = ()
+    predict: bool = True
+    """Raise the floor ahead of what the time of day has brought before."""
+
+    def __post_init__(self) -> None:
+        numbers = [
+            getattr(self, each.name) for each in dataclasses.fields(self) if each.name not in _NOT_NUMBERS
+        ]
+        if not all(math.isfinite(number) and number >= 0 for number in numbers if number is not None):
+            raise ValueError("an autoscaling policy is made of finite numbers that are not negative")
+        if self.maximum < self.minimum:
+            raise ValueError(f"maximum ({self.maximum}) is below minimum ({self.minimum})")
+        if not 0 < self.target <= self.limit:
+            raise ValueError(f"target ({self.target:g}) must be above 0 and not above limit ({self.limit})")
+        if not 1 <= self.limit_least <= self.limit_most:
+            raise ValueError(f"limit_least ({self.limit_least}) must be 1 to limit_most ({self.limit_most})")
+        if self.up_factor < 1 or self.up_step < 1 or not self.down_factor < 1:
+            raise ValueError("up_factor and up_step must be 1 or more, down_factor below 1")
+        if min(self.drain_seconds, self.down_window_seconds, self.down_seconds) <= 0:
+            raise ValueError("drain_seconds, down_window_seconds and down_seconds must be above 0")
+
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> Policy:
+        """The policy of a document."""
+        replicas = endpoint.replicas
+        return cls(
+            minimum=replicas.min,
+            maximum=replicas.most,
+            target=replicas.target_concurrency,
+            limit=replicas.limit,
+            latency_seconds=endpoint.objectives.p99_seconds,
+        )
+
+    def target_at(self, limit: float) -> float:
+        """The target beside a limit: their ratio is the document's."""
+        return self.target * limit / self.limit
+
+
+_NOT_NUMBERS = frozenset({"learn_limit", "schedules", "predict"})

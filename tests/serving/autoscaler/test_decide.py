@@ -1,0 +1,164 @@
+"""What `decide` keeps to, whatever it is shown, and what it does on plain loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.autoscaler.decide import Decision, State, decide
+from serving.autoscaler.observation import Demand, Instance, Observation
+from serving.autoscaler.policy import Policy, Schedule
+from serving.replica import State as ReplicaState
+
+POLICY = Policy(minimum=1, maximum=500, target=8, limit=16, predict=False)
+START = 1_700_000_000.0
+
+
+def instances(ready: int, starting: int = 0, now: float = START) -> tuple[Instance, ...]:
+    made = [
+        Instance(f"r{i}", ReplicaState.READY, created_at=START - 1000, ready_at=START - 995)
+        for i in range(ready)
+    ]
+    made += [Instance(f"s{i}", ReplicaState.STARTING, created_at=now) for i in range(starting)]
+    return tuple(made)
+
+
+def flowing(rate: float, service: float = 1.0, ready: int = 500) -> Demand:
+    return Demand(in_flight=rate * service, issued_per_second=rate, service_seconds=service)
+
+
+def run(
+    state: State, demand: Callable[[int], Demand | None], seconds: int, start: float | None = None
+) -> list[Decision]:
+    """A decision a second; replicas are ready at once."""
+    now = (state.at if state.at is not None else START) if start is None else start
+    decisions = []
+    for second in range(seconds):
+        now += 1
+        decision = decide(state, Observation(now, demand(second), instances(state.replicas)), now)
+        state = decision.state
+        decisions.append(decision)
+    return decisions
+
+
+def test_a_steady_load_has_its_target_in_each_replica() -> None:
+    last = run(State.initial(POLICY), lambda _: flowing(800), 120)[-1]
+    assert last.replicas == 100
+    assert "800 in flight" in last.because.formula
+
+
+def test_a_saturated_replica_that_rejects_gets_company() -> None:
+    policy = dataclasses.replace(POLICY, target=16)
+    state = State.initial(policy)
+    demand = Demand(in_flight=16, issued_per_second=16, rejected_per_second=48, service_seconds=1)
+    assert run(state, lambda _: demand, 30)[-1].replicas >= 4
+
+
+def test_from_zero_at_once_and_back_after_the_idle_time() -> None:
+    policy = dataclasses.replace(POLICY, minimum=0, idle_seconds=60)
+    decisions = run(State.initial(policy), lambda _: Demand(0), 5)
+    assert decisions[-1].replicas == 0
+    woken = run(decisions[-1].state, lambda _: Demand(0, held=1), 1)[-1]
+    assert woken.replicas == 1
+    idle = run(woken.state, lambda _: Demand(0), 100)
+    assert idle[30].replicas == 1
+    assert idle[-1].replicas == 0
+
+
+@pytest.mark.parametrize("rate", [1, 5, 20, 100, 800, 4000])
+def test_steady_poisson_load_turns_round_at_most_once_in_ten_minutes(rate: float) -> None:
+    chance = random.Random(int(rate))
+    ends: list[float] = []
+    now = 0.0
+
+    def second(number: int) -> Demand:
+        nonlocal now, ends
+        issued = 0
+        while now < number + 1:
+            now += chance.expovariate(rate)
+            ends.append(now + chance.expovariate(1.0))
+            issued += 1
+        ends = [end for end in ends if end > number + 1]
+        return Demand(in_flight=len(ends), issued_per_second=issued, service_seconds=1)
+
+    decisions = run(State.initial(POLICY), second, 1800)
+    sizes = [each.replicas for each in decisions[600:]]
+    moves = [b - a for a, b in itertools.pairwise(sizes) if a != b]
+    reversals = sum(a * b < 0 for a, b in itertools.pairwise(moves))
+    assert reversals <= 2
+
+
+numbers = st.one_of(
+    st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1e4), st.just(0.0)
+)
+
+
+@st.composite
+def demands(draw: st.DrawFn) -> Demand | None:
+    if draw(st.booleans()):
+        return draw(st.sampled_from([None, Demand(0)]))
+    values = {field.name: draw(numbers) for field in dataclasses.fields(Demand)}
+    return Demand(**{k: (0.0 if v is None and k != "service_seconds" else v) for k, v in values.items()})
+
+
+@given(
+    st.lists(
+        st.tuples(
+            demands(),
+            st.floats(-100, 1000),
+            st.floats(-5, 5),
+            st.integers(0, 30),
+            st.integers(0, 5),
+            st.one_of(st.none(), st.integers(-1, 40)),
+        ),
+        max_size=30,
+    ),
+    st.integers(0, 5),
+    st.integers(0, 50),
+)
+@settings(max_examples=200, deadline=None)
+def test_bounds_hold_and_nothing_wrong_lowers(
+    steps: list[tuple[Demand | None, float, float, int, int, int | None]], least: int, more: int
+) -> None:
+    policy = Policy(minimum=least, maximum=least + more, target=4, limit=8, down_window_seconds=5)
+    state, now = State.initial(policy), START
+    for demand, elapsed, age, ready, starting, quota in steps:
+        before, now = now, now + elapsed
+        seen = Observation(now - age, demand, instances(ready, starting, now), quota)
+        decision = decide(state, seen, now)
+        top = policy.maximum if quota is None or quota < 0 else min(quota, policy.maximum)
+        assert min(policy.minimum, top) <= decision.replicas <= top
+        broken = (
+            demand is None
+            or not 0 <= now - before <= 30
+            or abs(now - seen.at) > 2.5
+            or any(v is not None and not 0 <= v < math.inf for v in dataclasses.astuple(demand))
+        )
+        if state.at is not None and (broken or starting):
+            assert decision.replicas >= min(state.replicas, top)
+        if broken and state.at is not None:
+            assert decision.because.note
+        assert State.from_json(json.loads(json.dumps(decision.state.to_json())), policy) == decision.state
+        state = decision.state
+
+
+def test_schedules_and_quota() -> None:
+    night = Schedule(frozenset(range(7)), 22 * 3600, 6 * 3600, 20)
+    policy = dataclasses.replace(POLICY, schedules=(night,))
+    midnight = START - START % 86400
+    at = midnight + 3600
+    decision = decide(State.initial(policy), Observation(at, Demand(0), ()), at)
+    assert decision.replicas == 20
+    short = decide(State.initial(policy), Observation(at, Demand(0), (), quota=7), at)
+    assert short.replicas == 7
+    assert [each.rule for each in short.because.clamps] == ["schedule", "quota"]
+    noon = midnight + 12 * 3600
+    assert decide(State.initial(policy), Observation(noon, Demand(0), ()), noon).replicas == 1
