@@ -9,9 +9,9 @@ Words are native 64-bit ones (all processes run on one machine); times are nanos
 which all processes share. Used by one thread of each process. Needs nothing but Python's library: the
 engine's own interpreter imports it.
 
-    header, 16 words: magic, limit, queue requests, queue nanoseconds, state, then what ended slots had
-    counted slot,   16 words: pid, in flight, waiting, oldest waiting since, heartbeat, progress, then the
-    counters
+    header, 16 words: magic, limit, queue requests, queue nanoseconds, state, then what ended slots counted
+    slot,   16 words: pid, in flight, waiting, oldest waiting since, heartbeat, progress, units in flight
+                      (millionths), then the counters
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _MAGIC = 0x31676477_6F6C4731
 _BYTES = 8 * _WORDS * (SLOTS + 1)
 
 _LIMIT, _QUEUE, _QUEUE_NS, _STATE = 1, 2, 3, 4
-_PID, _IN_FLIGHT, _WAITING, _OLDEST, _HEARTBEAT, _PROGRESS = range(6)
-_COUNTERS = 6
+_PID, _IN_FLIGHT, _WAITING, _OLDEST, _HEARTBEAT, _PROGRESS, _UNITS = range(7)
+_COUNTERS = 7
 """Where the counters begin, in a slot and in the header."""
+_MICRO = 1_000_000
 
 
 class Ledger:
@@ -102,7 +103,7 @@ class Ledger:
         found = []
         for number in range(SLOTS):
             start = self._slot(number)
-            pid, in_flight, waiting, _, heartbeat, progress = self._words[start : start + _COUNTERS]
+            pid, in_flight, waiting, _, heartbeat, progress, _ = self._words[start : start + _COUNTERS]
             if pid:
                 found.append(Slot(number, pid, in_flight, waiting, heartbeat, progress))
         return found
@@ -129,6 +130,11 @@ class Ledger:
     def waiting(self) -> int:
         return self._sum(_WAITING)
 
+    def units_in_flight(self) -> float:
+        """What the requests in flight and in the queue are expected to cost, in model units
+        (`serving.autoscaler.units`); 0 where they are not counted."""
+        return self._sum(_UNITS) / _MICRO
+
     # -- a server process's side, by its own slot ------------------------------------------------
 
     def claim(self, pid: int) -> int:
@@ -150,6 +156,16 @@ class Ledger:
             self._words[start + _IN_FLIGHT] += 1
             self._words[start + _COUNTERS] += 1
             return True
+
+    def add_units(self, slot: int, units: float) -> None:
+        """A request of so many model units has come."""
+        self._words[self._slot(slot) + _UNITS] += round(units * _MICRO)
+
+    def remove_units(self, slot: int, units: float, done: float) -> None:
+        """That request has ended, and did cost `done`."""
+        start = self._slot(slot)
+        self._words[start + _UNITS] -= round(units * _MICRO)
+        self._words[start + _COUNTERS + 5] += round(done * _MICRO)
 
     def queue(self, slot: int, waiting: int, oldest_ns: int) -> None:
         """Say how many wait in this process, and since when the first of them."""

@@ -32,13 +32,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Counters:
-    """Sums since the engine's first start. `rejected` are answered 429, `failed` are answers from 500 on."""
+    """Sums since the engine's first start. `rejected` are answered 429, `failed` are answers from 500 on;
+    `unit_micros` are millionths of model units, of requests that ended."""
 
     admitted: int = 0
     rejected: int = 0
     finished: int = 0
     failed: int = 0
     busy_nanoseconds: int = 0
+    unit_micros: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
