@@ -23,7 +23,9 @@ from serving import errors
 from serving.engine import admission
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
+from serving.engine.requestlog import keeper
 from serving.engine.state import Limits, State
+from serving.observability import RequestLog
 
 _MAX_CONTROL_BYTES = 1 << 16
 _PATH_BYTES = 107
@@ -38,6 +40,9 @@ class Engine(Protocol):
 
     def set_limits(self, limits: Limits) -> None:
         """In force for the next request."""
+
+    async def set_request_log(self, wanted: RequestLog | None) -> None:
+        """Log like this from now on. ConfigurationError."""
 
     def drain(self) -> None:
         """Begin to leave."""
@@ -71,6 +76,7 @@ class Front:
         inside = web.Application(client_max_size=_MAX_CONTROL_BYTES)
         inside.router.add_get("/status", self._status)
         inside.router.add_post("/limit", self._limit)
+        inside.router.add_post("/request-log", self._request_log)
         inside.router.add_post("/drain", self._drain)
         self._control_runner = web.AppRunner(inside, access_log=None)
         await self._control_runner.setup()
@@ -148,6 +154,14 @@ class Front:
             return web.json_response({"error": str(exc)}, status=400)
         self._engine.set_limits(wanted)
         return web.json_response(dataclasses.asdict(wanted))
+
+    async def _request_log(self, request: web.Request) -> web.Response:
+        """`{"request_log": ...}`, as in the document, or null."""
+        try:
+            await self._engine.set_request_log(keeper.parse(await request.read()))
+        except (errors.DocumentError, errors.ConfigurationError) as exc:
+            return web.json_response({"error": str(exc)}, status=400)
+        return web.json_response({})
 
     async def _drain(self, request: web.Request) -> web.Response:
         self._engine.drain()

@@ -3,7 +3,7 @@ more than it must.
 
 vLLM imports `serving.engine.gate.Gate` (its option --middleware) in its own interpreter, which sees our
 package `serving` and nothing else of ours: only Python's library, uvicorn (vLLM's own) and `ledger`, `state`,
-`limiter`, `admission` are used. One Gate per API server process, on its event loop.
+`limiter`, `admission` and `requestlog.recorder` are used. One Gate per API server process, on its event loop.
 
 It keeps the limit (429, Retry-After), answers the probes from the ledger's state, says `Connection: close`
 while the engine drains, appends our metrics to the engine's, and opens a unix socket of its own,
@@ -17,12 +17,13 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from serving.engine import admission, limiter
 from serving.engine.ledger import Ledger
+from serving.engine.requestlog.recorder import Exchange, Recorder
 from serving.engine.state import State
 
 RUN_DIRECTORY = "GLOWPLUG_ENGINE_RUN"
@@ -56,6 +57,7 @@ class Gate:
         self._ledger = Ledger(self._directory / LEDGER_NAME)
         self._tokens = _token_counter()
         self._limiter: limiter.Limiter | None = None
+        self._recorder = Recorder(self._directory)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
@@ -75,6 +77,9 @@ class Gate:
 
     async def _limited(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         assert self._limiter is not None
+        exchange = self._recorder.begin(scope["method"], scope["path"], _headers(scope))
+        if exchange is not None:
+            receive, send = _recorded(exchange, receive, send)
         entered_ns = self._limiter.enter_at_once()
         if entered_ns is None:
             body = _Body(receive)
@@ -82,10 +87,14 @@ class Gate:
             try:
                 entered_ns = await body.unless_gone(self._limiter.enter())
             except limiter.RejectedError as exc:
+                if exchange is not None:
+                    exchange.end("rejected")
                 message = admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded")
                 await _respond(send, 429, message, (b"retry-after", str(exc.retry_after_seconds).encode()))
                 return
             if entered_ns is None:
+                if exchange is not None:
+                    exchange.end("client_gone")
                 return
         status, failed = 0, True
         closing = self._closing(send)
@@ -96,11 +105,15 @@ class Gate:
                 status = message["status"]
             await closing(message)
 
+        if exchange is not None:
+            exchange.entered()
         try:
             await self._app(scope, receive, watch)
             failed = status >= 500
         finally:
             self._limiter.leave(entered_ns, failed=failed)
+            if exchange is not None:
+                exchange.end("failed" if failed else "client_gone")  # unless its answer was whole before
 
     def _closing(self, send: _Send) -> _Send:
         """While the engine drains, tells clients to go elsewhere next time."""
@@ -143,6 +156,7 @@ class Gate:
 
         self._limiter = limiter.Limiter(self._ledger, self._directory, self._tokens)
         await self._limiter.start()
+        await self._recorder.start()
         path = server_socket(self._directory, self._limiter.slot)
         path.unlink(missing_ok=True)
         door = socket.socket(socket.AF_UNIX)
@@ -156,7 +170,7 @@ class Gate:
             yield
         finally:
             server.should_exit = True
-            await asyncio.gather(task, self._limiter.stop(), return_exceptions=True)
+            await asyncio.gather(task, self._limiter.stop(), self._recorder.stop(), return_exceptions=True)
 
 
 class _Body:
@@ -190,6 +204,32 @@ class _Body:
             self._read.append(message)
             if message["type"] == "http.disconnect":
                 return
+
+
+def _headers(scope: _Scope) -> Iterator[tuple[str, str]]:
+    return ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+
+
+def _recorded(exchange: Exchange, receive: _Receive, send: _Send) -> tuple[_Receive, _Send]:
+    """Both directions of a request, noted as they pass."""
+
+    async def asked() -> _Message:
+        message = await receive()
+        if message["type"] == "http.request":
+            exchange.asked(message.get("body", b""))
+        return message
+
+    async def answered(message: _Message) -> None:
+        if message["type"] == "http.response.start":
+            types = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
+            exchange.answering(message["status"], types[0].decode("latin-1") if types else "")
+        elif message["type"] == "http.response.body":
+            exchange.answered(message.get("body", b""))
+        await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            exchange.end("whole")
+
+    return asked, answered
 
 
 async def _respond(send: _Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:

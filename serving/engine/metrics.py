@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.engine.requestlog.keeper import Totals
 from serving.engine.state import Counters, Limits, State
 
 
@@ -27,6 +28,7 @@ class Facts:
     starts: int
     hangs: int
     phases: Mapping[str, float]
+    logged: Totals
 
 
 def render(facts: Facts) -> bytes:
@@ -58,6 +60,10 @@ class _Facts(Collector):
             ("busy_seconds", "Time in flight, of all requests.", facts.counters.busy_nanoseconds / 1e9),
             ("starts", "Starts of the engine.", facts.starts),
             ("hangs", "Times that the engine was killed because it made no progress.", facts.hangs),
+            ("request_log_written_records", "Requests in files of the log.", facts.logged.written),
+            ("request_log_dropped_records", "Requests sampled and not kept.", facts.logged.dropped),
+            ("request_log_files", "Files written or uploaded.", facts.logged.files),
+            ("request_log_written_bytes", "Bytes of those files.", facts.logged.written_bytes),
         )
         for name, words, value in counters:
             yield CounterMetricFamily(f"glowplug_engine_{name}", words, value)

@@ -8,6 +8,7 @@ traceparent, too), less those that belong to one connection. vLLM does not need 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +17,7 @@ from aiohttp import web
 from serving import headers
 from serving.engine import admission, limiter
 from serving.engine.ledger import Ledger
+from serving.engine.requestlog.recorder import Exchange, Recorder
 from serving.engine.state import State
 
 _REPLACED = ("host", "content-length")
@@ -33,11 +35,13 @@ class Proxy:
         self.progress = 0
         """Grows with every piece that the engine has sent."""
         self._limiter = limiter.Limiter(ledger, directory, lambda: self.progress)
+        self._recorder = Recorder(directory)
         self._session: aiohttp.ClientSession | None = None
         self._port = 0
 
     async def start(self) -> None:
         await self._limiter.start()
+        await self._recorder.start()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -47,6 +51,7 @@ class Proxy:
 
     async def close(self) -> None:
         await self._limiter.stop()
+        await self._recorder.stop()
         await self.session.close()
 
     def connect(self, port: int) -> None:
@@ -65,7 +70,8 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One request, from its client and back."""
         if not admission.counts(request.path):
-            return await self._forward(request)
+            return await self._forward(request, None)
+        exchange = self._recorder.begin(request.method, request.path, request.headers.items())
         try:
             entered_ns = await self._limiter.enter()
         except limiter.RejectedError as exc:
@@ -75,13 +81,17 @@ class Proxy:
                 content_type="application/json",
                 headers={"Retry-After": str(exc.retry_after_seconds)},
             )
-        status = 500
+        status, outcome = 500, "client_gone"
+        if exchange is not None:
+            exchange.entered()
         try:
-            response = await self._forward(request)
-            status = response.status
+            response = await self._forward(request, exchange)
+            status, outcome = response.status, "whole"
             return response
         finally:
             self._limiter.leave(entered_ns, failed=status >= 500)
+            if exchange is not None:
+                exchange.end(outcome)
 
     async def metrics(self) -> bytes:
         """The engine's own, as text; nothing where it has none."""
@@ -96,7 +106,7 @@ class Proxy:
             return b""
         return text if text.endswith(b"\n") or not text else text + b"\n"
 
-    async def _forward(self, request: web.Request) -> web.StreamResponse:
+    async def _forward(self, request: web.Request, exchange: Exchange | None) -> web.StreamResponse:
         passed = headers.end_to_end(request.headers, _REPLACED)
         if request.content_length is not None and request.can_read_body:
             passed["Content-Length"] = str(request.content_length)
@@ -106,18 +116,24 @@ class Proxy:
                 request.method,
                 self.url(request.raw_path),
                 headers=passed,
-                data=request.content.iter_any() if request.can_read_body else None,
+                data=_pieces(request, exchange) if request.can_read_body else None,
                 allow_redirects=False,
             ) as upstream:
                 response = self._opened(upstream)
                 await response.prepare(request)
+                if exchange is not None:
+                    exchange.answering(upstream.status, upstream.content_type)
                 async for piece in upstream.content.iter_any():
                     self.progress += 1
+                    if exchange is not None:
+                        exchange.answered(piece)
                     await response.write(piece)
                 await response.write_eof()
                 self.progress += 1
                 return response
         except (aiohttp.ClientError, OSError) as exc:
+            if exchange is not None:
+                exchange.end("failed")
             if response is None or not response.prepared:
                 message = f"The engine did not answer: {exc or type(exc).__name__}."
                 body = admission.refusal(502, message, "engine_error")
@@ -134,3 +150,11 @@ class Proxy:
         if self._ledger.state is State.DRAINING:
             response.force_close()
         return response
+
+
+async def _pieces(request: web.Request, exchange: Exchange | None) -> AsyncIterator[bytes]:
+    """The request's body, as it comes."""
+    async for piece in request.content.iter_any():
+        if exchange is not None:
+            exchange.asked(piece)
+        yield piece

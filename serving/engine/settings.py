@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field
 
 from serving import endpoint, errors
+from serving.observability import RequestLog
 
 _MOST_HANG_SECONDS = 60.0
 
@@ -88,6 +89,12 @@ class Settings(_Part):
     """Read weights by that many parallel requests (run:ai streamer). s3:// is streamed in any case."""
     traces_endpoint: str | None = None
     """OTLP address to which vLLM sends its spans, children of the caller's traceparent."""
+    service: str = Field("engine", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """What traces and the request log call it: the endpoint's name."""
+    instance: str = Field("0", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """Which of its replicas."""
+    request_log: RequestLog | None = None
+    """A sample of requests, written as Parquet; changed while it runs by `POST /request-log`."""
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> Settings:

@@ -33,8 +33,10 @@ from serving.engine import front, gate, health, kinds, limiter, metrics, phases,
 from serving.engine.child import Child
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
+from serving.engine.requestlog import keeper
 from serving.engine.settings import Settings
 from serving.engine.state import Limits, State
+from serving.observability import RequestLog
 
 _FIRST_PAUSE_SECONDS = 1.0
 _MOST_PAUSE_SECONDS = 60.0
@@ -73,6 +75,13 @@ class Supervisor:
             self._ledger = Ledger.create(directory / gate.LEDGER_NAME, limits)
             stack.callback(self._ledger.close)
             self._directory = directory
+            self._log = keeper.Keeper(
+                directory,
+                settings.service,
+                settings.instance,
+                lambda event, facts: self._say(event, **facts),
+            )
+            self._log.open()
             self._listener = stack.enter_context(front.listen(settings.address, settings.port))
             proxy = None
             if isinstance(settings.engine, VllmEngine):
@@ -88,6 +97,7 @@ class Supervisor:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(signum, self._signalled)
             try:
+                await self._log.settle(settings.request_log)
                 await self._front.open(self._listener, control)
                 await self._front.accept()
                 self._say("listening", address=list(self._listener.getsockname()[:2]), control=str(control))
@@ -99,6 +109,7 @@ class Supervisor:
                     await self._child.end(0)
                 await self._front.close()
                 await self._kind.close()
+                await self._log.close()
 
     # -- what the doors ask ----------------------------------------------------------------------------
 
@@ -138,6 +149,10 @@ class Supervisor:
         limiter.wake_all(self._directory, self._ledger)
         self._say("limit", in_flight=limits.in_flight, queue_requests=limits.queue_requests)
 
+    async def set_request_log(self, wanted: RequestLog | None) -> None:
+        await self._log.settle(wanted)
+        self._say("request_log", settings=wanted and wanted.model_dump(mode="json"))
+
     def drain(self) -> None:
         """Finish what is in flight, then end."""
         self._leaving.set()
@@ -159,6 +174,7 @@ class Supervisor:
             starts=self._starts,
             hangs=self._hangs,
             phases=self._took,
+            logged=self._log.totals,
         )
         return metrics.render(facts)
 

@@ -155,6 +155,17 @@ def group(leader: int) -> set[int]:
     return found
 
 
+def children(parent: int, word: str) -> set[int]:
+    """Processes that it started, with this in their command line."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            ours = int(stat.read_text().rpartition(")")[2].split()[1]) == parent
+            if ours and word in stat.with_name("cmdline").read_text():
+                found.add(int(stat.parent.name))
+    return found
+
+
 def gone(pid: int, seconds: float = 20.0) -> bool:
     """Whether a process ends within that time; a zombie has."""
     until = time.monotonic() + seconds
