@@ -56,8 +56,7 @@ class Pool:
 
     `wanted` is how many nodes real work has or waits for (pods running or pending, replicas desired), pool
     nodes not counted; None is a gap: the source did not answer, which is not a demand of zero. Every rise of
-    it is that many requests for nodes. `hits_total` and `misses_total` count nodes handed over warm, and
-    asked for when none was warm; they only grow, but begin anew with a new controller.
+    it is that many requests for nodes, every fall that many released.
     `quota` is how many more nodes the provider would give, None for no known bound. `blocked_until` is set
     while requests are held back (an error, throttling, no capacity), with the provider's words in `blocked`.
     """
@@ -65,8 +64,6 @@ class Pool:
     node_class: str
     wanted: int | None
     nodes: tuple[Node, ...]
-    hits_total: int = 0
-    misses_total: int = 0
     quota: int | None = None
     blocked_until: float | None = None
     blocked: str = ""
@@ -103,8 +100,9 @@ class Clamp:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Explanation:
     """Why a pool has its size. `expected` is how many nodes are thought to be asked for within the lead
-    time, `quantile` how sure the size is to cover them; `breaker` says why the circuit breaker is open, ""
-    while it is closed; `note` is what else is to be said, in words."""
+    time (its median), `quantile` how sure the size is to cover them; `model` is the forecast's; `breaker`
+    says why the circuit breaker is open, "" while it is closed; `note` is what else is to be said, in
+    words."""
 
     mode: Mode
     model: str

@@ -29,8 +29,8 @@ class LeadTime(Part):
 
     p50_seconds: Seconds = 150.0
     p99_seconds: Seconds = 240.0
-    observations: int = Field(default=20, ge=1, le=10_000)
-    """What was seen counts as much as what is written here once this many nodes have come."""
+    believed_until: int = Field(default=20, ge=1, le=10_000)
+    """Believed less with every node that comes, and no more once this many have."""
 
     @pydantic.model_validator(mode="after")
     def _in_order(self) -> LeadTime:
@@ -40,17 +40,16 @@ class LeadTime(Part):
 
 
 class Breaker(Part):
-    """When the forecast is no longer believed, and for how long. What judges it is what came of it: requests
-    that it thought next to impossible, or a pool that nobody wants."""
+    """When the forecast is no longer believed, and for how long. It is judged by requests alone: by how many
+    came against how many it had thought would."""
 
-    misses: float = Field(default=0.3, gt=0, le=1, strict=False)
-    """Open when more than this part of the requests of `window_seconds` missed."""
-    min_requests: int = Field(default=20, ge=1)
-    """Fewer requests in the window than this say nothing."""
-    excess: float = Field(default=4.0, gt=1, strict=False)
-    """Open when the forecast asks for more than this many times what the reactive rule would, plus one."""
+    excess: float = Field(default=5.0, gt=1, le=1e6, strict=False)
+    """Open when more than this many times as many came as were expected, or the other way round."""
+    slack_requests: float = Field(default=20.0, ge=0, le=1e6, strict=False)
+    """And this many besides, because small numbers say little."""
     window_seconds: Seconds = 3_600.0
-    closed_after_seconds: Seconds = 3_600.0
+    """Requests and expectations older than this fade away."""
+    open_seconds: Seconds = 3_600.0
     """Try the forecast again after this long."""
 
 
@@ -85,6 +84,8 @@ class Policy(Part):
     history_days: float = Field(default=28.0, ge=1, le=365, strict=False)
     refit_seconds: Seconds = 6 * 3_600.0
     """How often models are chosen and fitted again."""
+    keep: float = Field(default=0.5, gt=0, le=1, strict=False)
+    """A node that is held is kept until it is worth less than this part of what a new one must be worth."""
     release_after_seconds: Seconds = 120.0
     """A node is let go only after the pool has been too large for this long."""
     breaker: Breaker = Breaker()
