@@ -7,10 +7,13 @@ to stop; one that is not ready yet, or failed, is not named at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from serving import errors
+from serving.activator import hold
 from serving.endpoint import Endpoint
+from serving.engine import settings as engine_settings
 from serving.replica import Replica, State
 from serving.service import Backend, Key, Listen, RouteSettings, Service
 
@@ -65,17 +68,25 @@ def max_requests(wanted: Endpoint) -> int:
     return wanted.routing.max_requests or 2 * most * wanted.replicas.limit
 
 
+def max_requests_at(wanted: Endpoint, replicas: int, limit: int) -> int:
+    """The same where replicas and their limits come and go: what so many admit and queue, and what waits at
+    the activator, which passes through the router as well. A number that the document gives stays."""
+    queued = engine_settings.Queue().requests
+    return wanted.routing.max_requests or hold.Limits().max_held + replicas * max(2 * limit, limit + queued)
+
+
 def keys(text: str, where: str) -> tuple[Key, ...]:
-    """API keys: `TENANT KEY [REQUESTS_PER_SECOND]` a line, `#` begins a comment. DocumentError."""
+    """API keys: `TENANT KEY [requests=N] [tokens=N | units=N] [priority=N]` a line, rates a second; `#`
+    begins a comment. DocumentError."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.partition("#")[0].split()
         if not fields:
             continue
-        if len(fields) not in (2, 3) or (len(fields) == 3 and not _is_count(fields[2])):
-            raise errors.DocumentError(f"{where}:{number}: write TENANT KEY [REQUESTS_PER_SECOND]")
         try:
-            found.append(Key(fields[0], fields[1], int(fields[2]) if len(fields) == 3 else None))
+            if len(fields) < 2:
+                raise errors.DocumentError(f"write TENANT KEY {_SHOWN_LIMITS}")
+            found.append(Key(fields[0], fields[1], **_limits(fields[2:])))
         except errors.DocumentError as exc:
             raise errors.DocumentError(f"{where}:{number}: {exc}") from exc
     if not found:
@@ -83,5 +94,26 @@ def keys(text: str, where: str) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
+_SHOWN_LIMITS = "[requests=N] [tokens=N | units=N] [priority=N]"
+_LIMITS: Mapping[str, tuple[str, Callable[[str], float]]] = {
+    "requests": ("requests_per_second", int),
+    "tokens": ("tokens_per_second", float),
+    "units": ("units_per_second", float),
+    "priority": ("priority", int),
+}
+
+
+def _limits(fields: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in fields:
+        name, _, value = field.partition("=")
+        if name not in _LIMITS:
+            raise errors.DocumentError(f"{field!r} is no limit; write {_SHOWN_LIMITS}")
+        key, number = _LIMITS[name]
+        if key in found:
+            raise errors.DocumentError(f"{name} is given twice; keep one of them")
+        try:
+            found[key] = number(value)
+        except ValueError as exc:
+            raise errors.DocumentError(f"{name}: {value!r} is not a number") from exc
+    return found

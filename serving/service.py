@@ -19,6 +19,11 @@ from collections.abc import Mapping
 from serving import errors
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9_.]{0,126}[a-z0-9])?\Z")
+_MOST_PER_SECOND = 1e15
+_MOST_PRIORITY = 1_000
+"""Health probes are far beyond it."""
+TENANT_HEADER = "x-glowplug-tenant"
+"""Set by the router from the key; a client's own is taken away."""
 _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+\Z")
 
 
@@ -87,12 +92,16 @@ class Listen:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
-    """An API key and the tenant that it stands for. `requests_per_second`: that tenant's share at each Envoy,
-    None for no limit."""
+    """An API key and the tenant that it stands for, with what the tenant may have of the whole service; None
+    is no limit. Requests are counted by the Envoys; tokens, or model units, by the engines, which also keep
+    the requests' `priority` (lower is earlier) from being below this one."""
 
     tenant: str
     secret: str = dataclasses.field(repr=False)
     requests_per_second: int | None = None
+    tokens_per_second: float | None = None
+    units_per_second: float | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.tenant):
@@ -100,7 +109,20 @@ class Key:
         if not self.secret or not self.secret.isascii() or not self.secret.isprintable():
             raise errors.DocumentError(f"keys: the key of {self.tenant} must be printable ASCII, not empty")
         if self.requests_per_second is not None and self.requests_per_second < 1:
-            raise errors.DocumentError(f"keys: requests_per_second of {self.tenant} must be at least 1")
+            raise errors.DocumentError(f"keys: requests of {self.tenant} must be at least 1")
+        for name in ("tokens", "units"):
+            rate = getattr(self, f"{name}_per_second")
+            if rate is not None and not 0 < rate < _MOST_PER_SECOND:
+                raise errors.DocumentError(f"keys: {name} of {self.tenant} must be above 0")
+        if self.tokens_per_second is not None and self.units_per_second is not None:
+            raise errors.DocumentError(f"keys: {self.tenant} has tokens and units; one of them limits it")
+        if abs(self.priority) > _MOST_PRIORITY:
+            raise errors.DocumentError(f"keys: priority of {self.tenant} is beyond {_MOST_PRIORITY}")
+
+    @property
+    def limits(self) -> tuple[int | None, float | None, float | None, int]:
+        """What all keys of a tenant say alike."""
+        return self.requests_per_second, self.tokens_per_second, self.units_per_second, self.priority
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,6 +235,12 @@ class Service:
             Backend(*self.activator)
         if len({each.secret for each in self.keys}) != len(self.keys):
             raise errors.DocumentError(f"services.{self.name}.keys: two tenants have the same key")
+        by_tenant: dict[str, Key] = {}
+        for key in self.keys:
+            if by_tenant.setdefault(key.tenant, key).limits != key.limits:
+                raise errors.DocumentError(
+                    f"services.{self.name}.keys: the keys of {key.tenant} differ in limits; make them alike"
+                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

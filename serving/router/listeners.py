@@ -137,7 +137,7 @@ def _access_log(name: str) -> dict[str, Any]:
         "milliseconds": "%DURATION%",
         "backend": "%UPSTREAM_HOST%",
         "client": "%DOWNSTREAM_REMOTE_ADDRESS%",
-        "tenant": f"%REQ({routes.TENANT_HEADER})%",
+        "tenant": f"%REQ({services.TENANT_HEADER})%",
         "trace": "%REQ(traceparent)%",
     }
     return {

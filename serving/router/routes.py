@@ -25,8 +25,6 @@ IN_ANY = (buffer_pb2, local_rate_limit_pb2, previous_hosts_pb2)
 """Named so that protobuf knows them when they stand in an Any."""
 
 RATE_FILTER, BUFFER_FILTER = "envoy.filters.http.local_ratelimit", "envoy.filters.http.buffer"
-TENANT_HEADER = "x-glowplug-tenant"
-"""Set by the router from the key; a client's own is taken away."""
 
 _TYPE = "type.googleapis.com/envoy.extensions."
 _FILTERS = f"{_TYPE}filters.http."
@@ -59,10 +57,10 @@ def _routes_of(service: services.Service) -> list[dict[str, Any]]:
     """One route; with keys, one for each key and header that it may come in, and a refusal for the rest."""
     action = _action(service)
     if not service.keys:
-        return [_route(service, [], {"route": action, "request_headers_to_remove": [TENANT_HEADER]})]
+        return [_route(service, [], {"route": action, "request_headers_to_remove": [services.TENANT_HEADER]})]
     result = []
     for key in service.keys:
-        tenant = {"header": {"key": TENANT_HEADER, "value": key.tenant}, "append_action": _OVERWRITE}
+        tenant = {"header": {"key": services.TENANT_HEADER, "value": key.tenant}, "append_action": _OVERWRITE}
         limited = {"actions": [{"generic_key": {"descriptor_value": _share_of(service, key)}}]}
         for header, value in (("authorization", f"Bearer {key.secret}"), ("x-api-key", key.secret)):
             admitted = {

@@ -143,6 +143,13 @@ def _service(entry: document.Entry, path: Path) -> services.Service:
     keys: tuple[services.Key, ...] = ()
     if entry.keys is not None:
         keys = routes.keys(_read(path.parent / entry.keys).decode(errors="replace"), entry.keys)
+        if any(
+            (each.tokens_per_second, each.units_per_second, each.priority) != (None, None, 0) for each in keys
+        ):
+            raise errors.DocumentError(
+                f"{entry.keys}: tokens, units and priority are kept by engines, which only `glowplug serve` "
+                "tells of them; leave them out here"
+            )
     try:
         return services.Service(
             name=entry.name,

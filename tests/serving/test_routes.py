@@ -38,14 +38,38 @@ def test_what_the_document_limits_reaches_the_routes() -> None:
 
 
 def test_keys_with_their_tenants_and_rates() -> None:
-    found = routes.keys("# ours\nalice k1\n\nbob k2 30 # slower\n", "keys")
-    assert [(each.tenant, each.secret, each.requests_per_second) for each in found] == [
-        ("alice", "k1", None),
-        ("bob", "k2", 30),
+    text = (
+        "# ours\nalice k1\n\nbob k2 requests=30 # slower\ncarol k3 tokens=1e4 priority=-5\ndan k4 units=.5\n"
+    )
+    assert [(each.tenant, each.secret, each.limits) for each in routes.keys(text, "keys")] == [
+        ("alice", "k1", (None, None, None, 0)),
+        ("bob", "k2", (30, None, None, 0)),
+        ("carol", "k3", (None, 10_000.0, None, -5)),
+        ("dan", "k4", (None, None, 0.5, 0)),
     ]
 
 
-@pytest.mark.parametrize("text", ["", "# nobody", "alice", "alice k1 many", "alice k1 1 2", "alice k1 0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "# nobody",
+            "alice",
+            "alice k1 many",
+            "alice k1 30",
+            "alice k1 requests=0",
+            "alice k1 requests=x",
+        ),
+        *(
+            "alice k1 tokens=nan",
+            "alice k1 tokens=-1",
+            "alice k1 tokens=1 units=1",
+            "alice k1 priority=-1000000",
+        ),
+        *("alice k1 requests=1 requests=2", "alice k1 request=1", "alice k1 units=inf"),
+    ],
+)
 def test_a_keys_file_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(errors.DocumentError, match="keys"):
         routes.keys(text, "keys")
