@@ -117,6 +117,81 @@ class Replicas(_Part):
         return self.concurrency_limit or max(1, round(2 * self.target_concurrency))
 
 
+def _clock_time(value: object) -> object:
+    """YAML reads an unquoted 18:30 as a number to base 60, which is its minutes."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 24 * 60:
+        return f"{value // 60:02d}:{value % 60:02d}"
+    return value
+
+
+def _switch(value: object) -> object:
+    """YAML reads an unquoted on or off as a truth value."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+_ClockTime = Annotated[
+    str, Field(pattern=r"^(([01]\d|2[0-3]):[0-5]\d|24:00)$"), pydantic.BeforeValidator(_clock_time)
+]
+_Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+
+
+class Schedule(_Part):
+    """A floor for a part of the day. Times are UTC, as 08:30; a span that ends before it begins goes over
+    midnight."""
+
+    days: tuple[_Day, ...] = Field(
+        default=("mon", "tue", "wed", "thu", "fri", "sat", "sun"), strict=False, min_length=1
+    )
+    """The days on which it begins."""
+    begins: _ClockTime
+    ends: _ClockTime
+    min: int = Field(ge=1, le=10_000)
+    """Replicas, at the least."""
+
+    @pydantic.model_validator(mode="after")
+    def _spans(self) -> Schedule:
+        if self.begins == self.ends:
+            raise ValueError(f"ends: {self.ends} is when it begins; for a whole day, 00:00 to 24:00")
+        return self
+
+
+class LearnedLimit(_Part):
+    """The in-flight limit of a replica, learned while it runs. The target keeps its ratio to it."""
+
+    enabled: bool = False
+    """Learn it; else it stays `replicas.concurrency_limit`."""
+    min: int | None = Field(default=None, ge=1, le=100_000)
+    """A quarter of `replicas.concurrency_limit` if left out."""
+    max: int | None = Field(default=None, ge=1, le=100_000)
+    """Four times `replicas.concurrency_limit` if left out."""
+
+
+class Autoscaling(_Part):
+    """How the number of replicas follows the load, between `replicas.min` and `replicas.max`."""
+
+    mode: Annotated[Literal["off", "dry-run", "on"], pydantic.BeforeValidator(_switch)] = "on"
+    """`dry-run` decides, explains and changes nothing; `off` is `replicas.min`, or what `endpoint scale`
+    says."""
+    start_seconds: _Seconds = 30.0
+    """How long a replica's start takes, until starts were measured."""
+    drain_seconds: _Seconds = 10.0
+    """In what time requests that wait should be worked off."""
+    down_window_seconds: _Seconds = 300.0
+    """The size follows the largest demand of the last so many seconds."""
+    idle_seconds: _Seconds = 600.0
+    """Where `replicas.min` is 0: after so long without a request there is no replica."""
+    tolerance_percent: float = Field(default=10.0, ge=0, le=100, strict=False)
+    """Demand must fall so far below the size before that is lowered."""
+    headroom: float = Field(default=2.0, ge=0, le=10, strict=False)
+    """Standard deviations of the requests in flight for which there is room below the limits."""
+    provisioned_concurrency: float = Field(default=0.0, ge=0, le=1e9, strict=False)
+    """Requests in flight for which there are always replicas, whatever comes."""
+    schedules: tuple[Schedule, ...] = Field(default=(), strict=False)
+    predict: bool = True
+    """Be ready for what earlier days brought at this time."""
+    limit: LearnedLimit = LearnedLimit()
+
+
 class Fp8(_Part):
     """FP8 weights, for engines that know them. Which modules are left out is decided when a checkpoint is
     made (`glowplug quantize`); such a checkpoint needs nothing here."""
@@ -137,24 +212,9 @@ class Limits(_Part):
     """What is refused before a replica sees it."""
 
     request_bytes: int = Field(default=16 << 20, ge=1_024, le=1 << 30)
-    output_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
-    """The most tokens of one answer: requests that ask for more, or do not say, get so many."""
     keys_file: str | None = None
-    """API keys, one `TENANT KEY [requests=N] [tokens=N | units=N] [priority=N]` a line, rates a second; read
-    again when it changes. None: nobody is asked for one."""
-
-
-class Units(_Part):
-    """What a request costs, in seconds of a whole replica, as `glowplug engine calibrate` measures it."""
-
-    request_seconds: float = Field(ge=0, le=3_600, strict=False)
-    """For each request as such."""
-    input_token_seconds: float = Field(ge=0, le=3_600, strict=False)
-    """For each token of the prompt that was not cached."""
-    output_token_seconds: float = Field(ge=0, le=3_600, strict=False)
-    """For each token of the answer."""
-    cached_token_seconds: float = Field(default=0.0, ge=0, le=3_600, strict=False)
-    """For each token of the prompt that was cached."""
+    """API keys, one `TENANT KEY [REQUESTS_PER_SECOND]` a line, read again when it changes. None: nobody is
+    asked for one."""
 
 
 class Routing(_Part):
@@ -235,12 +295,11 @@ class Endpoint(_Part):
     provider: Literal["process", "containerd", "kubernetes"] = "process"
     containerd: Containerd = Containerd()
     replicas: Replicas = Replicas()
+    autoscaling: Autoscaling = Autoscaling()
     objectives: Objectives = Objectives()
     fp8: Fp8 = Fp8()
     resources: Resources = Resources()
     limits: Limits = Limits()
-    units: Units | None = None
-    """Count load in model units, too."""
     routing: Routing = Routing()
     drain: Drain = Drain()
     update: Update = Update()
@@ -261,6 +320,7 @@ class Endpoint(_Part):
             )
         if self.provider == "kubernetes":
             raise ValueError("provider: kubernetes is reserved and not there yet; use process or containerd")
+        self._check_autoscaling()
         if self.provider != "process" and not self.image:
             raise ValueError(f"image: the provider {self.provider} runs replicas in an image; name one")
         if self.provider == "process" and self.image:
@@ -269,6 +329,26 @@ class Endpoint(_Part):
                 "leave image out, or set provider: containerd"
             )
         return self
+
+    def _check_autoscaling(self) -> None:
+        for number, schedule in enumerate(self.autoscaling.schedules):
+            if schedule.min > self.replicas.most:
+                raise ValueError(
+                    f"autoscaling.schedules.{number}.min: {schedule.min} is above replicas.max "
+                    f"({self.replicas.most}); raise replicas.max or lower it"
+                )
+        least, most = self.limit_range
+        if not least <= self.replicas.limit <= most:
+            raise ValueError(
+                f"autoscaling.limit: {least} to {most} leaves out the limit that replicas begin with "
+                f"({self.replicas.limit}); change replicas.concurrency_limit, or the range"
+            )
+
+    @property
+    def limit_range(self) -> tuple[int, int]:
+        """The in-flight limits of a replica between which one is learned."""
+        given, limit = self.autoscaling.limit, self.replicas.limit
+        return given.min or max(1, limit // 4), given.max or 4 * limit
 
 
 def load(text: str, where: str) -> Endpoint:
@@ -397,7 +477,9 @@ def _suggestion(path: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(wrong, here, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join((*above, near[0]))}?"
-    elsewhere = sorted(".".join(each) for each in known if each[-1] == wrong)
+    elsewhere = [
+        ".".join(each) for each in sorted(known, key=lambda each: (len(each), each)) if each[-1] == wrong
+    ]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return f"; known here: {', '.join(here)}" if here else ""

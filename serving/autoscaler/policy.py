@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from serving.endpoint import Endpoint
+from serving import endpoint as document
+from serving.endpoint import Endpoint, ReservedEngine
 
 DAY_SECONDS = 86_400.0
 _EPOCH_WEEKDAY = 3
@@ -101,13 +102,28 @@ class Policy:
     @classmethod
     def of(cls, endpoint: Endpoint) -> Policy:
         """The policy of a document."""
-        replicas = endpoint.replicas
+        replicas, settings = endpoint.replicas, endpoint.autoscaling
+        limit_least, limit_most = endpoint.limit_range
+        assert not isinstance(endpoint.engine, ReservedEngine)  # no document has one
         return cls(
             minimum=replicas.min,
             maximum=replicas.most,
             target=replicas.target_concurrency,
             limit=replicas.limit,
+            learn_limit=settings.limit.enabled,
+            limit_least=limit_least,
+            limit_most=limit_most,
             latency_seconds=endpoint.objectives.p99_seconds,
+            headroom=settings.headroom,
+            start_seconds=settings.start_seconds,
+            drain_seconds=settings.drain_seconds,
+            down_window_seconds=settings.down_window_seconds,
+            tolerance=settings.tolerance_percent / 100,
+            idle_seconds=settings.idle_seconds,
+            provisioned=settings.provisioned_concurrency,
+            schedules=tuple(_schedule(each) for each in settings.schedules),
+            predict=settings.predict,
+            start_patience_seconds=endpoint.engine.start_timeout_seconds,
         )
 
     def target_at(self, limit: float) -> float:
@@ -115,4 +131,19 @@ class Policy:
         return self.target * limit / self.limit
 
 
+def _schedule(given: document.Schedule) -> Schedule:
+    return Schedule(
+        frozenset(_DAYS.index(day) for day in given.days),
+        _seconds(given.begins),
+        _seconds(given.ends),
+        given.min,
+    )
+
+
+def _seconds(clock_time: str) -> float:
+    hours, minutes = clock_time.split(":")
+    return 3_600.0 * int(hours) + 60.0 * int(minutes)
+
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NOT_NUMBERS = frozenset({"learn_limit", "schedules", "predict"})

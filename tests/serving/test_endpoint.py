@@ -51,6 +51,21 @@ replicas:
             9,
             "replicas.concurrency_limit: 4 is below target_concurrency (8)",
         ),
+        (
+            DOCUMENT + "autoscaling: {schedules: [{begins: 8am, ends: '18:00', min: 2}]}",
+            8,
+            "autoscaling.schedules.0.begins: string should match",
+        ),
+        (
+            DOCUMENT + "autoscaling:\n  schedules: [{begins: '08:00', ends: '18:00', min: 5}]",
+            9,
+            "autoscaling.schedules.0.min: 5 is above replicas.max (4)",
+        ),
+        (
+            DOCUMENT + "autoscaling:\n  limit: {max: 8}",
+            9,
+            "autoscaling.limit: 4 to 8 leaves out the limit that replicas begin with (16)",
+        ),
         (DOCUMENT + "update: {steps_percent: [50, 20]}", 8, "update.steps_percent: [50, 20] must rise"),
         (DOCUMENT + "provider: containerd", 8, "image: the provider containerd runs replicas in an image"),
         (DOCUMENT + "image: docker://r/a", 8, "image: the provider process runs replicas on this machine"),
@@ -133,6 +148,7 @@ def _changed(**sections: object) -> endpoint.Endpoint:
         ({"metadata": {"team": "x"}}, ["metadata.team"]),
         ({"routing": {"port": 9000}}, ["routing.port"]),
         ({"limits": {"request_bytes": 4096}}, ["limits.request_bytes"]),
+        ({"autoscaling": {"idle_seconds": 60}}, ["autoscaling.idle_seconds"]),
         ({"update": {"step_seconds": 1}}, ["update.step_seconds"]),
     ],
 )
