@@ -212,9 +212,24 @@ class Limits(_Part):
     """What is refused before a replica sees it."""
 
     request_bytes: int = Field(default=16 << 20, ge=1_024, le=1 << 30)
+    output_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
+    """The most tokens of one answer: requests that ask for more, or do not say, get so many."""
     keys_file: str | None = None
-    """API keys, one `TENANT KEY [REQUESTS_PER_SECOND]` a line, read again when it changes. None: nobody is
-    asked for one."""
+    """API keys, one `TENANT KEY [requests=N] [tokens=N | units=N] [priority=N]` a line, rates a second; read
+    again when it changes. None: nobody is asked for one."""
+
+
+class Units(_Part):
+    """What a request costs, in seconds of a whole replica, as `glowplug engine calibrate` measures it."""
+
+    request_seconds: float = Field(ge=0, le=3_600, strict=False)
+    """For each request as such."""
+    input_token_seconds: float = Field(ge=0, le=3_600, strict=False)
+    """For each token of the prompt that was not cached."""
+    output_token_seconds: float = Field(ge=0, le=3_600, strict=False)
+    """For each token of the answer."""
+    cached_token_seconds: float = Field(default=0.0, ge=0, le=3_600, strict=False)
+    """For each token of the prompt that was cached."""
 
 
 class Routing(_Part):
@@ -300,6 +315,8 @@ class Endpoint(_Part):
     fp8: Fp8 = Fp8()
     resources: Resources = Resources()
     limits: Limits = Limits()
+    units: Units | None = None
+    """Count load in model units, too."""
     routing: Routing = Routing()
     drain: Drain = Drain()
     update: Update = Update()
