@@ -24,7 +24,8 @@ class Policy:
     85. An origin whose last fetch failed gets `failing_connections`, so that dead ones cannot use up the
     whole. `request_bytes` bounds one request that takes neighbours along (compressed) for boot,
     `fill_request_bytes` for fill, `read_ahead_request_bytes` for read-ahead: a file of weights has 3.3 MB a
-    block, and with each in a request of its own its reader waited for the registry's answers; it takes two
+    block, and each request costs Debian's registry 9 ms of processor time beside its bytes (2 GB read in
+    order: 247 requests of 8 MiB at most took it 3.0 s, 119 of 16 MiB 2.0 s, 95 of 32 MiB 1.8 s); it takes
     neighbours only behind a reader that has proved to be sequential. Pauses between tries of a failing layer
     grow from `retry_seconds` to `retry_max_seconds`; `denied_retry_seconds` is the least pause after refused
     credentials; Retry-After is honoured up to `retry_after_max_seconds`, so that no origin puts off reads for
@@ -39,7 +40,7 @@ class Policy:
     fill_connections: int = 1
     failing_connections: int = 2
     request_bytes: int = 2 * 1024 * 1024
-    read_ahead_request_bytes: int = 8 * 1024 * 1024
+    read_ahead_request_bytes: int = 16 * 1024 * 1024
     fill_request_bytes: int = 2 * 1024 * 1024
     retry_seconds: float = 0.1
     retry_max_seconds: float = 3.0

@@ -14,6 +14,9 @@ that it takes to fill and to drop it.
   instead of 340 MB for one `import torch`, and slower (docs/benchmarks.md).
   The pages are dropped with the block, all at once: POSIX_FADV_DONTNEED after every small read made `import
   torch` 0.1 s (6%) slower, as it may have to empty every processor's list of new pages.
+* A large read from the page cache drops everything before its end, not only its own part: of a block that has
+  just come the disk had not all when its beginning was read, and such pages stay. A file of 2 GB left
+  521 MB in memory a second time, now 20 MB.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class BlockFile:
             if os.preadv(self._fd, [view], offset) != len(view):
                 return False
             if len(view) >= _LARGE_BYTES:
-                os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._fd, 0, offset + len(view), os.POSIX_FADV_DONTNEED)
+                self._leaves_pages = True
         except OSError:
             return False
         return True
