@@ -143,8 +143,9 @@ class Ec2:
 
     def admit(self, name: str) -> None:
         """Complete the launching hook's action."""
-        settings = self._of(self._find(name).node_class)
-        if settings.lifecycle_hook is None:
+        machine = self._find(name)
+        settings = self._of(machine.node_class)
+        if machine.admitted or settings.lifecycle_hook is None:
             return
         with _ours(f"admit {name}"):
             self._groups.complete_lifecycle_action(
@@ -317,7 +318,7 @@ def _client_error(what: str, exc: botocore.exceptions.ClientError) -> errors.War
         return errors.ThrottledError(text)
     if code in _NO_CAPACITY:
         return errors.CapacityError(text)
-    if code in _CONFLICTS:
+    if code in _CONFLICTS or "No active Lifecycle Action" in text:
         return errors.ConflictError(text)
     if code in _PASSING or status >= 500:
         return errors.UnavailableError(text)
