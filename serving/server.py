@@ -3,6 +3,7 @@
     document -> controller.decide -> provider (replicas)        a turn of the loop, a few times a second
                                   -> router (xDS) -> Envoy      requests never pass through this process
     Envoy -> load reports (LRS) -> traffic -> controller
+                                -> autoscaler: how many replicas, and what each may have in flight
 
 Threads: `run` is the loop, and everything that changes happens on it; what the status API is asked is put
 into the loop's queue and answered from there. The router and the API have threads of their own.
@@ -44,6 +45,8 @@ from serving import (
     statusdocument,
     traffic,
 )
+from serving.autoscaler import shell
+from serving.autoscaler.policy import Policy
 from serving.endpoint import Endpoint
 from serving.endpoint import load as load_document
 from serving.holding import Holding
@@ -89,6 +92,8 @@ class Server:
         self._weights: dict[str, int] = {}
         self._keys = KeyFile()
         self._trouble: str | None = None
+        self._autoscaler = shell.Autoscaler(self._directory, self._event)
+        self._size = shell.Size(0, 1)
         self._provider: Provider
         self._router = Router(
             f"unix:{self._directory / 'xds.sock'}",
@@ -208,6 +213,7 @@ class Server:
             # Nothing is left to go on with: the next start begins with the document alone.
             ended = dataclasses.replace(self._journal.state, rollout=controller.Rollout(), port=None)
             self._journal.write(ended)
+            self._autoscaler.forget()
         self._journal.close()
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -220,8 +226,8 @@ class Server:
         """Look, decide, act."""
         self._observe()
         state, wanted = self._journal.state, self._wanted
-        count = wanted.replicas.min if state.scaled is None else state.scaled
-        target = controller.Target(changes.version(wanted), count, wanted.update)
+        self._size = self._sized()
+        target = controller.Target(changes.version(wanted), self._size.replicas, wanted.update)
         seen = controller.Observation(self._replicas, self._traffic.versions(), self._traffic.reported_at())
         decision = controller.decide(state.rollout, target, seen, time.time())
         if decision.event is not None:
@@ -231,11 +237,26 @@ class Server:
         self._journal.write(dataclasses.replace(self._journal.state, rollout=decision.rollout))
         self._weights = dict(decision.weights)
         self._route()
-        self._provider.set_limit(self._wanted.replicas.limit)
+        self._provider.set_limit(self._size.limit)
         for version, replicas in decision.scale.items():
             self._provider.scale(replicas, version=version)
         for version in decision.remove:
             self._provider.remove(version)
+
+    def _sized(self) -> shell.Size:
+        """How many replicas, and what each may have in flight: by the autoscaler, or else as was said."""
+        state, wanted = self._journal.state, self._wanted
+        look = shell.Look(
+            pressure=lambda: self._router.pressure(self._name),
+            replicas=self._replicas,
+            version=state.rollout.stable or changes.version(wanted),
+            activator=self._holding.ensure(),
+        )
+        size = self._autoscaler.turn(shell.Mode.of(wanted), Policy.of(wanted), look)
+        if size is not None:
+            return size
+        count = wanted.replicas.min if state.scaled is None else state.scaled
+        return shell.Size(count, wanted.replicas.limit)
 
     def _observe(self) -> None:
         before = {each.name: each for each in self._replicas}
@@ -265,6 +286,10 @@ class Server:
             activator=self._holding.ensure(),
         )
         self._router.update([routed])
+        most = routes.max_requests(self._wanted)
+        if shell.Mode.of(self._wanted) is shell.Mode.ON:
+            most = routes.max_requests_at(self._wanted, self._size.replicas, self._size.limit)
+        self._router.set_max_requests(self._name, most)
 
     def _rolled_back(self, why: str, rollout: controller.Rollout) -> None:
         """The document goes back with the traffic, or the next turn would begin the same update again."""
@@ -376,6 +401,11 @@ class Server:
 
         def act() -> dict[str, Any]:
             most = self._wanted.replicas.most
+            if shell.Mode.of(self._wanted) is shell.Mode.ON:
+                raise errors.ConflictError(
+                    "the autoscaler would undo it: apply a document with another replicas.min, or with "
+                    "autoscaling.mode: off"
+                )
             if replicas > most:
                 raise errors.ConflictError(
                     f"replicas.max is {most}: {replicas} are too many; apply a document with a higher maximum"
@@ -400,6 +430,10 @@ class Server:
             return {"logs": {name: list(self._provider.logs(name, lines)) for name in names}}
 
         return self._ask(act)
+
+    def decisions(self) -> dict[str, Any]:
+        """See statusapi.Actions."""
+        return self._ask(self._autoscaler.explained)
 
     def document(self) -> dict[str, Any]:
         """See statusapi.Actions."""
@@ -435,6 +469,9 @@ class Server:
                 traffic=self._traffic,
                 events=tuple(self._events),
                 envoys=self._router.nodes(),
+                replicas_wanted=self._size.replicas,
+                limit=self._size.limit,
+                autoscaling=self._autoscaler.shown(),
             )
         )
 

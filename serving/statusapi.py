@@ -60,6 +60,7 @@ class Actions(Protocol):
     def delete(self) -> dict[str, Any]: ...
     def logs(self, replica: str, lines: int) -> dict[str, Any]: ...
     def document(self) -> dict[str, Any]: ...
+    def decisions(self) -> dict[str, Any]: ...
 
 
 class Api:
@@ -127,6 +128,7 @@ class Api:
         add.add_get("/metrics", self._metrics)
         if acting:
             add.add_get("/api/v1/document", self._json(lambda request, body: act.document()))
+            add.add_get("/api/v1/decisions", self._json(lambda request, body: act.decisions()))
             add.add_get("/api/v1/logs", self._json(self._logs))
             add.add_post("/api/v1/plan", self._json(lambda _, body: act.plan(*_document(body))))
             add.add_post("/api/v1/apply", self._json(lambda _, body: act.apply(*_document(body))))

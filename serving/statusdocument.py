@@ -33,7 +33,8 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class View:
-    """What the server knows at one moment."""
+    """What the server knows at one moment. `replicas_wanted` and `limit` are in force, whoever said so;
+    `autoscaling` is the autoscaler's own words (`autoscaler.shell`)."""
 
     name: str
     pid: int
@@ -46,13 +47,15 @@ class View:
     traffic: Traffic
     events: Sequence[Event]
     envoys: Sequence[Node]
+    replicas_wanted: int
+    limit: int
+    autoscaling: Mapping[str, Any]
 
 
 def make(view: View) -> dict[str, Any]:
     """The document."""
     wanted, rollout = view.history.wanted, view.history.rollout
     document = wanted.document
-    scaled = view.history.scaled
     return {
         "name": view.name,
         "pid": view.pid,
@@ -68,8 +71,9 @@ def make(view: View) -> dict[str, Any]:
         "stable": rollout.stable,
         "candidate": rollout.candidate,
         "weights": dict(view.weights),
-        "wanted_replicas": document.replicas.min if scaled is None else scaled,
-        "concurrency_limit": document.replicas.limit,
+        "wanted_replicas": view.replicas_wanted,
+        "concurrency_limit": view.limit,
+        "autoscaling": dict(view.autoscaling),
         "objectives": document.objectives.model_dump(mode="json", exclude_none=True),
         "replicas": [_replica(each, view.traffic) for each in view.replicas],
         "traffic": [dataclasses.asdict(each) for each in view.traffic.samples()[-_SHOWN_SAMPLES:]],

@@ -91,7 +91,7 @@ class Signals:
         if pressure.unknown is None:
             demand = self._demand(by_place, activator, replicas, elapsed)
         instances = tuple(
-            self._instance(each, by_place if pressure.unknown is None else {})
+            self._instance(each, None if pressure.unknown is not None else by_place)
             for each in replicas
             if each.version == version
         )
@@ -150,18 +150,20 @@ class Signals:
         return Demand(
             in_flight=in_flight,
             held=held,
-            queued=float(sum(each.vitals.queued for each in replicas if each.vitals is not None)),
+            # Engines were asked a moment ago, and cannot have more than there is now.
+            queued=min(in_flight, sum(each.vitals.queued for each in replicas if each.vitals is not None)),
             issued_per_second=issued,
             rejected_per_second=dropped + refused,
             service_seconds=engines if engines is not None else self._passed.mean(),
         )
 
-    def _instance(self, replica: Replica, by_place: Mapping[Place, float]) -> Instance:
+    def _instance(self, replica: Replica, by_place: Mapping[Place, float] | None) -> Instance:
+        """In flight by the reports, and by the engine itself where these are not to be had."""
         vitals = replica.vitals
         rates = self._rates.get(replica.name, _Rates())
-        in_flight = by_place.get(replica.address) if replica.address is not None else None
-        if in_flight is None and vitals is not None:
-            in_flight = float(vitals.in_flight + vitals.queued)
+        in_flight = None if vitals is None else float(vitals.in_flight + vitals.queued)
+        if by_place is not None:
+            in_flight = 0.0 if replica.address is None else by_place.get(replica.address, 0.0)
         return Instance(
             name=replica.name,
             state=replica.state,

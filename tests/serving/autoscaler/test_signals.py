@@ -36,7 +36,7 @@ def test_what_is_in_flight_and_held() -> None:
     found = Signals().observe(pressure, ACTIVATOR, [_replica(1), _replica(2), _replica(3)], "v", 10.0)
     demand = _demand(found)
     assert (demand.in_flight, demand.held) == (8, 5)  # one of them at a replica that has left
-    assert [each.in_flight for each in found.instances] == [3, 4, None]
+    assert [each.in_flight for each in found.instances] == [3, 4, 0]
 
 
 def test_who_is_absent_from_reports_that_came_has_a_demand_of_zeros() -> None:
@@ -79,8 +79,9 @@ def test_engines_say_how_long_requests_take_without_waiting_and_what_they_refuse
     assert (demand.rejected_per_second, demand.queued) == (3.0, 3.0)
     assert (instance.completed_per_second, instance.latency_seconds) == (10.0, 0.5)
     assert (instance.cpu, instance.memory, instance.queued) == (0.5, 0.5, 3.0)
-    again = signals.observe(Pressure((), {}), None, [_replica(1, second)], "v", 2.5)
-    assert again.instances == (dataclasses.replace(instance, in_flight=7.0),)  # not asked since: as it was
+    again = signals.observe(Pressure((_load(1, 2),), {}), None, [_replica(1, second)], "v", 2.5)
+    assert _demand(again).queued == 2  # it cannot be more than is in flight
+    assert again.instances == (dataclasses.replace(instance, in_flight=2.0),)  # not asked since: as it was
 
 
 def test_without_engines_the_time_is_littles_law() -> None:
