@@ -224,6 +224,8 @@ def _step_noted(state: State, elapsed: float) -> State:
 def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: bool) -> _Settled:
     policy, size = state.policy, state.replicas
     wanted = max(0 if quiet else 1, math.ceil(need.ahead - 1e-9))
+    if quiet and size == 0:  # what came before it was idle is still in the windows
+        wanted = 0
     clamps = []
     if wanted > size:
         most = math.ceil(max(state.step_from, 1) * policy.up_factor) + policy.up_step
