@@ -185,6 +185,7 @@ class Fetcher:
             return
         length = known.layer.block_map.block_length(index)
         fd = self._cache.get_checked(block.digest, length)
+        missing = False
         if fd is not None:
             self._log.note_hit(map_digest, index, request.priority, request.wanted_at, length)
             answering.call(request.done, fd)
@@ -192,9 +193,12 @@ class Fetcher:
             # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
             self._checkers.submit(self._check, request)
         else:
-            self._miss(known.layer, request)
+            missing = True
         if request.priority is Priority.DEMAND and not request.from_peer and known.patience_seconds is None:
             self._read_ahead(map_digest, index, request.frames)
+        if missing:
+            # Last, so that its request may take along what is to be read ahead.
+            self._miss(known.layer, request)
 
     def read(self, map_digest: str, offset: int, length: int) -> bytes:
         """Bytes of a layer image, at demand priority; raises what `request` answers."""

@@ -6,8 +6,9 @@ Pure: no I/O, clock or randomness; `now` (monotonic seconds) and jitter are argu
 Rules:
 
 * Demand goes before boot, boot before read-ahead, read-ahead before fill. A request for a queued block
-  raises its priority. A demanded block is fetched alone; others take their queued neighbours along, up to
-  `request_bytes` of their priority in one request.
+  raises its priority. A demanded block takes along the one after it, if that is to be read ahead: behind it
+  on the same connection, a guess takes nothing from the demand, and a request less is made. Others take their
+  queued neighbours along, up to `request_bytes` of their priority in one request.
 * A block is in at most one fetch at a time, however many want it. Every waiter is answered exactly once:
   by `frames_arrived`, `arrived`, `failed`, `expire` or `remove_layer`.
 * Who waits for frames of a block is answered as soon as those are there. The fetch of a demanded block begins
@@ -142,7 +143,7 @@ class Plan(Generic[W]):
         self._failing_origins: set[str] = set()
         # The blocks of demand fetches in flight, by origin: they give way to one another. By the fetch's id,
         # because the block may be on its way again before the connection of its last fetch is free.
-        self._demanded: dict[str, dict[int, _Job[W]]] = {}
+        self._demanded: dict[str, dict[int, tuple[_Job[W], ...]]] = {}
         self._numbers = itertools.count()
         self._deadlines: list[tuple[float, int, tuple[str, int]]] = []
         self._patient = 0
@@ -317,15 +318,15 @@ class Plan(Generic[W]):
         demanded = self._demanded.get(fetch.origin)
         if fetch.priority not in (Priority.DEMAND, Priority.FILL) or not demanded:
             return False
-        jobs = (self._jobs.get((fetch.layer, index)) for index in fetch.indices)
-        if any(job is not None and job.waiting.demanded() for job in jobs):
+        own = (self._jobs.get((fetch.layer, index)) for index in fetch.indices)
+        if any(job is not None and job.waiting.demanded() for job in own):
             return False
         if fetch.priority is Priority.FILL:
             return True
         queued = (self._layers[layer] for layer in self._turns.get(fetch.origin, ()))
         if any(state.queues[Priority.DEMAND] for state in queued):
             return False
-        return any(job.waiting.demanded() for job in demanded.values())
+        return any(job.waiting.demanded() for jobs in demanded.values() for job in jobs)
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -419,9 +420,12 @@ class Plan(Generic[W]):
             while end in queue and length + blocks[end].compressed_bytes <= bound:
                 length += blocks[end].compressed_bytes
                 end += 1
-        for index in range(first, end):
-            del queue[index]
-            job = self._jobs[layer, index]
+        elif end in state.queues[Priority.READ_AHEAD] and not (blocks[first].frames or state.failures):
+            length += blocks[end].compressed_bytes
+            end += 1
+        jobs = tuple(self._jobs[layer, index] for index in range(first, end))
+        for job in jobs:
+            del state.queues[job.priority][job.index]
             job.running = True
             job.started_at = now
         self._turns[state.origin].move_to_end(layer)
@@ -432,16 +436,21 @@ class Plan(Generic[W]):
         self._in_flight_by_origin[state.origin] += 1
         self._in_flight_by_kind[state.origin, priority] += 1
         self._in_flight_by_layer[layer] += 1
-        indices = tuple(range(first, end))
-        job = self._jobs[layer, first]
         first_frame = 0
         if priority is Priority.DEMAND and blocks[first].frames:
-            first_frame = job.waiting.first_frame()
+            first_frame = jobs[0].waiting.first_frame()
         fetch = Fetch(
-            layer, state.origin, indices, blocks[first].offset, length, priority, job.attempts, first_frame
+            layer,
+            state.origin,
+            tuple(range(first, end)),
+            blocks[first].offset,
+            length,
+            priority,
+            jobs[0].attempts,
+            first_frame,
         )
         if priority is Priority.DEMAND:
-            self._demanded.setdefault(state.origin, {})[id(fetch)] = job
+            self._demanded.setdefault(state.origin, {})[id(fetch)] = jobs
         return fetch
 
     def _back_off(

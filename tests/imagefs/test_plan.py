@@ -57,18 +57,43 @@ def test_priorities_go_in_order_whatever_the_order_of_wanting() -> None:
     assert order == [(10,), (20,), (30,), (40,)]
 
 
-def test_a_demand_raises_a_queued_block_and_is_fetched_alone() -> None:
+def test_a_demand_raises_a_queued_block_and_takes_the_one_after_it_along() -> None:
     queue = plan_of(("a", "o"))
     for index in range(8):
         queue.want("a", index, Priority.READ_AHEAD, 0.0)
     queue.want("a", 5, Priority.DEMAND, 1.0, "reader", 60.0)
-    assert indices(queue.next_fetch(1.0)) == (5,)
+    assert indices(queue.next_fetch(1.0)) == (5, 6)
     assert indices(queue.next_fetch(1.0)) == (0, 1, 2, 3, 4)
-    assert indices(queue.next_fetch(1.0)) == (6, 7)
+    assert indices(queue.next_fetch(1.0)) == (7,)
     answer, _ = queue.arrived("a", 5)
     assert answer.waiters == ("reader",)
     assert (answer.reason, answer.priority) == (Priority.READ_AHEAD, Priority.DEMAND)
     assert answer.wanted_at == 0.0
+
+
+def test_a_demand_takes_along_no_block_that_is_for_another_reason() -> None:
+    queue = plan_of(("a", "o"))
+    queue.want("a", 6, Priority.FILL, 0.0)
+    queue.want("a", 7, Priority.DEMAND, 0.0, "another", 60.0)
+    queue.want("a", 5, Priority.DEMAND, 0.0, "reader", 60.0)
+    assert [indices(queue.next_fetch(0.0)) for _ in range(2)] == [(7,), (5,)]
+
+
+def test_what_a_demand_took_along_gives_way_until_it_is_demanded_itself() -> None:
+    queue = plan_of(("a", "o"))
+    queue.want("a", 1, Priority.READ_AHEAD, 0.0)
+    queue.want("a", 0, Priority.DEMAND, 0.0, "first", 60.0)
+    double = queue.next_fetch(0.0)
+    queue.want("a", 9, Priority.DEMAND, 0.0, "second", 60.0)
+    other = queue.next_fetch(0.0)
+    assert double is not None
+    assert other is not None
+    assert (double.indices, other.indices) == ((0, 1), (9,))
+    assert not queue.gives_way(double)
+    queue.arrived("a", 0)
+    assert queue.gives_way(double)
+    queue.want("a", 1, Priority.DEMAND, 0.0, "third", 60.0)
+    assert not queue.gives_way(double)
 
 
 def test_neighbours_share_a_request_up_to_its_bound() -> None:
@@ -406,7 +431,7 @@ class Planning(RuleBasedStateMachine):
         assert list(fetch.indices) == list(range(fetch.indices[0], fetch.indices[-1] + 1))
         assert fetch.length == len(fetch.indices) * BLOCK_COMPRESSED
         if fetch.priority is Priority.DEMAND:
-            assert len(fetch.indices) == 1
+            assert len(fetch.indices) <= 2
         busy = {(other.layer, index) for other in self.running for index in other.indices}
         assert not busy & {(fetch.layer, index) for index in fetch.indices}, "fetched twice at a time"
         self.running.append(fetch)
