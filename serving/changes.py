@@ -19,6 +19,8 @@ from serving.endpoint import Endpoint
 
 _RESTARTING = frozenset({"engine", "model", "model_name", "image", "fp8", "resources"})
 _FIXED = ("name", "provider", "containerd")
+_FIXED_PLACE = ("namespace", "context", "kubeconfig")
+"""Of the section `kubernetes`; the rest of it is what pods are made of."""
 
 
 class Effect(enum.Enum):
@@ -45,13 +47,13 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
     if old is not None:
         for key in _FIXED:
             if before[key] != after[key]:
-                raise errors.ConflictError(
-                    f"{key}: {before[key]!r} cannot become {after[key]!r} in place; serve it as "
-                    "another endpoint, move the traffic, and delete this one"
-                )
+                raise _elsewhere(key, before[key], after[key])
+        for key in _FIXED_PLACE if new.provider == "kubernetes" else ():
+            if before["kubernetes"][key] != after["kubernetes"][key]:
+                raise _elsewhere(f"kubernetes.{key}", before["kubernetes"][key], after["kubernetes"][key])
     found = []
     for section in after:
-        effect = Effect.RESTART if section in _RESTARTING else Effect.LIVE
+        effect = Effect.RESTART if section in _restarting(new) else Effect.LIVE
         left, right = dict(_leaves(section, before.get(section))), dict(_leaves(section, after[section]))
         for key in dict.fromkeys([*left, *right]):
             if left.get(key) != right.get(key):
@@ -61,9 +63,21 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
 
 def version(endpoint: Endpoint) -> str:
     """A short name that changes exactly when replicas must: a hash of what they are started with."""
-    document = endpoint.model_dump(mode="json", include=set(_RESTARTING))
+    document = endpoint.model_dump(mode="json", include=set(_restarting(endpoint)))
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _restarting(endpoint: Endpoint) -> frozenset[str]:
+    """The sections that replicas are started with."""
+    return _RESTARTING | ({"kubernetes"} if endpoint.provider == "kubernetes" else set())
+
+
+def _elsewhere(key: str, old: Any, new: Any) -> errors.ConflictError:
+    return errors.ConflictError(
+        f"{key}: {old!r} cannot become {new!r} in place; serve it as another endpoint, move the traffic, and "
+        "delete this one"
+    )
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

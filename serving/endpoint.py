@@ -25,6 +25,7 @@ import yaml
 from pydantic import Field
 
 from serving import errors
+from serving.placement import Kubernetes
 
 MAX_DOCUMENT_BYTES = 1 << 20
 _NAME = r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$"
@@ -309,6 +310,7 @@ class Endpoint(_Part):
     """The image that replicas run in; for the providers `containerd` and `kubernetes`."""
     provider: Literal["process", "containerd", "kubernetes"] = "process"
     containerd: Containerd = Containerd()
+    kubernetes: Kubernetes = Kubernetes()
     replicas: Replicas = Replicas()
     autoscaling: Autoscaling = Autoscaling()
     objectives: Objectives = Objectives()
@@ -335,8 +337,11 @@ class Endpoint(_Part):
             raise ValueError(
                 "model: oci: is reserved and not there yet; use a directory or s3://BUCKET/PREFIX"
             )
-        if self.provider == "kubernetes":
-            raise ValueError("provider: kubernetes is reserved and not there yet; use process or containerd")
+        if self.provider == "kubernetes" and not self.kubernetes.supervisor:
+            raise ValueError(
+                "kubernetes.supervisor: the provider kubernetes needs one: the image that has glowplug, "
+                "which is brought into each replica"
+            )
         self._check_autoscaling()
         if self.provider != "process" and not self.image:
             raise ValueError(f"image: the provider {self.provider} runs replicas in an image; name one")

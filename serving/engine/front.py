@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from serving import errors
-from serving.engine import admission
+from serving.engine import admission, remote
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
 from serving.engine.requestlog import keeper
@@ -58,6 +58,7 @@ class Front:
         self._engine, self._ledger, self._proxy = engine, ledger, proxy
         self._port_runner: web.AppRunner | None = None
         self._control_runner: web.AppRunner | None = None
+        self._remote_runner: web.AppRunner | None = None
         self._site: web.SockSite | None = None
 
     async def open(self, listener: socket.socket, control: Path) -> None:
@@ -89,6 +90,13 @@ class Front:
         finally:
             os.umask(before)
 
+    async def open_remote(self, address: str, port: int, token_file: Path) -> None:
+        """The control port. ConfigurationError where it cannot be had."""
+        inside = remote.application(token_file, self._status, self._limit)
+        self._remote_runner = web.AppRunner(inside, access_log=None)
+        await self._remote_runner.setup()
+        await web.SockSite(self._remote_runner, listen(address, port)).start()
+
     async def accept(self) -> None:
         """Answer on the port."""
         if self._site is None:
@@ -105,7 +113,7 @@ class Front:
     async def close(self) -> None:
         """Close connections; requests have a moment to end."""
         self._site = None
-        for runner in (self._port_runner, self._control_runner):
+        for runner in (self._port_runner, self._control_runner, self._remote_runner):
             if runner is not None:
                 await runner.cleanup()
 

@@ -35,6 +35,13 @@ class Queue(_Part):
     seconds: _Seconds = 10.0
 
 
+class Remote(_Part):
+    """A port for status and limit, for those who have the token in the file."""
+
+    port: int = Field(ge=0, le=65_535)
+    token_file: str
+
+
 class Health(_Part):
     """When the engine counts as hung, and is killed and started again."""
 
@@ -70,6 +77,8 @@ class Settings(_Part):
     """0 takes a free one, which the status names."""
     control: str | None = None
     """Unix socket for status, limit and drain; `engine.sock` in the run directory if left out."""
+    remote: Remote | None = None
+    """Where the engine is controlled from other machines: a pod's."""
     run_directory: str | None = None
     """Sockets and shared memory; a temporary one if left out. Not two engines in one."""
     cache_directory: str | None = None

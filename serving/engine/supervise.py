@@ -99,6 +99,8 @@ class Supervisor:
             try:
                 await self._log.settle(settings.request_log)
                 await self._front.open(self._listener, control)
+                if (remote := settings.remote) is not None:
+                    await self._front.open_remote(settings.address, remote.port, Path(remote.token_file))
                 await self._front.accept()
                 self._say("listening", address=list(self._listener.getsockname()[:2]), control=str(control))
                 await self._live()

@@ -16,6 +16,11 @@ from serving.replica import Provider
 
 def create(document: Endpoint, directory: Path) -> Provider:
     """The provider that the document names, keeping its state in `directory`."""
+    if document.provider == "kubernetes":
+        # Only whoever asks for it needs the client of a Kubernetes API.
+        from serving.providers import kubernetes
+
+        return kubernetes.KubernetesProvider(document.name, kubernetes.connect(document.kubernetes))
     launcher: Launcher = ProcessLauncher(directory / "cache")
     if document.provider == "containerd":
         launcher = ContainerdLauncher(

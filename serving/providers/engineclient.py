@@ -1,7 +1,8 @@
 """What a provider says to `glowplug engine`, and how it starts one: the arguments, /readyz, the limit.
 
-Called by the fleet and its launchers, from several threads; each call has a connection of its own. A replica
-that does not answer is a value here (`Look`), not an error.
+Called by the fleet, its launchers and the kubernetes provider, from several threads; each call has a
+connection of its own. A replica that does not answer is a value here (`Look`), not an error. An engine is
+controlled through its unix socket on the same machine, elsewhere through its control port with a token.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ class Look:
     vitals: Vitals | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Remote:
+    """An engine's control port, and the token that it asks for."""
+
+    address: tuple[str, int]
+    token: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.address[0]}:{self.address[1]}"
+
+
 def look(address: tuple[str, int], control: Path, answered_at: float, clock: Callable[[], float]) -> Look:
     """Ask one replica. `answered_at` is what the last look said, for one that does not answer now."""
     connection = http.client.HTTPConnection(*address, timeout=_TIMEOUT_SECONDS)
@@ -47,19 +59,19 @@ def look(address: tuple[str, int], control: Path, answered_at: float, clock: Cal
         connection.close()
     if response.status == 200:
         said = _said(control)
-        return Look(True, True, clock(), phases=_phases(said), vitals=vitals(said, clock()))
+        return Look(True, True, clock(), phases=phases(said), vitals=vitals(said, clock()))
     text = " ".join(body.decode("utf-8", "replace").split())
     return Look(False, True, clock(), f"/readyz: {response.status} {text}"[:_SHOWN_REASON])
 
 
-def set_limit(control: Path, limit: int) -> None:
+def set_limit(control: Path | Remote, limit: int) -> None:
     """Change how many requests the replica admits at a time. UnavailableError if it cannot be told."""
     code, _ = _ask(control, "POST", "/limit", {"in_flight": limit})
     if code >= 300:
         raise errors.UnavailableError(f"{control}: POST /limit was answered with {code}")
 
 
-def status(control: Path) -> dict[str, Any]:
+def status(control: Path | Remote) -> dict[str, Any]:
     """What the replica says of itself. UnavailableError."""
     code, document = _ask(control, "GET", "/status", None)
     if code != 200:
@@ -107,19 +119,33 @@ def _said(control: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _phases(said: Mapping[str, Any]) -> Mapping[str, float]:
-    """The parts of the start, in seconds."""
-    phases = said.get("phases")
-    if not isinstance(phases, dict):
+def phases(said: Mapping[str, Any]) -> Mapping[str, float]:
+    """The parts of the start in a status, in seconds."""
+    found = said.get("phases")
+    if not isinstance(found, dict):
         return {}
-    return {str(name): float(took) for name, took in phases.items() if isinstance(took, (int, float))}
+    return {str(name): float(took) for name, took in found.items() if isinstance(took, (int, float))}
 
 
-def _ask(control: Path, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+def _ask(control: Path | Remote, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
     data = None if body is None else json.dumps(body).encode()
     try:
-        code, answer = unixhttp.ask(control, method, path, data, timeout_seconds=_TIMEOUT_SECONDS)
+        if isinstance(control, Remote):
+            code, answer = _ask_remote(control, method, path, data)
+        else:
+            code, answer = unixhttp.ask(control, method, path, data, timeout_seconds=_TIMEOUT_SECONDS)
         document = json.loads(answer or b"{}")
     except (OSError, ValueError, http.client.HTTPException) as exc:
         raise errors.UnavailableError(f"{control}: {method} {path}: {exc or type(exc).__name__}") from exc
     return code, document if isinstance(document, dict) else {}
+
+
+def _ask_remote(control: Remote, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(*control.address, timeout=_TIMEOUT_SECONDS)
+    try:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {control.token}"}
+        connection.request(method, path, data, headers)
+        response = connection.getresponse()
+        return response.status, response.read(_MAX_ANSWER_BYTES)
+    finally:
+        connection.close()

@@ -70,7 +70,11 @@ replicas:
         (DOCUMENT + "provider: containerd", 8, "image: the provider containerd runs replicas in an image"),
         (DOCUMENT + "image: docker://r/a", 8, "image: the provider process runs replicas on this machine"),
         (DOCUMENT + "model: oci:x", 8, "model: oci: is reserved and not there yet"),
-        (DOCUMENT + "provider: kubernetes", 8, "provider: kubernetes is reserved and not there yet"),
+        (
+            DOCUMENT + "provider: kubernetes\nimage: r/a",
+            1,
+            "kubernetes.supervisor: the provider kubernetes needs one",
+        ),
         ("name: [", 1, "not YAML"),
     ],
 )
