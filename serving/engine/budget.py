@@ -21,18 +21,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import fcntl
 import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from serving import errors
 from serving.autoscaler import units
 from serving.engine import tokens
+from serving.engine.state import Measure, Ration, Rations, Spent
 
 TENANTS = 1_023
 BURST_SECONDS = 1.0
@@ -49,41 +49,6 @@ _FIRST_BYTES_PER_TOKEN = 4.0
 _WEIGHT = 0.05
 """Of the latest request in the means."""
 _IN_USE, _HAS_UNITS = 1, 2
-
-
-class Measure(enum.IntEnum):
-    """What a tenant's rate counts."""
-
-    TOKENS = 0
-    UNITS = 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ration:
-    """What a tenant may have of this engine. `per_second` None: as much as there is."""
-
-    per_second: float | None = None
-    measure: Measure = Measure.TOKENS
-    priority: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rations:
-    """What an engine is told. `coefficients` None: units are not counted."""
-
-    tenants: Mapping[str, Ration] = dataclasses.field(default_factory=dict)
-    output_tokens: int | None = None
-    coefficients: units.Coefficients | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spent:
-    """A tenant's sums since the engine's first start, in what its rate counts."""
-
-    admitted: int
-    charged: float
-    refused: int
-    refused_cost: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -24,10 +24,11 @@ from serving.engine import admission, remote
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
 from serving.engine.requestlog import keeper
-from serving.engine.state import Limits, State
+from serving.engine.state import Limits, Rations, Spent, State
 from serving.observability import RequestLog
 
-_MAX_CONTROL_BYTES = 1 << 16
+_MAX_CONTROL_BYTES = 1 << 20
+"""The rations of as many tenants as a budget has places for, four times."""
 _PATH_BYTES = 107
 """What the kernel takes for a unix socket's address."""
 
@@ -40,6 +41,9 @@ class Engine(Protocol):
 
     def set_limits(self, limits: Limits) -> None:
         """In force for the next request."""
+
+    def ration(self, rations: Rations) -> Mapping[str, Spent]:
+        """In force for the next request; what the tenants that it names have had."""
 
     async def set_request_log(self, wanted: RequestLog | None) -> None:
         """Log like this from now on. ConfigurationError."""
@@ -77,6 +81,7 @@ class Front:
         inside = web.Application(client_max_size=_MAX_CONTROL_BYTES)
         inside.router.add_get("/status", self._status)
         inside.router.add_post("/limit", self._limit)
+        inside.router.add_post("/rations", self._rations)
         inside.router.add_post("/request-log", self._request_log)
         inside.router.add_post("/drain", self._drain)
         self._control_runner = web.AppRunner(inside, access_log=None)
@@ -162,6 +167,16 @@ class Front:
             return web.json_response({"error": str(exc)}, status=400)
         self._engine.set_limits(wanted)
         return web.json_response(dataclasses.asdict(wanted))
+
+    async def _rations(self, request: web.Request) -> web.Response:
+        """What each tenant may have of this engine from now on; the answer says what each has had."""
+        try:
+            spent = self._engine.ration(admission.rations(await request.json()))
+        except (ValueError, RecursionError, errors.DocumentError) as exc:
+            return web.json_response({"error": str(exc)}, status=400)
+        return web.json_response(
+            {"tenants": {name: dataclasses.asdict(each) for name, each in spent.items()}}
+        )
 
     async def _request_log(self, request: web.Request) -> web.Response:
         """`{"request_log": ...}`, as in the document, or null."""

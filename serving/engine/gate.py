@@ -3,7 +3,8 @@ more than it must.
 
 vLLM imports `serving.engine.gate.Gate` (its option --middleware) in its own interpreter, which sees our
 package `serving` and nothing else of ours: only Python's library, uvicorn (vLLM's own) and `ledger`, `state`,
-`limiter`, `admission` and `requestlog.recorder` are used. One Gate per API server process, on its event loop.
+`limiter`, `admission`, `toll` with what it needs, and `requestlog.recorder` are used. One Gate per API server
+process, on its event loop.
 
 It keeps the limit (429, Retry-After), answers the probes from the ledger's state, says `Connection: close`
 while the engine drains, appends our metrics to the engine's, and opens a unix socket of its own,
@@ -21,7 +22,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mutabl
 from pathlib import Path
 from typing import Any
 
-from serving.engine import admission, limiter
+from serving import service
+from serving.engine import admission, limiter, toll
+from serving.engine.budget import Budget
 from serving.engine.ledger import Ledger
 from serving.engine.requestlog.recorder import Exchange, Recorder
 from serving.engine.state import State
@@ -29,12 +32,14 @@ from serving.engine.state import State
 RUN_DIRECTORY = "GLOWPLUG_ENGINE_RUN"
 """Environment variable: the supervisor's run directory."""
 
-LEDGER_NAME, METRICS_NAME = "ledger", "metrics.prom"
+LEDGER_NAME, BUDGET_NAME, METRICS_NAME = "ledger", "budget", "metrics.prom"
 _TOKENS = "vllm:iteration_tokens_total_count"
 _SUPERVISOR = "glowplug.supervisor"
 """Key in the scope of a request that came over the unix socket."""
 _JSON = (b"content-type", b"application/json")
 _CLOSE = (b"connection", b"close")
+_TENANT = service.TENANT_HEADER.encode()
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 
 _Message = MutableMapping[str, Any]
 _Scope = MutableMapping[str, Any]
@@ -56,7 +61,9 @@ class Gate:
         self._directory = Path(os.environ[RUN_DIRECTORY])
         self._ledger = Ledger(self._directory / LEDGER_NAME)
         self._tokens = _token_counter()
+        self._budget = Budget(self._directory / BUDGET_NAME)
         self._limiter: limiter.Limiter | None = None
+        self._toll: toll.Toll | None = None
         self._recorder = Recorder(self._directory)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
@@ -76,23 +83,57 @@ class Gate:
             await self._app(scope, receive, self._closing(send))
 
     async def _limited(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        assert self._limiter is not None
         exchange = self._recorder.begin(scope["method"], scope["path"], _headers(scope))
         if exchange is not None:
             receive, send = _recorded(exchange, receive, send)
+        body = _Body(receive)
+        if scope["method"] in _WITHOUT_BODY:
+            await self._admitted(scope, body, send, exchange, None)
+            return
+        assert self._toll is not None
+        whole = await body.whole()
+        if whole is None:
+            if exchange is not None:
+                exchange.end("client_gone")
+            return
+        try:
+            passage = self._toll.enter(_tenant(scope), scope["path"], whole, clamps=True)
+        except toll.RefusedError as exc:
+            if exchange is not None:
+                exchange.end("rejected")
+            await _overloaded(send, exc.limit, str(exc), exc.retry_after_seconds)
+            return
+        body.put(passage.body)
+        if passage.body is not whole:
+            scope = _of_length(scope, len(passage.body))
+        try:
+            await self._admitted(
+                scope, body, _paid(passage, send) if passage.measured else send, exchange, passage
+            )
+        finally:
+            passage.close()
+
+    async def _admitted(
+        self,
+        scope: _Scope,
+        body: _Body,
+        send: _Send,
+        exchange: Exchange | None,
+        passage: toll.Passage | None,
+    ) -> None:
+        assert self._limiter is not None
         entered_ns = self._limiter.enter_at_once()
         if entered_ns is None:
-            body = _Body(receive)
-            receive = body.receive
             try:
                 entered_ns = await body.unless_gone(self._limiter.enter())
             except limiter.RejectedError as exc:
                 if exchange is not None:
                     exchange.end("rejected")
-                message = admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded")
-                await _respond(send, 429, message, (b"retry-after", str(exc.retry_after_seconds).encode()))
+                await _overloaded(send, "in_flight", f"This replica is {exc}", exc.retry_after_seconds)
                 return
             if entered_ns is None:
+                if passage is not None:
+                    passage.turned_away()
                 if exchange is not None:
                     exchange.end("client_gone")
                 return
@@ -108,7 +149,7 @@ class Gate:
         if exchange is not None:
             exchange.entered()
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, body.receive, watch)
             failed = status >= 500
         finally:
             self._limiter.leave(entered_ns, failed=failed)
@@ -155,6 +196,7 @@ class Gate:
             await application({**scope, _SUPERVISOR: True}, receive, send)
 
         self._limiter = limiter.Limiter(self._ledger, self._directory, self._tokens)
+        self._toll = toll.Toll(self._budget, self._ledger, self._limiter.slot)
         await self._limiter.start()
         await self._recorder.start()
         path = server_socket(self._directory, self._limiter.slot)
@@ -174,7 +216,8 @@ class Gate:
 
 
 class _Body:
-    """A request's `receive`, that can be listened to for a client that goes away while its request waits."""
+    """A request's `receive`: read whole if need be, exchanged, and listened to for a client that goes away
+    while its request waits."""
 
     def __init__(self, receive: _Receive) -> None:
         self._receive = receive
@@ -182,6 +225,21 @@ class _Body:
 
     async def receive(self) -> _Message:
         return self._read.pop(0) if self._read else await self._receive()
+
+    async def whole(self) -> bytes | None:
+        """All of it, as the engine would have read it anyway; None when the client went first."""
+        pieces = []
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return None
+            pieces.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def put(self, body: bytes) -> None:
+        """What is to be received, after `whole`."""
+        self._read.append({"type": "http.request", "body": body, "more_body": False})
 
     async def unless_gone(self, entering: Any) -> int | None:
         """What `entering` gives, or None when the client went first."""
@@ -230,6 +288,46 @@ def _recorded(exchange: Exchange, receive: _Receive, send: _Send) -> tuple[_Rece
             exchange.end("whole")
 
     return asked, answered
+
+
+def _paid(passage: toll.Passage, send: _Send) -> _Send:
+    """An answer, measured as it passes."""
+
+    async def paid(message: _Message) -> None:
+        if message["type"] == "http.response.start":
+            types = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
+            passage.answer(message["status"], types[0].decode("latin-1") if types else "")
+        elif message["type"] == "http.response.body":
+            piece = passage.feed(message.get("body", b""))
+            more = message.get("more_body", False)
+            if not more:
+                piece += passage.end()
+            elif not piece:
+                return
+            message = {**message, "body": piece}
+        await send(message)
+
+    return paid
+
+
+def _tenant(scope: _Scope) -> str | None:
+    """Whom the router took the client for."""
+    found = [value for name, value in scope["headers"] if name == _TENANT]
+    return found[0].decode("latin-1") if found else None
+
+
+def _of_length(scope: _Scope, length: int) -> _Scope:
+    """With another body: only who said a length says the new one."""
+    headers = [
+        (name, str(length).encode() if name == b"content-length" else value)
+        for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
+
+
+async def _overloaded(send: _Send, limit: str, why: str, retry_after_seconds: int) -> None:
+    after = (b"retry-after", str(retry_after_seconds).encode())
+    await _respond(send, 429, admission.overload(limit, why), after)
 
 
 async def _respond(send: _Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:

@@ -24,6 +24,7 @@ class Facts:
     limits: Limits
     in_flight: int
     waiting: int
+    units_in_flight: float
     counters: Counters
     starts: int
     hangs: int
@@ -47,6 +48,11 @@ class _Facts(Collector):
         gauges: tuple[tuple[str, str, float], ...] = (
             ("in_flight_requests", "Requests that the engine works on.", facts.in_flight),
             ("waiting_requests", "Requests that wait for a place in flight.", facts.waiting),
+            (
+                "in_flight_units",
+                "Model units that requests here are expected to cost.",
+                facts.units_in_flight,
+            ),
             ("limit_requests", "Requests that may be in flight.", facts.limits.in_flight),
             ("queue_limit_requests", "Requests that may wait.", facts.limits.queue_requests),
         )
@@ -58,6 +64,7 @@ class _Facts(Collector):
             ("finished_requests", "Requests answered.", facts.counters.finished),
             ("failed_requests", "Requests answered with a status from 500 on.", facts.counters.failed),
             ("busy_seconds", "Time in flight, of all requests.", facts.counters.busy_nanoseconds / 1e9),
+            ("finished_units", "Model units that ended requests did cost.", facts.counters.unit_micros / 1e6),
             ("starts", "Starts of the engine.", facts.starts),
             ("hangs", "Times that the engine was killed because it made no progress.", facts.hangs),
             ("request_log_written_records", "Requests in files of the log.", facts.logged.written),

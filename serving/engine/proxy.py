@@ -1,7 +1,8 @@
 """The front of a command engine: HTTP from the supervisor's port to the child's, within the in-flight limit.
 
 Runs on the supervisor's event loop. Bodies and streams pass in pieces as they come, headers as they are (a
-traceparent, too), less those that belong to one connection. vLLM does not need it: its own processes carry
+traceparent, too), less those that belong to one connection. Where tokens are limited or units counted, a
+request's body is read whole first (`toll`). vLLM does not need it: its own processes carry
 `gate`, which does the same without a second hop.
 """
 
@@ -12,10 +13,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import multidict
 from aiohttp import web
 
-from serving import headers
-from serving.engine import admission, limiter
+from serving import headers, service
+from serving.engine import admission, limiter, toll
+from serving.engine.budget import Budget
 from serving.engine.ledger import Ledger
 from serving.engine.requestlog.recorder import Exchange, Recorder
 from serving.engine.state import State
@@ -24,17 +27,20 @@ _REPLACED = ("host", "content-length")
 """Set anew on this hop."""
 _KEEP_ALIVE_SECONDS = 1.0
 """Shorter than that of any server that we know: a request on a connection that is being closed is lost."""
+_OPENAI_API = "/v1/"
+"""Below it, fields of a body mean what they mean there."""
 _METRICS_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 
 
 class Proxy:
     """One per supervisor; which port it leads to changes with each start of the engine."""
 
-    def __init__(self, ledger: Ledger, directory: Path) -> None:
+    def __init__(self, ledger: Ledger, budget: Budget, directory: Path) -> None:
         self._ledger = ledger
         self.progress = 0
         """Grows with every piece that the engine has sent."""
         self._limiter = limiter.Limiter(ledger, directory, lambda: self.progress)
+        self._toll = toll.Toll(budget, ledger, self._limiter.slot)
         self._recorder = Recorder(directory)
         self._session: aiohttp.ClientSession | None = None
         self._port = 0
@@ -70,22 +76,39 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One request, from its client and back."""
         if not admission.counts(request.path):
-            return await self._forward(request, None)
+            return await self._forward(request, None, None)
         exchange = self._recorder.begin(request.method, request.path, request.headers.items())
+        if not (self._toll.in_use and request.can_read_body):
+            return await self._admitted(request, exchange, None)
+        whole = await request.read()
+        if exchange is not None:
+            exchange.asked(whole)
+        tenant = request.headers.get(service.TENANT_HEADER)
+        try:
+            passage = self._toll.enter(
+                tenant, request.path, whole, clamps=request.path.startswith(_OPENAI_API)
+            )
+        except toll.RefusedError as exc:
+            return _overloaded(exc.limit, str(exc), exc.retry_after_seconds)
+        try:
+            return await self._admitted(request, exchange, passage)
+        finally:
+            passage.close()
+
+    async def _admitted(
+        self, request: web.Request, exchange: Exchange | None, passage: toll.Passage | None
+    ) -> web.StreamResponse:
         try:
             entered_ns = await self._limiter.enter()
         except limiter.RejectedError as exc:
-            return web.Response(
-                status=429,
-                body=admission.refusal(429, f"This replica is {exc}.", "rate_limit_exceeded"),
-                content_type="application/json",
-                headers={"Retry-After": str(exc.retry_after_seconds)},
-            )
+            if passage is not None:
+                passage.turned_away()
+            return _overloaded("in_flight", f"This replica is {exc}", exc.retry_after_seconds)
         status, outcome = 500, "client_gone"
         if exchange is not None:
             exchange.entered()
         try:
-            response = await self._forward(request, exchange)
+            response = await self._forward(request, exchange, passage)
             status, outcome = response.status, "whole"
             return response
         finally:
@@ -106,20 +129,24 @@ class Proxy:
             return b""
         return text if text.endswith(b"\n") or not text else text + b"\n"
 
-    async def _forward(self, request: web.Request, exchange: Exchange | None) -> web.StreamResponse:
-        passed = headers.end_to_end(request.headers, _REPLACED)
-        if request.content_length is not None and request.can_read_body:
-            passed["Content-Length"] = str(request.content_length)
+    async def _forward(
+        self, request: web.Request, exchange: Exchange | None, passage: toll.Passage | None
+    ) -> web.StreamResponse:
+        passed, data = _request(request, exchange, passage)
         response: web.StreamResponse | None = None
         try:
             async with self.session.request(
                 request.method,
                 self.url(request.raw_path),
                 headers=passed,
-                data=_pieces(request, exchange) if request.can_read_body else None,
+                data=data,
                 allow_redirects=False,
             ) as upstream:
                 response = self._opened(upstream)
+                if passage is not None:
+                    passage.answer(upstream.status, upstream.content_type)
+                    if passage.alters:
+                        response.content_length = None
                 await response.prepare(request)
                 if exchange is not None:
                     exchange.answering(upstream.status, upstream.content_type)
@@ -127,8 +154,11 @@ class Proxy:
                     self.progress += 1
                     if exchange is not None:
                         exchange.answered(piece)
-                    await response.write(piece)
-                await response.write_eof()
+                    if passage is not None:
+                        piece = passage.feed(piece)
+                    if piece:  # an empty one would be the end of a chunked answer
+                        await response.write(piece)
+                await response.write_eof(b"" if passage is None else passage.end())
                 self.progress += 1
                 return response
         except (aiohttp.ClientError, OSError) as exc:
@@ -150,6 +180,30 @@ class Proxy:
         if self._ledger.state is State.DRAINING:
             response.force_close()
         return response
+
+
+def _request(
+    request: web.Request, exchange: Exchange | None, passage: toll.Passage | None
+) -> tuple[multidict.CIMultiDict[str], AsyncIterator[bytes] | bytes | None]:
+    """Header fields and body for the engine."""
+    passed = headers.end_to_end(request.headers, _REPLACED)
+    if passage is not None:
+        passed.popall("Accept-Encoding", None)  # an answer that is packed could not be read
+        return passed, passage.body
+    if not request.can_read_body:
+        return passed, None
+    if request.content_length is not None:
+        passed["Content-Length"] = str(request.content_length)
+    return passed, _pieces(request, exchange)
+
+
+def _overloaded(limit: str, why: str, retry_after_seconds: int) -> web.Response:
+    return web.Response(
+        status=429,
+        body=admission.overload(limit, why),
+        content_type="application/json",
+        headers={"Retry-After": str(retry_after_seconds)},
+    )
 
 
 async def _pieces(request: web.Request, exchange: Exchange | None) -> AsyncIterator[bytes]:

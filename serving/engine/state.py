@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+
+from serving.autoscaler import units
 
 
 class State(enum.IntEnum):
@@ -53,3 +56,38 @@ class Slot:
     waiting: int
     heartbeat_ns: int
     progress: int
+
+
+class Measure(enum.IntEnum):
+    """What a tenant's rate counts."""
+
+    TOKENS = 0
+    UNITS = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ration:
+    """What a tenant may have of this engine. `per_second` None: as much as there is."""
+
+    per_second: float | None = None
+    measure: Measure = Measure.TOKENS
+    priority: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rations:
+    """What an engine is told. `coefficients` None: units are not counted."""
+
+    tenants: Mapping[str, Ration] = dataclasses.field(default_factory=dict)
+    output_tokens: int | None = None
+    coefficients: units.Coefficients | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spent:
+    """A tenant's sums since the engine's first start, in what its rate counts."""
+
+    admitted: int
+    charged: float
+    refused: int
+    refused_cost: float

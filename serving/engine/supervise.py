@@ -30,12 +30,13 @@ from typing import Any
 from serving import errors
 from serving.endpoint import VllmEngine
 from serving.engine import front, gate, health, kinds, limiter, metrics, phases, processors, usage, watch
+from serving.engine.budget import Budget
 from serving.engine.child import Child
 from serving.engine.ledger import Ledger
 from serving.engine.proxy import Proxy
 from serving.engine.requestlog import keeper
 from serving.engine.settings import Settings
-from serving.engine.state import Limits, State
+from serving.engine.state import Limits, Rations, Spent, State
 from serving.observability import RequestLog
 
 _FIRST_PAUSE_SECONDS = 1.0
@@ -74,6 +75,8 @@ class Supervisor:
             limits = Limits(settings.limit, settings.queue.requests, settings.queue.seconds)
             self._ledger = Ledger.create(directory / gate.LEDGER_NAME, limits)
             stack.callback(self._ledger.close)
+            self._budget = Budget.create(directory / gate.BUDGET_NAME)
+            stack.callback(self._budget.close)
             self._directory = directory
             self._log = keeper.Keeper(
                 directory,
@@ -87,7 +90,7 @@ class Supervisor:
             if isinstance(settings.engine, VllmEngine):
                 self._kind: kinds.Kind = kinds.Vllm(settings, settings.engine, directory, self._ledger)
             else:
-                proxy = Proxy(self._ledger, directory)
+                proxy = Proxy(self._ledger, self._budget, directory)
                 await proxy.start()
                 self._kind = kinds.Command(settings.engine, proxy, settings.cpus)
             self._front = front.Front(self, self._ledger, proxy)
@@ -130,6 +133,7 @@ class Supervisor:
             "limit": self._ledger.limits.in_flight,
             "in_flight": self._ledger.in_flight(),
             "waiting": self._ledger.waiting(),
+            "units_in_flight": self._ledger.units_in_flight(),
             "servers": [{"pid": each.pid, "in_flight": each.in_flight} for each in self._ledger.slots()],
             "counters": dataclasses.asdict(self._ledger.counters()),
             "usage": self._usage(),
@@ -150,6 +154,11 @@ class Supervisor:
         self._ledger.set_limits(limits)
         limiter.wake_all(self._directory, self._ledger)
         self._say("limit", in_flight=limits.in_flight, queue_requests=limits.queue_requests)
+
+    def ration(self, rations: Rations) -> Mapping[str, Spent]:
+        """See front.Engine. Not said in the log: it comes once a second."""
+        self._budget.ration(rations, time.monotonic_ns())
+        return {name: self._budget.spent(name) for name in rations.tenants}
 
     async def set_request_log(self, wanted: RequestLog | None) -> None:
         await self._log.settle(wanted)
@@ -172,6 +181,7 @@ class Supervisor:
             limits=ledger.limits,
             in_flight=ledger.in_flight(),
             waiting=ledger.waiting(),
+            units_in_flight=ledger.units_in_flight(),
             counters=ledger.counters(),
             starts=self._starts,
             hangs=self._hangs,

@@ -40,10 +40,10 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Terms:
-    """What a client may ask for. `priority`: the lowest number, hence the earliest, that its requests may
-    have, and what those have that say nothing. `output_tokens`: the most of one answer."""
+    """What a client may ask for, None for anything. `priority`: the lowest number, hence the earliest, that
+    its requests may have, and what those have that say nothing. `output_tokens`: the most of one answer."""
 
-    priority: int = 0
+    priority: int | None = None
     output_tokens: int | None = None
 
 
@@ -83,7 +83,7 @@ def read(path: str, body: bytes, terms: Terms, *, measure: bool) -> Reading:
     if not isinstance(document, dict):
         return Reading(body, *_measured(document), terms.output_tokens)
     before = dict(document)
-    if "priority" in document or terms.priority != 0:
+    if terms.priority is not None and ("priority" in document or terms.priority != 0):
         document["priority"] = max(terms.priority, _whole(document.get("priority"), terms.priority))
     most = _clamp(document, path, terms.output_tokens)
     options = document.get("stream_options")

@@ -18,6 +18,7 @@ from serving.autoscaler import units
 from serving.engine import budget as budgets
 from serving.engine import tokens
 from serving.engine.ledger import Ledger
+from serving.engine.state import Measure
 
 _STEP_TOKENS = 64
 """A stream that goes on past what was expected is charged in steps of so many."""
@@ -47,17 +48,18 @@ class Toll:
         """Whether anything is limited or counted."""
         return self._budget.in_use
 
-    def enter(self, tenant: str | None, path: str, body: bytes) -> Passage:
-        """Charge a request. RefusedError."""
+    def enter(self, tenant: str | None, path: str, body: bytes, *, clamps: bool) -> Passage:
+        """Charge a request. `clamps`: whether its fields mean what vLLM means by them. RefusedError."""
         budget = self._budget
         place = budget.place(tenant)
         measured = budget.in_use
-        if not (measured or tokens.names_priority(body)):
-            reading = tokens.Reading(body, 0, 0, None)
+        if measured or (clamps and tokens.names_priority(body)):
+            terms = budget.terms(place) if clamps else tokens.Terms()
+            reading = tokens.read(path, body, terms, measure=measured)
         else:
-            reading = tokens.read(path, body, budget.terms(place), measure=measured)
+            reading = tokens.Reading(body, 0, 0, None)
         by = budget.coefficients
-        counted = by if budget.measure(place) is budgets.Measure.UNITS and by else units.TOKENS
+        counted = by if budget.measure(place) is Measure.UNITS and by else units.TOKENS
         passage = Passage(reading, measured, place, counted, by, self)
         if measured:
             refusal = budget.admit(place, passage.charged, time.monotonic_ns())
@@ -78,18 +80,19 @@ class Toll:
         """Charge that much on top."""
         self._budget.settle(place, cost, time.monotonic_ns())
 
-    def leave(self, place: int, reading: tokens.Reading, used: tokens.Usage | None, units_: float) -> None:
-        """A request has ended, which was `units_` in flight; `used` as the engine said, where it did."""
-        if used is not None:
-            self._budget.learn(place, reading, used)
-        by = self._budget.coefficients
-        done = units.cost(by, used.input, used.output, used.cached) if by and used else units_
-        self._ledger.remove_units(self._slot, units_, done)
+    def leave(
+        self, place: int, reading: tokens.Reading, said: tokens.Usage | None, expected: float, done: float
+    ) -> None:
+        """A request has ended: `said` is the engine's usage, the rest in units."""
+        if said is not None:
+            self._budget.learn(place, reading, said)
+        self._ledger.remove_units(self._slot, expected, done)
 
 
 class Passage:
-    """One request. `body` is what the engine is to get. `answer` when its answer begins, `feed` its pieces,
-    `end` after the last one, `turned_away` where the engine never got it, `close` in any case."""
+    """One request. `body` is what the engine is to get. Where it is `measured`: `answer` when its answer
+    begins, `feed` its pieces, `end` after the last one. `turned_away` where the engine never got it; `close`
+    in any case."""
 
     def __init__(
         self,
@@ -101,14 +104,20 @@ class Passage:
         toll: Toll,
     ) -> None:
         self.body = reading.body
-        self._reading, self._measured, self._place = reading, measured, place
-        self._counted, self._toll = counted, toll
+        self.measured = measured
+        self._reading, self._place = reading, place
+        self._counted, self._by, self._toll = counted, by, toll
         self._expected = toll.expected(place, reading) if measured else tokens.Usage(0, 0)
         self.charged = self._cost(self._expected)
         self.units = _cost(by, self._expected) if by else 0.0
         self._output_charged = self._expected.output
         self._meter: tokens.Meter | None = None
         self._free = False
+
+    @property
+    def alters(self) -> bool:
+        """Whether the answer that is passed on may be shorter than the engine's."""
+        return self._reading.usage_added
 
     def turned_away(self) -> None:
         """The engine did not get it."""
@@ -117,7 +126,7 @@ class Passage:
     def answer(self, status: int, content_type: str) -> None:
         """The answer begins. One that is no success costs nothing."""
         self._free = status >= 400
-        if self._measured and not self._free:
+        if self.measured and not self._free:
             self._meter = tokens.Meter(content_type, usage_added=self._reading.usage_added)
 
     def feed(self, piece: bytes) -> bytes:
@@ -138,17 +147,19 @@ class Passage:
     def close(self) -> None:
         """Settle. A client that went away pays for what it got, or, before it got anything, what was
         expected: the engine has worked."""
-        if not self._measured:
+        if not self.measured:
             return
-        said = None
+        said, done = None, self.units
         if self._free:
+            done = 0.0
             self._charge(-self.charged)
         elif self._meter is not None:
             said = self._meter.usage
             made = self._meter.events or self._toll.tokens_in(self._meter.bytes)
             used = said or tokens.Usage(self._expected.input, made, self._expected.cached)
+            done = _cost(self._by, used) if self._by else 0.0
             self._charge(self._cost(used) - self.charged)
-        self._toll.leave(self._place, self._reading, said, self.units)
+        self._toll.leave(self._place, self._reading, said, self.units, done)
 
     def _charge(self, more: float) -> None:
         self.charged += more

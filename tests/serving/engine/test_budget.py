@@ -14,7 +14,8 @@ from serving import errors
 from serving.autoscaler.units import Coefficients
 from serving.engine import budget as budgets
 from serving.engine import tokens
-from serving.engine.budget import Budget, Measure, Ration, Rations
+from serving.engine.budget import Budget
+from serving.engine.state import Measure, Ration, Rations
 
 _SPAWN = multiprocessing.get_context("spawn")
 SECOND = 1_000_000_000

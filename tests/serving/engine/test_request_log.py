@@ -93,7 +93,7 @@ def test_bodies_streams_and_times_but_no_keys_are_in_the_file(engine: Engine, tm
     )
     assert one["trace_id"] == "ab" * 16
     assert json.loads(one["request_body"]) == {"max_tokens": 2, "prompt": "hello"}
-    assert json.loads(one["response_body"]) == {"choices": [{"text": "xx"}]}
+    assert json.loads(one["response_body"])["choices"] == [{"text": "xx"}]
     assert dict(one["headers"])["user-agent"] == "test"
     assert one["outcome"] == "whole"
     assert 0 <= one["queued_seconds"] <= one["first_byte_seconds"] <= one["seconds"]

@@ -72,12 +72,12 @@ def test_nobody_outranks_what_the_key_allows(allowed: int, asked: Any, gets: int
 )
 def test_a_priority_is_seen_however_it_is_spelt(body: bytes) -> None:
     assert tokens.names_priority(body)
-    assert json.loads(tokens.read(CHAT, body, Terms(), measure=False).body)["priority"] == 0
+    assert json.loads(tokens.read(CHAT, body, Terms(0), measure=False).body)["priority"] == 0
 
 
 def test_what_is_within_its_terms_is_passed_on_byte_for_byte() -> None:
     body = b' { "prompt" : "x", "max_tokens": 3,  "priority": 2, "temperature": 1e-1 } '
-    assert tokens.read(COMPLETIONS, body, Terms(output_tokens=5), measure=True).body == body
+    assert tokens.read(COMPLETIONS, body, Terms(0, 5), measure=True).body == body
     assert not tokens.names_priority(b'{"prompt":"x"}')
 
 
