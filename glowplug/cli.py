@@ -24,6 +24,7 @@ from imagefs import errors
 VERBS = {
     "activator": "Hold requests while a service has no replica, until one is up.",
     "agent": "The node agent: containerd starts containers from block images.",
+    "autoscale": "How many replicas an endpoint has, and why; policies compared.",
     "bench": "Measure how soon containers are ready on this machine.",
     "cache": "Show, pin, verify and tidy what the block cache holds.",
     "check": "Verify a block image's whole chain of digests, and its files against the source.",

@@ -1,0 +1,265 @@
+"""What the policies are judged on: traffic, the endpoint that takes it, and the points of each policy.
+
+Called by `sweep` and the verb. All endpoints here have replicas of 16 slots: up to 16 requests are served at
+full speed, more wait there, in a queue worth 10 s of service. A limit on requests served at once is enforced;
+what is compared is the number of replicas. A request is late if it takes longer than twice its own work plus
+1 s.
+
+Traces are scaled by 50, so that replicas matter: each request is replayed 50 times, each copy up to 2 s
+before or after. ServeGen's rates are as they are, linear between the middles of their 10-minute bins, times a
+factor that wanders (coefficient of variation 0.1, forgotten in 30 s): no policy sees the bins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from serving.autoscaler.policy import Policy as Settings
+from serving.autoscaler.simulate import hpa, knative, policies, tracefiles, traffic
+from serving.autoscaler.simulate.fleet import Floats, Rules
+from serving.autoscaler.simulate.policies import Maker
+from serving.autoscaler.simulate.run import NO_FAULTS, SETTLE_SECONDS, Endpoint, Faults, Starts
+from serving.autoscaler.simulate.traffic import Burstiness, Lognormal, TokenCost, Traffic
+
+SLOTS = 16
+QUEUE_SECONDS = 10.0
+COPIES = 50
+MODEL_STARTS = Starts(22.7, 51.8)
+"""Real loads of a base model on a node that has its image."""
+QUICK_STARTS = Starts(5.0, 5.0)
+_BURSTY = Burstiness(0.1, 30.0)
+_HOUR = 3_600
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One line of the comparison. `in_flight` is what a clairvoyant knows."""
+
+    name: str
+    traffic: Traffic
+    endpoint: Endpoint
+    in_flight: Floats
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One policy with one setting of its parameters. `default`: the setting that it comes with."""
+
+    policy: str
+    parameters: str
+    make: Maker
+    default: bool = False
+
+
+def names(traces: Path | None) -> list[str]:
+    """Those that can be built: with a directory of traces, or without."""
+    return [*_MADE, *(_TRACED if traces is not None else ())]
+
+
+def build(name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS) -> Scenario:
+    """A scenario by its name, one of `names`."""
+    if name in _MADE:
+        found, starts = _MADE[name]()
+    else:
+        assert traces is not None
+        found, starts = _TRACED[name](traces)
+    in_flight = traffic.in_flight(found, seed)
+    mean_work = _mean_work(found, seed)
+    most = max(8, math.ceil(2.5 * in_flight.max() / SLOTS))
+    endpoint = Endpoint(
+        slots=SLOTS,
+        speed=np.ones(SLOTS + 1),
+        rules=Rules(SLOTS, max(1, round(QUEUE_SECONDS * SLOTS / mean_work))),
+        starts=starts,
+        most=most,
+        initial=max(1, math.ceil(_at_first(in_flight) / (0.7 * SLOTS))),
+        faults=faults,
+    )
+    return Scenario(name, found, endpoint, in_flight, seed)
+
+
+def points(scenario: Scenario, dense: bool = True) -> list[Point]:
+    """Every policy with every setting; only the defaults if not `dense`."""
+    every = [*_ours(scenario), *_published(scenario), *_hpa(), *_knative(), *_bounds(scenario)]
+    return every if dense else [each for each in every if each.default]
+
+
+def _at_first(in_flight: Floats) -> float:
+    """The most that is in flight before a policy is asked."""
+    return float(in_flight[:SETTLE_SECONDS].max())
+
+
+def _mean_work(found: Traffic, seed: int) -> float:
+    first = next(found.blocks(seed))
+    return float(first.work.mean()) if first.work.size else 1.0
+
+
+def _ours(scenario: Scenario) -> list[Point]:
+    made = []
+    starts = scenario.endpoint.starts
+    for part in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        for window_seconds in (60.0, 120.0, 300.0):
+            settings = Settings(
+                minimum=1,
+                maximum=scenario.endpoint.most,
+                target=part * SLOTS,
+                limit=SLOTS,
+                start_seconds=starts.p50_seconds,
+                down_window_seconds=window_seconds,
+            )
+            default = part == 0.8 and window_seconds == 300.0
+            label = f"target {part:.0%}, down {window_seconds:.0f} s"
+            made.append(Point("ours", label, functools.partial(policies.Ours, settings), default))
+    return made
+
+
+_PARTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_HPA_DEFAULT_PART = 0.8
+"""Its default for CPU; a Pods metric has none."""
+
+
+def _published(scenario: Scenario) -> list[Point]:
+    return [
+        Point(
+            "published",
+            f"target {part:.0%}",
+            functools.partial(policies.Published, part * SLOTS),
+            default=part == 0.8,
+        )
+        for part in _PARTS
+    ]
+
+
+def _hpa() -> list[Point]:
+    return [
+        Point(
+            "hpa",
+            f"target {part:.0%}, stabilization {seconds:.0f} s",
+            functools.partial(hpa.HorizontalPodAutoscaler, part * SLOTS, 1, seconds),
+            default=part == _HPA_DEFAULT_PART and seconds == hpa.STABILIZATION_SECONDS,
+        )
+        for part in _PARTS
+        for seconds in (60.0, hpa.STABILIZATION_SECONDS)
+    ]
+
+
+def _knative() -> list[Point]:
+    return [
+        Point(
+            "kpa",
+            f"target {part:.0%}, stable {seconds} s",
+            functools.partial(knative.KnativePodAutoscaler, SLOTS, 1, part, seconds),
+            default=part == knative.UTILIZATION and seconds == knative.STABLE_SECONDS,
+        )
+        for part in _PARTS
+        for seconds in (knative.STABLE_SECONDS, 300)
+    ]
+
+
+def _bounds(scenario: Scenario) -> list[Point]:
+    peak = scenario.in_flight.max() / SLOTS
+    ahead = math.ceil(scenario.endpoint.starts.p99_seconds) + 1
+    known = scenario.in_flight.tolist()
+    constant = [
+        Point(
+            "static peak",
+            f"{part:.0%} of the peak",
+            functools.partial(policies.Constant, max(1, math.ceil(part * peak))),
+            default=part == 1.25,
+        )
+        for part in (0.6, 0.8, 1.0, 1.25)
+    ]
+    return constant + [
+        Point(
+            "clairvoyant",
+            f"target {part:.0%}",
+            functools.partial(policies.Clairvoyant, known, part * SLOTS, ahead),
+            default=part == 0.9,
+        )
+        for part in (0.8, 0.9, 1.0)
+    ]
+
+
+def _ramp() -> tuple[Traffic, Starts]:
+    """10 to 10,000 a second, exponentially in a minute."""
+    rates = [(0, 10), (120, 10), (180, 10_000), (360, 10_000), (361, 10), (960, 10)]
+    return traffic.shape("ramp", rates, Lognormal(0.5), exponential=True), QUICK_STARTS
+
+
+def _step() -> tuple[Traffic, Starts]:
+    """10 to 10,000 a second, at once."""
+    rates = [(0, 10), (120, 10), (120.001, 10_000), (360, 10_000), (360.001, 10), (960, 10)]
+    return traffic.shape("step", rates, Lognormal(0.5)), QUICK_STARTS
+
+
+def _steady() -> tuple[Traffic, Starts]:
+    """An hour of Poisson arrivals."""
+    return traffic.shape("steady", [(0, 200), (_HOUR, 200)], Lognormal(2.0)), MODEL_STARTS
+
+
+def _diurnal() -> tuple[Traffic, Starts]:
+    """A day whose peak is nine times its low."""
+    return traffic.diurnal("diurnal", 60.0, 0.8, 24 * _HOUR, Lognormal(2.0), _BURSTY), MODEL_STARTS
+
+
+def _flash() -> tuple[Traffic, Starts]:
+    """Every half hour another crowd: in 20 s to 2, 3, 5 times the rate, for some minutes."""
+    rates: list[tuple[float, float]] = [(0, 100)]
+    for begin, peak in ((1_800, 200), (3_600, 300), (5_400, 500)):
+        rates += [(begin, 100), (begin + 20, peak), (begin + 240, peak), (begin + 600, 100)]
+    rates.append((7_200, 100))
+    return traffic.shape("flash", rates, Lognormal(2.0), _BURSTY), MODEL_STARTS
+
+
+def _azure_conv(traces: Path) -> tuple[Traffic, Starts]:
+    path = traces / "azure_llm_2023_conv.csv.gz"
+    return tracefiles.azure(path, "azure-conv", TokenCost(), COPIES), MODEL_STARTS
+
+
+def _azure_code(traces: Path) -> tuple[Traffic, Starts]:
+    path = traces / "azure_llm_2023_code.csv.gz"
+    return tracefiles.azure(path, "azure-code", TokenCost(), COPIES), MODEL_STARTS
+
+
+def _mooncake(traces: Path) -> tuple[Traffic, Starts]:
+    path = traces / "mooncake_fast25_conversation.jsonl.gz"
+    return tracefiles.mooncake(path, "mooncake", TokenCost(), COPIES), MODEL_STARTS
+
+
+def _servegen(traces: Path, size: str, mean_work_seconds: float, begin_hour: int, hours: int) -> Traffic:
+    path = traces / f"servegen_m-{size}_total_rate_10min.csv.gz"
+    whole = tracefiles.rates(path, f"servegen-{size}", Lognormal(mean_work_seconds), _BURSTY)
+    return tracefiles.window(whole, begin_hour * _HOUR, (begin_hour + hours) * _HOUR)
+
+
+def _servegen_large(traces: Path) -> tuple[Traffic, Starts]:
+    """The second day."""
+    return _servegen(traces, "large", 1.0, 24, 24), MODEL_STARTS
+
+
+def _servegen_small(traces: Path) -> tuple[Traffic, Starts]:
+    """Six hours of the second day, from its low up."""
+    return _servegen(traces, "small", 0.5, 28, 6), MODEL_STARTS
+
+
+_MADE: dict[str, Callable[[], tuple[Traffic, Starts]]] = {
+    "ramp": _ramp,
+    "step": _step,
+    "steady": _steady,
+    "flash": _flash,
+    "diurnal": _diurnal,
+}
+_TRACED: dict[str, Callable[[Path], tuple[Traffic, Starts]]] = {
+    "azure-conv": _azure_conv,
+    "azure-code": _azure_code,
+    "mooncake": _mooncake,
+    "servegen-large": _servegen_large,
+    "servegen-small": _servegen_small,
+}
