@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving.autoscaler import horizontal, windows
+from serving.autoscaler import limit as limits
 from serving.autoscaler.observation import Clamp, Demand, Explanation, Instance, Observation
 from serving.autoscaler.policy import Policy
 from serving.replica import State as ReplicaState
@@ -54,6 +55,7 @@ class State:
     limit: int
     at: float | None = None
     seen_seconds: float = 0.0
+    learned: limits.Learned = dataclasses.field(default_factory=limits.Learned)
     load: horizontal.Load = dataclasses.field(default_factory=horizontal.Load)
     steady: windows.Peak = dataclasses.field(default_factory=windows.Peak)
     ahead: windows.Peak = dataclasses.field(default_factory=windows.Peak)
@@ -71,8 +73,9 @@ class State:
     def under(self, policy: Policy) -> State:
         """The same memories under other settings: a document changed. The limit starts from its setting
         again, where that is what changed."""
-        limit = self.limit if policy.limit == self.policy.limit else policy.limit
-        return dataclasses.replace(self, policy=policy, limit=limit)
+        if policy.limit == self.policy.limit and policy.learn_limit:
+            return dataclasses.replace(self, policy=policy)
+        return dataclasses.replace(self, policy=policy, limit=policy.limit, learned=limits.Learned())
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; the policy is the document's, and not among them."""
@@ -90,6 +93,7 @@ class State:
             **{
                 **value,
                 "policy": policy,
+                "learned": limits.Learned.from_json(value["learned"]),
                 "load": horizontal.Load(**{**load, "history": history}),
                 "steady": _peak(value["steady"]),
                 "ahead": _peak(value["ahead"]),
@@ -131,7 +135,8 @@ def decide(state: State, observation: Observation, now: float) -> Decision:
     following = dataclasses.replace(settled.state, replicas=size, at=at)
     if size < state.replicas:
         following = dataclasses.replace(following, lowered_at=following.seen_seconds)
-    return Decision(following, size, state.limit, state.policy.target_at(state.limit), because)
+    limit = following.limit
+    return Decision(following, size, limit, state.policy.target_at(limit), because)
 
 
 _THERE = frozenset({ReplicaState.READY, ReplicaState.STARTING})
@@ -198,8 +203,18 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
         idle_seconds=state.idle_seconds + elapsed if quiet else 0.0,
         start_seconds=start_seconds,
     )
-    because = Explanation("demand", need.level, need.window_seconds, need.formula)
+    state, relimited = _limited(state, there, elapsed, now)
+    because = Explanation("demand", need.level, need.window_seconds, need.formula, note=relimited)
     return _moved(state, need, because, quiet)
+
+
+def _limited(state: State, there: list[Instance], elapsed: float, now: float) -> tuple[State, str]:
+    """The limit of a replica, where it is learned, and why it is another one."""
+    if not state.policy.learn_limit:
+        return state, ""
+    learned = limits.noted(state.learned, state.limit, there, elapsed, now)
+    learned, limit, why = limits.adjusted(learned, state.limit, state.policy)
+    return dataclasses.replace(state, learned=learned, limit=limit), why
 
 
 def _start_seconds(there: list[Instance]) -> float | None:
@@ -240,7 +255,7 @@ def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: boo
     lower = 0 if idle else max(1, lower)
     if lower >= size:
         return _Settled(state, size, because)
-    note = ""
+    note = f"{kept:.4g} replicas at most in the last {policy.down_window_seconds:g} s"
     if state.seen_seconds < policy.down_window_seconds and not idle:
         note, lower = f"nothing is lowered before {policy.down_window_seconds:g} s were seen", size
     elif not idle and state.seen_seconds - state.lowered_at < policy.down_seconds:
@@ -251,7 +266,7 @@ def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: boo
     because = dataclasses.replace(
         because,
         clamps=tuple(clamps),
-        note=note or f"{kept:.4g} replicas at most in the last {policy.down_window_seconds:g} s",
+        note="; ".join(filter(None, (because.note, note))),
     )
     return _Settled(state, lower, because)
 
