@@ -91,18 +91,26 @@ class _Activator:
             over = control.channel(self._settings.control, _credentials(self._settings.tls))
             ending.push_async_callback(over.close, None)
             node = reports.ACTIVATOR_PREFIX + self._settings.name
-            for work in (
-                control.follow_endpoints(over, node, self._proxies.keys(), self._changed),
-                control.report_load(over, node, self._settings.services, self._load, self._woken),
-            ):
-                task = asyncio.create_task(work)
+            works = [
+                asyncio.create_task(
+                    control.follow_endpoints(over, node, self._proxies.keys(), self._changed)
+                ),
+                asyncio.create_task(
+                    control.report_load(over, node, self._settings.services, self._load, self._woken)
+                ),
+                asyncio.create_task(stop.wait()),
+            ]
+            for task in works:
                 ending.callback(task.cancel)
             if self._settings.metrics is not None:
                 self._serve_metrics(self._settings.metrics)
             for name, place in self._settings.services.items():
                 ending.push_async_callback((await self._listen(name, place)).cleanup)
             _log.info("ready")
-            await stop.wait()
+            # One that ends by itself is a bug: without it, what is held here would be heard of by nobody.
+            ended, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
 
     async def _listen(self, name: str, place: choice.Place) -> web.ServerRunner:
         server = web.Server(

@@ -40,9 +40,11 @@ _CHUNK_BYTES = 64 * 1024
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """Since the process began. `released` got a replica, `expired` none in time, `refused` no room to wait,
-    `left` were given up by their clients, `broken` lost their replica in the middle."""
+    """Since the process began. `entered` were taken in; of these, `released` got a replica, `expired` none in
+    time, `left` were given up by their clients, `broken` lost their replica in the middle. `refused` found no
+    room to wait."""
 
+    entered: int = 0
     released: int = 0
     expired: int = 0
     refused: int = 0
@@ -100,8 +102,7 @@ class Proxy:
         counters = self.counters
         errors = counters.expired + counters.refused + counters.broken
         in_flight = len(self._hold) + self._replicas.in_flight
-        issued = counters.released + counters.expired + counters.left + len(self._hold)
-        return Held(in_flight, issued, errors)
+        return Held(in_flight, counters.entered, errors)
 
     def replicas_changed(self, places: Collection[Place]) -> None:
         """The endpoints of the service, from now on."""
@@ -117,6 +118,7 @@ class Proxy:
         if ticket is None:
             self.counters.refused += 1
             return _refusal(429, f"{self._service} is starting, and too many requests wait for it already")
+        self.counters.entered += 1
         try:
             return await self._forward(request, ticket)
         except asyncio.CancelledError:

@@ -93,6 +93,32 @@ def test_held_until_a_replica_is_up_then_answered_whole() -> None:
     asyncio.run(run())
 
 
+def test_what_was_issued_never_falls_while_a_replica_takes_its_time() -> None:
+    """Reports are differences: one below nothing ended them, and the autoscaler heard no more."""
+
+    async def run() -> None:
+        async with world() as it:
+            answering = asyncio.Event()
+
+            async def slow(request: web.BaseRequest) -> web.StreamResponse:
+                if request.path != HEALTH:
+                    await answering.wait()
+                return await it.answer(request)
+
+            waiting = asyncio.create_task(it.client.get(f"{it.url}/"))
+            await it.held(1)
+            place, _ = await it.serve(slow)
+            it.proxy.replicas_changed([place])
+            while len(it.proxy._hold):
+                await asyncio.sleep(0.005)
+            assert (it.proxy.load().issued, it.proxy.load().in_flight) == (1, 1)
+            answering.set()
+            assert (await waiting).status == 200
+            assert it.proxy.load().issued == 1
+
+    asyncio.run(run())
+
+
 def test_a_hundred_that_wait_are_given_out_as_there_is_room() -> None:
     async def run() -> None:
         async with world(concurrency=3) as it:
