@@ -26,6 +26,7 @@ SERVICE_SECONDS = 10.0
 """The time over which the mean time in flight is taken; older requests fade with it."""
 _LEAST = 1e-3
 """What is left of a sum that has faded: there is nothing lately to take a mean of."""
+_MOST = 1e12
 _SHORTEST_SECONDS = 0.01
 """Over less than that there is no rate."""
 
@@ -199,4 +200,4 @@ def _between(before: Vitals, after: Vitals) -> _Rates:
 
 def _count(value: float) -> float:
     """A count as it can be; reports come over a network."""
-    return float(value) if math.isfinite(value) and value > 0 else 0.0
+    return min(float(value), _MOST) if math.isfinite(value) and value > 0 else 0.0
