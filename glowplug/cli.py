@@ -45,6 +45,7 @@ VERBS = {
     "top": "Watch the agent of this node: starts, images, bytes by source, events.",
     "trace": "Record what the start of an image reads, for its boot pack.",
     "umount": "Unmount what `mount` mounted.",
+    "warmpool": "Hold nodes ready before they are needed.",
 }
 
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -106,6 +107,15 @@ def exit_code(error: BaseException) -> int | None:
             (serving.ConflictError, 9),
         )
         return next((code for kind, code in codes if isinstance(error, kind)), 8)
+    warmpool: types.ModuleType | None = sys.modules.get("warmpool.errors")
+    if warmpool is not None and isinstance(error, warmpool.WarmPoolError):
+        codes = (
+            (warmpool.InvalidInputError, 3),
+            (warmpool.NotFoundError, 4),
+            (warmpool.UnavailableError, 7),
+            (warmpool.ConflictError, 9),
+        )
+        return next((code for kind, code in codes if isinstance(error, kind)), 8)
     return None
 
 
@@ -124,12 +134,12 @@ def main() -> None:
         _leave(130)
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
-        if missing in ("", "agent", "converter", "glowplug", "imagefs", "serving"):
+        if missing in ("", "agent", "converter", "glowplug", "imagefs", "serving", "warmpool"):
             raise
         click.echo(
             f"glowplug: this needs the Python package {missing!r}, which is not installed: "
             "pip install 'glowplug[agent]' on a node, 'glowplug[converter]' where images are converted, "
-            "'glowplug[serving]' where endpoints are served",
+            "'glowplug[serving]' where endpoints are served, 'glowplug[warmpool]' where nodes are held ready",
             err=True,
         )
         sys.exit(8)

@@ -71,6 +71,11 @@ _STATES = {
 }
 
 
+def state_of(machine: Machine) -> NodeState | None:
+    """What a machine's stage alone says, None where its agent has a say."""
+    return _STATES.get(machine.stage)
+
+
 def advance(
     before: Roster,
     machines: Sequence[Machine],

@@ -141,5 +141,5 @@ def _hold(
     if count > len(held) and backoff.blocking(waits, pool.node_class, now) is not None:
         return None
     if count == len(held) and not leaving:
-        return Hold(pool.node_class, count, len(held)) if pool.request else None
+        return None
     return Hold(pool.node_class, count, len(held), release)

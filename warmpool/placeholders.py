@@ -43,10 +43,11 @@ _GOING_TAINTS = frozenset(
 @dataclasses.dataclass(frozen=True, slots=True)
 class Taker:
     """A pod of real work: `share` is the part of a node of each class that it takes, by class that it fits.
-    `node` is "" while it waits."""
+    `node` is "" while it waits; `images` are what its containers run."""
 
     node: str
     shares: Mapping[str, float]
+    images: tuple[str, ...] = ()
 
 
 def body(settings: KubernetesProvider, pool: str, node_class: str) -> Body:
@@ -192,7 +193,8 @@ def taker(settings: KubernetesProvider, pod: Object) -> Taker | None:
         for name, each in settings.classes.items()
         if fits(pod, each.node_selector) and (share := _share(asked, each)) > 0
     }
-    return Taker(pod.text("spec", "nodeName"), shares) if shares else None
+    images = {str(each.get("image") or "") for each in pod.items("spec", "containers")} - {""}
+    return Taker(pod.text("spec", "nodeName"), shares, tuple(sorted(images))) if shares else None
 
 
 def wanted(
@@ -206,6 +208,21 @@ def wanted(
             first = next(name for name in settings.classes if name in each.shares)
             waiting[first] += each.shares[first]
     return {name: handed.get(name, 0) + math.ceil(share - 1e-9) for name, share in waiting.items()}
+
+
+def chances(settings: KubernetesProvider, takers: Iterable[Taker]) -> dict[str, dict[str, float]]:
+    """By class, the part of the pods there that run each image."""
+    pods = dict.fromkeys(settings.classes, 0)
+    counts: dict[str, dict[str, int]] = {name: {} for name in settings.classes}
+    for each in takers:
+        first = next(name for name in settings.classes if name in each.shares)
+        pods[first] += 1
+        for image in each.images:
+            counts[first][image] = counts[first].get(image, 0) + 1
+    return {
+        name: {image: count / pods[name] for image, count in several.items()}
+        for name, several in counts.items()
+    }
 
 
 def requests(pod: Object) -> dict[str, float]:

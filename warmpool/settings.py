@@ -130,6 +130,8 @@ class ServedEndpoint(Part):
     """Or its socket, on the same machine."""
     node_class: Name
     replicas_per_node: int = Field(default=1, ge=1, le=1_024)
+    image: str | None = None
+    """What its replicas run in. Asked over the socket if it is not said here."""
 
     @pydantic.model_validator(mode="after")
     def _one_place(self) -> ServedEndpoint:
@@ -267,6 +269,11 @@ class Settings(Part):
     are wanted (an Auto Scaling group that nobody else scales)."""
     election: Election = Election()
     backoff: Backoff = Backoff()
+    adopt_seconds: Seconds = 1_800.0
+    """After a start that found no saved state, nothing is released for so long: what is there was held for a
+    reason that is not known any more."""
+    state_directory: str = "/var/lib/glowplug-warmpool"
+    """Where `election.kind: lock` keeps its lock and the state; with a lease the state is a ConfigMap."""
     status: Status = Status()
 
     @pydantic.model_validator(mode="after")

@@ -62,6 +62,11 @@ class Kubernetes:
                     handed[machine.node_class] = handed.get(machine.node_class, 0) + 1
             return placeholders.wanted(self._settings, handed, self._takers())
 
+    def chances(self) -> dict[str, dict[str, float]]:
+        """By class, the part of the pods there that run each image."""
+        with _ours("look at pods"):
+            return placeholders.chances(self._settings, self._takers())
+
     def hold(self, node_class: str, count: int, release: Collection[str] = ()) -> None:
         """See Provider."""
         self._check(node_class)
