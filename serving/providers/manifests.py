@@ -171,7 +171,7 @@ def _engine(wanted: Endpoint) -> Body:
         "name": ENGINE,
         "image": wanted.image,
         "command": [f"{_PROGRAM}/current/bin/glowplug", "engine"],
-        "args": ["--settings", str(_SETTINGS / enginecommand.SETTINGS)],
+        "args": ["--config", str(_SETTINGS / enginecommand.SETTINGS)],
         "ports": [
             {"name": "http", "containerPort": place.port},
             {"name": "control", "containerPort": place.control_port},
