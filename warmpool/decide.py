@@ -126,12 +126,13 @@ def _worth(policy: Policy, plan: _Plan, scarcity: float) -> None:
     """Sizes by what nodes cost, `scarcity` times as much as they do, and the class's own bounds."""
     settings, outlook = plan.settings, plan.outlook
     idle_per_miss = scarcity * settings.idle_cost_per_minute / 60.0 / settings.miss_cost
-    rates, dispersions = np.array([outlook.rate]), np.array([outlook.dispersion])
     plan.clamps, plan.notes = [], []
     # Twice the cap, so that the explanation says how much the cap cuts.
+    saved, idle = size.sides(
+        np.array([outlook.rate]), np.array([outlook.dispersion]), outlook.leads, 2 * settings.cap
+    )
     plan.least, plan.most = (
-        int(size.sizes(rates, dispersions, outlook.leads, part * idle_per_miss, 2 * settings.cap)[0])
-        for part in (1.0, policy.keep)
+        int(size.worth_holding(saved, idle, part * idle_per_miss)[0]) for part in (1.0, policy.keep)
     )
     if plan.holds:
         failed = plan.pool.count(NodeState.FAILED)

@@ -22,31 +22,31 @@ import numpy.typing as npt
 from warmpool.demand import Floats
 
 
-def sizes(
-    rates: Floats, dispersions: Floats, leads: Floats, idle_per_miss: float, most: int
-) -> npt.NDArray[np.int64]:
-    """For each rate (requests a second) and its dispersion, how many nodes to have held or coming, at most
-    `most`. `leads` are equally likely lead times in seconds; `idle_per_miss` is the cost of an idle second of
-    a node over the cost of a miss."""
-    if most == 0:
-        return np.zeros(len(rates), np.int64)
-    saved, idle = _sides(rates, dispersions, leads, most)
-    worth = saved >= idle_per_miss * idle
-    return np.where(worth.any(axis=1), most - np.argmax(worth[:, ::-1], axis=1), 0)
-
-
-def _sides(rates: Floats, dispersions: Floats, leads: Floats, most: int) -> tuple[Floats, Floats]:
-    """What the k-th node saves (misses a second) and how probably it is idle, each (rates, most)."""
+def sides(rates: Floats, dispersions: Floats, leads: Floats, most: int) -> tuple[Floats, Floats]:
+    """For each rate (requests a second, and its dispersion), what the first, second ... node up to `most`
+    saves, in misses a second, and how probably it is idle; each (rates, most). `leads` are equally likely
+    lead times in seconds."""
     shape = dispersions[:, None]
     saved = np.zeros((len(rates), most))
     idle = np.zeros((len(rates), most))
-    for lead in leads:
-        mean = np.maximum(rates[:, None] * lead, 1e-12)
-        chance = _chances(mean, shape, most)
-        rate = (shape + np.arange(most)) / (shape / np.maximum(rates[:, None], 1e-12) + lead)
-        saved += rate * chance
-        idle += np.cumsum(chance, axis=1)
+    if most:
+        for lead in leads:
+            mean = np.maximum(rates[:, None] * lead, 1e-12)
+            chance = _chances(mean, shape, most)
+            rate = (shape + np.arange(most)) / (shape / np.maximum(rates[:, None], 1e-12) + lead)
+            saved += rate * chance
+            idle += np.cumsum(chance, axis=1)
     return saved / len(leads), idle / len(leads)
+
+
+def worth_holding(saved: Floats, idle: Floats, idle_per_miss: float) -> npt.NDArray[np.int64]:
+    """For each row of `sides`, the last node that saves at least what it costs. `idle_per_miss` is the cost
+    of an idle second of a node over the cost of a miss."""
+    most = saved.shape[1]
+    if not most:
+        return np.zeros(len(saved), np.int64)
+    worth = saved >= idle_per_miss * idle
+    return np.where(worth.any(axis=1), most - np.argmax(worth[:, ::-1], axis=1), 0)
 
 
 def _chances(mean: Floats, shape: Floats, most: int) -> Floats:
