@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from converter import blob
+from converter import blob, packchoice
 from imagefs import artifact, bootpack, errors, frames, trace
 from imagefs.artifact import Descriptor
 from imagefs.bootpack import PAGE_BYTES, Record
@@ -67,7 +67,8 @@ class Parameters:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Packed:
-    """What a pack came to. `changed` is False if the block image had this very pack."""
+    """What a pack came to. `through_bytes` of what the traces read are not in it (packchoice.py). `changed`
+    is False if the block image had this very pack."""
 
     source_digest: str
     block_image_digest: str
@@ -76,6 +77,7 @@ class Packed:
     data_digest: str
     data_bytes: int
     page_bytes: int
+    through_bytes: int
     records: int
     frames: int
     read_ahead_kib: int
@@ -106,16 +108,16 @@ def pack(image: LazyImage, traces: Sequence[Trace], parameters: Parameters, stag
     image's layers, and for traces that read nothing that would be fetched."""
     started = time.monotonic()
     traces = _chosen(traces, parameters.read_ahead_kib)
-    records = wanted(image, traces)
+    chosen = wanted(image, traces)
     with tempfile.TemporaryDirectory(prefix="glowplug-pack-", ignore_cleanup_errors=True) as work:
         try:
             read_ahead_kib = trace.read_ahead(traces)
-            made = _Making(image, records, read_ahead_kib, parameters, Path(work), stage).run()
+            made = _Making(image, chosen.records, read_ahead_kib, parameters, Path(work), stage).run()
         except OSError as exc:
             raise errors.ConfigurationError(
                 f"work directory {work}: {exc.strerror or exc}; free some space or choose another (TMPDIR)"
             ) from exc
-        return _publish(image, made, started)
+        return _publish(image, made, chosen.through_bytes, started)
 
 
 def _chosen(traces: Sequence[Trace], read_ahead_kib: int | None) -> Sequence[Trace]:
@@ -129,8 +131,17 @@ def _chosen(traces: Sequence[Trace], read_ahead_kib: int | None) -> Sequence[Tra
     return chosen
 
 
-def wanted(image: LazyImage, traces: Sequence[Trace]) -> tuple[Record, ...]:
-    """What a pack of these traces holds. Raises as `pack`."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a pack of some traces holds, in order; and how much that they read from end to end is left to
+    blocks."""
+
+    records: tuple[Record, ...]
+    through_bytes: int
+
+
+def wanted(image: LazyImage, traces: Sequence[Trace]) -> Wanted:
+    """See Wanted. Raises as `pack`."""
     layers = bootpack.distinct(layer.map_digest for layer in image.layers)
     for found in traces:
         if bootpack.distinct(found.map_digests) != layers:
@@ -140,10 +151,25 @@ def wanted(image: LazyImage, traces: Sequence[Trace]) -> tuple[Record, ...]:
                 f"{image.source_digest}, with other layers: trace it again"
             )
     maps = {layer.map_digest: layer.block_map for layer in image.layers}
-    records = bootpack.without_zero_blocks(trace.merge(traces), [maps[digest] for digest in layers])
+    ordered = [maps[digest] for digest in layers]
+    read = packchoice.without_zero_blocks(trace.merge(traces), ordered)
+    records = packchoice.without_read_through(read, ordered, packchoice.MIN_THROUGH_BYTES)
     if not records:
-        raise errors.InvalidInputError("the traces read zero blocks only: there is nothing to pack")
-    return records
+        raise errors.InvalidInputError(
+            "the traces read nothing but zero blocks and what is read from end to end, which blocks bring as "
+            "fast: there is nothing to pack"
+        )
+    pages = _pages(records)
+    if pages > bootpack.MAX_PAGES:
+        raise errors.InvalidInputError(
+            f"the traces read {pages * PAGE_BYTES} bytes, here and there, a boot pack holds at most "
+            f"{bootpack.MAX_PAGES * PAGE_BYTES}: trace less of the start"
+        )
+    return Wanted(records, (_pages(read) - pages) * PAGE_BYTES)
+
+
+def _pages(records: Iterable[Record]) -> int:
+    return sum(record.pages for record in records)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -328,7 +354,7 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-def _publish(image: LazyImage, made: _Made, started: float) -> Packed:
+def _publish(image: LazyImage, made: _Made, through_bytes: int, started: float) -> Packed:
     origin = image.origin
     encoded = bootpack.encode(made.table)
     if len(encoded) > bootpack.MAX_TABLE_BYTES:
@@ -357,6 +383,7 @@ def _publish(image: LazyImage, made: _Made, started: float) -> Packed:
         data_digest=data.digest,
         data_bytes=data.size,
         page_bytes=made.table.pages * PAGE_BYTES,
+        through_bytes=through_bytes,
         records=len(made.table.records),
         frames=len(made.table.frames),
         read_ahead_kib=made.table.read_ahead_kib,

@@ -132,28 +132,6 @@ def _cut(records: Iterable[Record], frame_pages: Iterable[int]) -> Iterator[tupl
         yield tuple(pieces)
 
 
-def without_zero_blocks(
-    records: Iterable[Record], block_maps: Sequence[blockmap.BlockMap]
-) -> tuple[Record, ...]:
-    """The records without the pages of zero blocks, which nobody fetches. `block_maps` are those of the
-    layer images. InvalidInputError for a record outside its layer image."""
-    out = []
-    for record in records:
-        block_map = block_maps[record.layer]
-        _check_record(record, block_map)
-        block_pages = block_map.block_bytes // PAGE_BYTES
-        at, end = record.first_page, record.first_page + record.pages
-        while at < end:
-            zero = block_map.blocks[at // block_pages].zero
-            stop = at
-            while stop < end and block_map.blocks[stop // block_pages].zero == zero:
-                stop = min(end, (stop // block_pages + 1) * block_pages)
-            if not zero:
-                out.append(Record(record.layer, at, stop - at))
-            at = stop
-    return tuple(out)
-
-
 def check_layers(table: Table, block_maps: Mapping[str, blockmap.BlockMap]) -> None:
     """Raise IntegrityError unless the table is for the layer images of exactly these block maps (by map
     digest), InvalidInputError for a record outside its layer image."""
@@ -163,10 +141,11 @@ def check_layers(table: Table, block_maps: Mapping[str, blockmap.BlockMap]) -> N
         )
     maps = [block_maps[digest] for digest in table.map_digests]
     for record in table.records:
-        _check_record(record, maps[record.layer])
+        check_record(record, maps[record.layer])
 
 
-def _check_record(record: Record, block_map: blockmap.BlockMap) -> None:
+def check_record(record: Record, block_map: blockmap.BlockMap) -> None:
+    """Raise InvalidInputError for a record outside its layer image."""
     if (record.first_page + record.pages) * PAGE_BYTES > block_map.image_bytes:
         raise errors.InvalidInputError(
             f"pages {record.first_page}+{record.pages} of layer image {record.layer} lie outside its "

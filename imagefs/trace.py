@@ -156,10 +156,10 @@ def read_ahead(traces: Sequence[Trace]) -> int:
 
 
 def merge(traces: Sequence[Trace]) -> list[Record]:
-    """What a pack of these traces holds: their pages, each once, in the order that the module states.
+    """What these traces read: their pages, each once, in the order that the module states.
 
     A record's `layer` counts in `bootpack.distinct(map_digests)`. Raises InvalidInputError for traces of
-    different layers or read-ahead, for no reads at all, and for more pages than a pack may have.
+    different layers or read-ahead, and for no reads at all.
     """
     layers = {bootpack.distinct(trace.map_digests) for trace in traces}
     if len(layers) != 1:
@@ -180,12 +180,6 @@ def merge(traces: Sequence[Trace]) -> list[Record]:
                 share = position * _PLACE_UNITS // total
                 places.setdefault(piece, []).append((share, number, position))
                 position += piece.pages
-    pages = sum(piece.pages for piece in places)
-    if pages > bootpack.MAX_PAGES:
-        raise errors.InvalidInputError(
-            f"the traces read {pages * PAGE_BYTES} bytes, a boot pack holds at most "
-            f"{bootpack.MAX_PAGES * PAGE_BYTES}: trace less of the start"
-        )
     return _joined(sorted(places, key=lambda piece: _rank(places[piece])))
 
 

@@ -106,6 +106,9 @@ def _summary(ref: str, packed: Packed) -> str:
         f"{packed.seconds:.1f} s, for a read-ahead of {packed.read_ahead_kib} KiB",
         f"  block image {packed.block_image_digest}",
     ]
+    if packed.through_bytes:
+        through = f"{packed.through_bytes / 1e6:.1f} MB that were read from end to end"
+        lines.append(f"  {through} come by blocks, with read-ahead, as fast as in a pack")
     if not packed.changed:
         lines.append("  it had this boot pack already")
     return "\n".join(lines)

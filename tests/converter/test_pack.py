@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from converter import copying, pack
-from imagefs import artifact, errors, reference
+from converter import copying, pack, packchoice
+from imagefs import artifact, bootpack, errors, reference
 from imagefs.bootpack import Record
 from imagefs.origin import BytesSource, connect
 from tests.fixtures import block_images, images, servers
@@ -65,7 +65,7 @@ def test_the_pages_of_a_trace_in_its_order(
     pages = unpacked(origin, stored.data)
     assert pages == expected_pages(before, *traces)
     assert len(pages) == packed.page_bytes
-    assert after.boot_pack.records == pack.wanted(before, traces)
+    assert after.boot_pack.records == pack.wanted(before, traces).records
     for seed in (3, 4):
         later = pack.pack(open_image(ref, options), [some_trace(before, seed=seed)], PARAMETERS)
         assert (later.changed, later.generation) == (True, seed - 1)
@@ -86,8 +86,29 @@ def test_zero_blocks_are_left_out(tmp_path: Path) -> None:
     ]
     assert (packed.page_bytes, packed.blocks_read) == (sum(kept), len(kept))
     zero = next(i for i, block in enumerate(opened.layers[1].block_map.blocks) if block.zero)
-    with pytest.raises(errors.InvalidInputError, match="zero blocks only"):
+    with pytest.raises(errors.InvalidInputError, match="nothing but zero blocks"):
         pack.pack(opened, [trace_of(opened, (1, zero * BLOCK, 4096))], PARAMETERS)
+
+
+def test_more_than_a_pack_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_image(block_images.make(tmp_path, TARS))
+    monkeypatch.setattr(bootpack, "MAX_PAGES", 1)
+    with pytest.raises(errors.InvalidInputError, match=r"8192 bytes.*at most 4096: trace less of the start"):
+        pack.pack(opened, [trace_of(opened, (1, 0, 8192))], PARAMETERS)
+
+
+def test_what_is_read_from_end_to_end_stays_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = block_images.make(tmp_path, TARS)
+    opened = open_image(ref)
+    block_map = opened.layers[1].block_map
+    monkeypatch.setattr(packchoice, "MIN_THROUGH_BYTES", 2 * BLOCK)
+    first = next(i for i in range(len(block_map.blocks)) if i not in block_map.metadata_blocks())
+    assert not any(block.zero for block in block_map.blocks[first : first + 2])
+    through = (1, first * BLOCK, 2 * BLOCK)
+    packed = pack.pack(opened, [trace_of(opened, (0, 0, 4096), through)], PARAMETERS)
+    assert (packed.page_bytes, packed.through_bytes, packed.blocks_read) == (4096, 2 * BLOCK, 1)
 
 
 def test_the_same_layer_twice(tmp_path: Path) -> None:

@@ -221,20 +221,9 @@ def block_map(zeros: list[bool], last_pages: int = 16) -> blockmap.BlockMap:
     )
 
 
-@hypothesis.given(
-    st.lists(st.booleans(), min_size=1, max_size=6),
-    st.lists(st.tuples(st.integers(0, 95), st.integers(1, 96)), min_size=1, max_size=5),
-)
-def test_pages_of_zero_blocks_are_left_out(zeros: list[bool], wanted: list[tuple[int, int]]) -> None:
-    pages = len(zeros) * 16
-    records = [Record(0, at % pages, min(count, pages - at % pages)) for at, count in wanted]
-    kept = bootpack.without_zero_blocks(records, [block_map(zeros)])
-    assert page_sequence(list(kept)) == [p for p in page_sequence(records) if not zeros[p[1] // 16]]
-
-
 def test_records_outside_a_layer_image() -> None:
     with pytest.raises(errors.InvalidInputError, match=r"pages 3\+18 of layer image 0 lie outside"):
-        bootpack.without_zero_blocks([Record(0, 3, 18)], [block_map([False, False], 4)])
+        bootpack.check_record(Record(0, 3, 18), block_map([False, False], 4))
     maps = dict(zip(ONE.map_digests, [block_map([False]), block_map([False, False])], strict=True))
     bootpack.check_layers(ONE, maps)
     maps[ONE.map_digests[1]] = block_map([False, False], 6)

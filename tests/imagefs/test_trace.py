@@ -114,8 +114,6 @@ def test_what_does_not_merge() -> None:
         trace.merge([of(read), of(read, layers=DIGESTS[:2])])
     with pytest.raises(errors.InvalidInputError, match="no reads"):
         trace.merge([of()])
-    with pytest.raises(errors.InvalidInputError, match="trace less of the start"):
-        trace.merge([of(Read(0, 0, 1 << 40, 0))])
     with pytest.raises(errors.InvalidInputError, match="1 with 32 KiB, 2 with 128 KiB"):
         trace.merge([of(read), dataclasses.replace(of(read), read_ahead_kib=32), of(read)])
 
