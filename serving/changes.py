@@ -18,6 +18,8 @@ from serving import errors
 from serving.endpoint import Endpoint
 
 _RESTARTING = frozenset({"engine", "model", "model_name", "image", "fp8", "resources"})
+_RESTARTING_KEYS = frozenset({"tracing.collector"})
+"""Of sections that are otherwise changed in place."""
 _FIXED = ("name", "provider", "containerd")
 _FIXED_PLACE = ("namespace", "context", "kubeconfig")
 """Of the section `kubernetes`; the rest of it is what pods are made of."""
@@ -53,10 +55,11 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
                 raise _elsewhere(f"kubernetes.{key}", before["kubernetes"][key], after["kubernetes"][key])
     found = []
     for section in after:
-        effect = Effect.RESTART if section in _restarting(new) else Effect.LIVE
+        restarts = section in _restarting(new)
         left, right = dict(_leaves(section, before.get(section))), dict(_leaves(section, after[section]))
         for key in dict.fromkeys([*left, *right]):
             if left.get(key) != right.get(key):
+                effect = Effect.RESTART if restarts or key in _RESTARTING_KEYS else Effect.LIVE
                 found.append(Change(key, left.get(key), right.get(key), effect))
     return found
 
@@ -64,6 +67,8 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
 def version(endpoint: Endpoint) -> str:
     """A short name that changes exactly when replicas must: a hash of what they are started with."""
     document = endpoint.model_dump(mode="json", include=set(_restarting(endpoint)))
+    if endpoint.tracing is not None:
+        document["tracing"] = endpoint.tracing.collector
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -25,6 +25,9 @@ import yaml
 from pydantic import Field
 
 from serving import errors
+from serving.models import place
+from serving.models.settings import ModelCache
+from serving.observability import RequestLog, Tracing
 from serving.placement import Kubernetes
 
 MAX_DOCUMENT_BYTES = 1 << 20
@@ -303,9 +306,11 @@ class Endpoint(_Part):
     )
     engine: Annotated[CommandEngine | VllmEngine | ReservedEngine, Field(discriminator="kind")]
     model: str | None = None
-    """A directory, or s3://BUCKET/PREFIX. Required by engines other than `command`."""
+    """A directory, s3://BUCKET/PREFIX, or oci:REF#FOLDER (a block image, mounted lazily). Required by engines
+    other than `command`, which find it at $MODEL."""
     model_name: str | None = None
     """What clients call the model; the endpoint's name if left out."""
+    model_cache: ModelCache = ModelCache()
     image: str | None = None
     """The image that replicas run in; for the providers `containerd` and `kubernetes`."""
     provider: Literal["process", "containerd", "kubernetes"] = "process"
@@ -322,6 +327,10 @@ class Endpoint(_Part):
     routing: Routing = Routing()
     drain: Drain = Drain()
     update: Update = Update()
+    request_log: RequestLog | None = None
+    """None: no request is kept."""
+    tracing: Tracing | None = None
+    """None: a caller's `traceparent` is passed on, and nothing else is done."""
     metadata: Mapping[str, str] = {}
     """Yours to write; shown, never read."""
 
@@ -332,11 +341,12 @@ class Endpoint(_Part):
                 f"engine.kind: {self.engine.kind!r} is reserved and not there yet; use vllm or command"
             )
         if isinstance(self.engine, VllmEngine) and not self.model:
-            raise ValueError("model: the engine vllm needs one: a directory, or s3://BUCKET/PREFIX")
-        if self.model is not None and self.model.startswith("oci:"):
-            raise ValueError(
-                "model: oci: is reserved and not there yet; use a directory or s3://BUCKET/PREFIX"
-            )
+            raise ValueError("model: the engine vllm needs one: a directory, s3://BUCKET/PREFIX or oci:REF")
+        if self.model is not None:
+            try:
+                place.parse(self.model)
+            except ValueError as exc:
+                raise ValueError(f"model: {exc}") from exc
         if self.provider == "kubernetes" and not self.kubernetes.supervisor:
             raise ValueError(
                 "kubernetes.supervisor: the provider kubernetes needs one: the image that has glowplug, "

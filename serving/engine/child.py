@@ -44,7 +44,6 @@ class Child:
         cls,
         command: Sequence[str],
         environment: Mapping[str, str],
-        descriptors: Sequence[int],
         on_line: Callable[[str], None],
     ) -> Child:
         """ConfigurationError where the program cannot be started."""
@@ -63,7 +62,6 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=tuple(descriptors),
                 start_new_session=True,
                 preexec_fn=die_with_parent,
                 limit=_LINE_BYTES,

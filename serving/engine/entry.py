@@ -1,9 +1,10 @@
 """Starts vLLM's server in its own interpreter, on the supervisor's listening socket.
 
-`python -m serving.engine.entry FD ARGUMENTS...`, run by `vllm.command_line`'s plan. vLLM has no option for a
-socket that is open already, so the one function with which it makes its socket is replaced. With the socket
-inherited, the port belongs to the supervisor for as long as it lives: nothing is refused while the engine
-starts, and connections that wait while it is respawned are served by whoever comes next.
+`python -m serving.engine.entry ARGUMENTS...`, by the plan of `kinds`. The socket is fetched from the
+supervisor (`listener`). vLLM has no option for a socket that is open already, so the one function with which
+it makes its socket is replaced. With that socket, the port belongs to the supervisor for as long as it lives:
+nothing is refused while the engine starts, and connections that wait while it is respawned are served by
+whoever comes next.
 
 The `vllm` command is not used because it asks for the metadata of a distribution called vllm, which builds
 for other devices do not have.
@@ -17,10 +18,12 @@ import socket
 import sys
 from typing import Any
 
+from serving.engine import gate, listener
+
 _LAUNCHER = "vllm.entrypoints.launchers.launcher"
 
 
-def main(descriptor: int, arguments: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Serve until a signal; never returns before."""
     try:
         launcher = importlib.import_module(_LAUNCHER)
@@ -33,12 +36,17 @@ def main(descriptor: int, arguments: list[str]) -> None:
         what = "no vLLM" if exc.name == "vllm" else f"a vLLM without {exc.name}"
         sys.exit(f"{sys.executable} has {what}; name an interpreter with vLLM 0.32 (engine.python, --python)")
 
-    def inherited(*_: Any, **__: Any) -> socket.socket:
-        return socket.socket(fileno=socket.dup(descriptor))
+    try:
+        given_socket = listener.fetch(os.environ[gate.RUN_DIRECTORY])
+    except OSError as exc:
+        sys.exit(f"{os.environ[gate.RUN_DIRECTORY]}: the supervisor's socket cannot be had: {exc}")
+
+    def given(*_: Any, **__: Any) -> socket.socket:
+        return given_socket.dup()
 
     if not hasattr(launcher, "create_server_socket"):
         sys.exit(f"{sys.executable}: this vLLM's {_LAUNCHER} makes its socket in another way; use vLLM 0.32")
-    launcher.create_server_socket = inherited  # type: ignore[attr-defined]
+    launcher.create_server_socket = given  # type: ignore[attr-defined]
     if platforms.current_platform.is_cpu():
         # What vLLM 0.32 saves of a CPU model ahead of time it cannot load ('function' object has no attribute
         # 'finalize_loading') and compiles again. Without it Inductor's own cache is used, which works.
@@ -55,4 +63,4 @@ def main(descriptor: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

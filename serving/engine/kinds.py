@@ -22,10 +22,16 @@ import aiohttp
 import serving
 from serving import errors
 from serving.endpoint import CommandEngine, VllmEngine
-from serving.engine import gate, processors, vllm
+from serving.engine import container, gate, processors, vllm
+from serving.engine.container import Bind
 from serving.engine.ledger import Ledger
+from serving.engine.listener import Giver
+from serving.engine.model import Model
 from serving.engine.proxy import Proxy
 from serving.engine.settings import Settings
+
+_SITE = "/glowplug"
+"""Where our package is bound in a container."""
 
 
 class Outcome(enum.Enum):
@@ -45,7 +51,6 @@ class Plan:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    descriptors: Sequence[int]
 
 
 class Kind(Protocol):
@@ -79,39 +84,43 @@ class Vllm:
     proxied = False
     ready_by: Collection[Outcome] = (Outcome.ANSWERED, Outcome.REFUSED)
 
-    def __init__(self, settings: Settings, engine: VllmEngine, directory: Path, ledger: Ledger) -> None:
-        self._settings, self._engine = settings, engine
+    def __init__(
+        self, settings: Settings, engine: VllmEngine, model: Model, directory: Path, ledger: Ledger
+    ) -> None:
+        self._settings, self._engine, self._model = settings, engine, model
         self._directory, self._ledger = directory, ledger
         self._cpus = settings.cpus or processors.available()
+        self._giver = Giver(directory)
         self.start_timeout_seconds = engine.start_timeout_seconds
 
     def plan(self, listener: socket.socket) -> Plan:
-        settings, engine = self._settings, self._engine
+        settings, engine, where = self._settings, self._engine, self._model.where
+        assert where is not None
+        self._giver.give(listener)
+        arguments = vllm.arguments(settings, engine, where, self._checkpoint(where), self._cpus)
+        program = [engine.python, "-m", "serving.engine.entry", *arguments]
+        package = os.fspath(Path(serving.__file__).parent)
+        own = {**vllm.environment(settings, where, self._cpus), **engine.environment}
+        own[gate.RUN_DIRECTORY] = os.fspath(self._directory)
+        if settings.container is not None:
+            own["PYTHONPATH"] = _SITE
+            binds = [Bind(os.fspath(self._directory), os.fspath(self._directory), writable=True)]
+            binds += [Bind(package, f"{_SITE}/serving"), Bind(where, where)]
+            if settings.cache_directory is not None:
+                Path(settings.cache_directory).mkdir(parents=True, exist_ok=True)
+                binds.append(Bind(settings.cache_directory, settings.cache_directory, writable=True))
+            return Plan(container.command(settings.container, program, own, binds), dict(os.environ))
         # Only our package, not the environment that it lies in: vLLM's pins differ from ours.
         site = self._directory / "site"
         site.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            (site / "serving").symlink_to(Path(serving.__file__).parent)
-        checkpoint = self._checkpoint()
-        command = [engine.python, "-m", "serving.engine.entry", str(listener.fileno())]
-        environment = {
-            **os.environ,
-            **vllm.environment(settings, self._cpus),
-            **engine.environment,
-            "PYTHONPATH": os.fspath(site),
-            gate.RUN_DIRECTORY: os.fspath(self._directory),
-        }
-        return Plan(
-            [*command, *vllm.arguments(settings, engine, checkpoint, self._cpus)],
-            environment,
-            [listener.fileno()],
-        )
+            (site / "serving").symlink_to(package)
+        return Plan(program, {**os.environ, **own, "PYTHONPATH": os.fspath(site)})
 
-    def _checkpoint(self) -> vllm.Checkpoint:
-        assert self._settings.model is not None
-        if self._settings.model.startswith("s3://"):
+    def _checkpoint(self, where: str) -> vllm.Checkpoint:
+        if where.startswith("s3://"):
             return vllm.Checkpoint()
-        config = Path(self._settings.model) / "config.json"
+        config = Path(where) / "config.json"
         try:
             return vllm.read_checkpoint(config.read_text())
         except (OSError, ValueError) as exc:
@@ -149,7 +158,7 @@ class Vllm:
         return self._engine.environment.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        self._giver.close()
 
 
 class Command:
@@ -158,21 +167,23 @@ class Command:
     proxied = True
     ready_by: Collection[Outcome] = (Outcome.ANSWERED,)
 
-    def __init__(self, engine: CommandEngine, proxy: Proxy, cpus: int | None) -> None:
-        self._engine, self._proxy = engine, proxy
-        self._cpus = cpus or processors.available()
+    def __init__(self, settings: Settings, engine: CommandEngine, model: Model, proxy: Proxy) -> None:
+        self._settings, self._engine, self._model, self._proxy = settings, engine, model, proxy
+        self._cpus = settings.cpus or processors.available()
         self.start_timeout_seconds = engine.start_timeout_seconds
 
     def plan(self, listener: socket.socket) -> Plan:
+        engine, where = self._engine, self._model.where
         port = _free_port()
         self._proxy.connect(port)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(self._cpus),
-            **self._engine.environment,
-            "PORT": str(port),
-        }
-        return Plan(self._engine.command, environment, [])
+        own = {"OMP_NUM_THREADS": str(self._cpus), **engine.environment, "PORT": str(port)}
+        if where is not None:
+            own["MODEL"] = where
+        if self._settings.container is None:
+            return Plan(engine.command, {**os.environ, **own})
+        binds = [Bind(where, where)] if where is not None and where.startswith("/") else []
+        words = container.command(self._settings.container, engine.command, own, binds)
+        return Plan(words, dict(os.environ))
 
     def servers(self) -> Mapping[int, int]:
         return {0: self._proxy.progress}

@@ -3,6 +3,7 @@
 Pure: lines and times in, seconds per phase out. The engine's own words are used as marks where one phase ends
 and the next begins; the clock is the supervisor's, so that phases add up to the whole start.
 
+    model        a model that is not on this machine is downloaded, or mounted
     imports      the interpreter, its packages, the configuration
     weights      the model is built and its weights are read
     compile      torch.compile, or its caches; with the first run that vLLM profiles
@@ -17,7 +18,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-IMPORTS, WEIGHTS, COMPILE, GRAPHS, SERVER, FIRST_TOKEN = ORDER = (
+MODEL, IMPORTS, WEIGHTS, COMPILE, GRAPHS, SERVER, FIRST_TOKEN = ORDER = (
+    "model",
     "imports",
     "weights",
     "compile",
@@ -45,9 +47,9 @@ class Phases:
     seconds: Mapping[str, float]
 
 
-def begin(now: float) -> Phases:
-    """The process was started."""
-    return Phases(IMPORTS, now, {})
+def begin(now: float, phase: str = IMPORTS) -> Phases:
+    """The process was started, or what comes before it."""
+    return Phases(phase, now, {})
 
 
 def read(phases: Phases, line: str, now: float) -> Phases:

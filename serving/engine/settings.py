@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field
 
 from serving import endpoint, errors
+from serving.models.settings import ModelCache
 from serving.observability import RequestLog
 
 _MOST_HANG_SECONDS = 60.0
@@ -62,12 +63,28 @@ class Health(_Part):
         return self
 
 
+class Container(_Part):
+    """The engine's program runs in a container; paths and programs are then the image's."""
+
+    ctr: tuple[str, ...] = Field(min_length=1, strict=False)
+    """The command, with containerd's address and namespace."""
+    name: str
+    image: str
+    """As containerd calls it."""
+    snapshotter: str
+    options: tuple[str, ...] = Field(default=(), strict=False)
+    """Further ones of `ctr run`."""
+
+
 class Settings(_Part):
     """One engine on one port."""
 
     engine: Annotated[endpoint.CommandEngine | endpoint.VllmEngine, Field(discriminator="kind")]
     model: str | None = None
-    """For vllm: a directory, or s3://BUCKET/PREFIX."""
+    """A directory, s3://BUCKET/PREFIX or oci:REF#FOLDER. vllm needs one; a command finds it at $MODEL."""
+    model_cache: ModelCache = ModelCache()
+    """Where models from s3:// and oci: are kept."""
+    container: Container | None = None
     model_name: str | None = None
     """What clients call the model; `model` if left out."""
     fp8: bool = False
@@ -95,7 +112,7 @@ class Settings(_Part):
     cgroup: str | None = None
     """The control group that the engine runs in, where that is not its process tree: a container's."""
     stream_weights: int | None = Field(None, ge=1, le=1_024)
-    """Read weights by that many parallel requests (run:ai streamer). s3:// is streamed in any case."""
+    """Read weights by that many parallel requests (run:ai streamer)."""
     traces_endpoint: str | None = None
     """OTLP address to which vLLM sends its spans, children of the caller's traceparent."""
     service: str = Field("engine", pattern=r"^[A-Za-z0-9._-]{1,100}$")
@@ -108,7 +125,7 @@ class Settings(_Part):
     @pydantic.model_validator(mode="after")
     def _complete(self) -> Settings:
         if isinstance(self.engine, endpoint.VllmEngine) and not self.model:
-            raise ValueError("model: the engine vllm needs one: a directory or s3://BUCKET/PREFIX")
+            raise ValueError("model: the engine vllm needs one: a directory, s3://BUCKET/PREFIX or oci:REF")
         return self
 
 

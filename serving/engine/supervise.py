@@ -33,6 +33,7 @@ from serving.engine import front, gate, health, kinds, limiter, metrics, phases,
 from serving.engine.budget import Budget
 from serving.engine.child import Child
 from serving.engine.ledger import Ledger
+from serving.engine.model import Model, can_stream
 from serving.engine.proxy import Proxy
 from serving.engine.requestlog import keeper
 from serving.engine.settings import Settings
@@ -86,13 +87,21 @@ class Supervisor:
             )
             self._log.open()
             self._listener = stack.enter_context(front.listen(settings.address, settings.port))
+            self._model = Model(
+                settings.model,
+                settings.model_cache,
+                lambda text: self._say("model", text=text),
+                self._streams,
+            )
             proxy = None
             if isinstance(settings.engine, VllmEngine):
-                self._kind: kinds.Kind = kinds.Vllm(settings, settings.engine, directory, self._ledger)
+                self._kind: kinds.Kind = kinds.Vllm(
+                    settings, settings.engine, self._model, directory, self._ledger
+                )
             else:
                 proxy = Proxy(self._ledger, self._budget, directory)
                 await proxy.start()
-                self._kind = kinds.Command(settings.engine, proxy, settings.cpus)
+                self._kind = kinds.Command(settings, settings.engine, self._model, proxy)
             self._front = front.Front(self, self._ledger, proxy)
             control = Path(settings.control) if settings.control else directory / "engine.sock"
             writing = asyncio.create_task(self._write_metrics()) if proxy is None else None
@@ -114,6 +123,7 @@ class Supervisor:
                     await self._child.end(0)
                 await self._front.close()
                 await self._kind.close()
+                await self._model.close()
                 await self._log.close()
 
     # -- what the doors ask ----------------------------------------------------------------------------
@@ -217,13 +227,15 @@ class Supervisor:
         """From a start to an end. How long the engine was ready, None if it never was."""
         self._starts += 1
         self._ledger.set_state(State.STARTING)
-        self._phases = phases.begin(time.monotonic())
+        first = phases.MODEL if self._model.elsewhere else phases.IMPORTS
+        self._phases = phases.begin(time.monotonic(), first)
+        if not await self._bring_model():
+            return None
+        self._phases = phases.enter(self._phases, phases.IMPORTS, time.monotonic())
         plan = self._kind.plan(self._listener)
         # Not its arguments: keys may be among them.
         self._say("starting", start=self._starts, program=plan.command[0])
-        child = self._child = await Child.start(
-            plan.command, plan.environment, plan.descriptors, self._on_line
-        )
+        child = self._child = await Child.start(plan.command, plan.environment, self._on_line)
         began: float | None = None
         try:
             failure = await self._until_ready(child)
@@ -245,6 +257,27 @@ class Supervisor:
             if not self._kind.proxied:
                 self._ledger.reset()
         return None if began is None else time.monotonic() - began
+
+    async def _bring_model(self) -> bool:
+        """Whether it is there; False where the supervisor is to leave first."""
+        bringing = asyncio.create_task(self._model.ready())
+        leaving = asyncio.create_task(self._leaving.wait())
+        await asyncio.wait((bringing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not bringing.done():
+            bringing.cancel()
+            with contextlib.suppress(asyncio.CancelledError, errors.ServingError):
+                await bringing
+            return False
+        bringing.result()
+        return True
+
+    async def _streams(self) -> bool:
+        """Whether the engine reads s3:// by itself. What an image has is not known before it runs."""
+        engine = self._settings.engine
+        if self._settings.container is not None or not isinstance(engine, VllmEngine):
+            return False
+        return await can_stream(engine.python)
 
     async def _until_ready(self, child: Child) -> str | None:
         """Why the start failed; None once every server process has answered its first probe."""

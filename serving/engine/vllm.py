@@ -59,16 +59,19 @@ def model_name(settings: Settings) -> str:
     return settings.model_name or settings.model or ""
 
 
-def arguments(settings: Settings, engine: VllmEngine, checkpoint: Checkpoint, cpus: int) -> list[str]:
-    """vLLM's arguments. The document's own come last, so that they win."""
-    assert settings.model is not None
-    found = [settings.model, "--served-model-name", model_name(settings)]
+def arguments(
+    settings: Settings, engine: VllmEngine, model: str, checkpoint: Checkpoint, cpus: int
+) -> list[str]:
+    """vLLM's arguments. `model` is a directory, or an s3:// that is streamed. The document's own come last,
+    so that they win."""
+    found = [model, "--served-model-name", model_name(settings)]
     found += ["--middleware", "serving.engine.gate.Gate", "--disable-uvicorn-access-log"]
+    found += ["--enable-prompt-tokens-details"]  # what was cached costs less, and is counted apart
     found += ["--api-server-count", str(api_servers(engine, cpus)), "--scheduling-policy", "priority"]
     found += ["--shutdown-timeout", str(max(1, round(settings.drain.seconds)))]
     if settings.fp8 and not checkpoint.quantized:
         found += ["--quantization", "fp8_per_channel"]
-    if settings.stream_weights is not None or settings.model.startswith("s3://"):
+    if settings.stream_weights is not None or model.startswith("s3://"):
         extra = json.dumps({"concurrency": settings.stream_weights or _STREAMS})
         found += ["--load-format", "runai_streamer", "--model-loader-extra-config", extra]
     if checkpoint.multimodal:
@@ -78,7 +81,7 @@ def arguments(settings: Settings, engine: VllmEngine, checkpoint: Checkpoint, cp
     return [*found, *engine.arguments]
 
 
-def environment(settings: Settings, cpus: int) -> Mapping[str, str]:
+def environment(settings: Settings, model: str, cpus: int) -> Mapping[str, str]:
     """Variables for vLLM. The document's own, added by the caller, win."""
     found = {
         "OMP_NUM_THREADS": str(cpus),
@@ -88,7 +91,7 @@ def environment(settings: Settings, cpus: int) -> Mapping[str, str]:
         # Lines of the log, from which the phases are read, must come when they are written.
         "PYTHONUNBUFFERED": "1",
     }
-    if settings.model and not settings.model.startswith("s3://"):
+    if not model.startswith("s3://"):
         found["HF_HUB_OFFLINE"] = "1"
     if settings.cache_directory is not None:
         for variable, folder in (

@@ -10,15 +10,20 @@ ends the replica, or starts its engine again, removes it by that name.
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serving import detached, endpoint, errors
 from serving.endpoint import Endpoint
+from serving.engine import container
 from serving.providers import enginecommand
-from serving.providers.process import ProcessLauncher, require_model, require_program
+from serving.providers.process import (
+    ProcessLauncher,
+    require_model,
+    require_program,
+    require_request_log,
+)
 from serving.providers.record import Record
 
 _PULL_SECONDS = 120.0
@@ -38,26 +43,18 @@ class ContainerdLauncher:
 
     def check(self, wanted: Endpoint) -> None:
         """See fleet.Launcher."""
-        if not isinstance(wanted.engine, endpoint.CommandEngine):
-            raise errors.DocumentError(
-                f"engine.kind: {wanted.engine.kind} does not run in a container yet: use kind command with "
-                "the server's own command line, or provider: process"
-            )
         require_program("provider", "ctr")
         require_model(wanted)
+        require_request_log(wanted)
         assert wanted.image is not None  # refused by the document
         self._images[wanted.image] = self._pull(wanted.image)
 
     def start(self, record: Record, wanted: Endpoint, folder: Path, known: Callable[[str], None]) -> None:
         """See fleet.Launcher."""
-        engine = wanted.engine
-        assert isinstance(engine, endpoint.CommandEngine)
         assert wanted.image is not None
         if wanted.image not in self._images:  # applied by a server before this one
             self._images[wanted.image] = self._pull(wanted.image)
-        script = self._script(record, wanted, engine, self._images[wanted.image])
-        inside = engine.model_copy(update={"command": ("sh", "-c", script), "environment": {}})
-        self._processes.start(record, wanted.model_copy(update={"engine": inside}), folder, known)
+        self._processes.start(record, wanted, folder, known, self._images[wanted.image])
 
     def ended(self, record: Record) -> str | None:
         """See fleet.Launcher."""
@@ -70,42 +67,14 @@ class ContainerdLauncher:
     def kill(self, record: Record) -> None:
         """See fleet.Launcher."""
         self._processes.kill(record)
-        for command in self._removal(record):
+        ctr, name = enginecommand.ctr(self._place), enginecommand.container(self._name, record.name)
+        for command in container.removal(ctr, name):
             # Of a container that has gone by itself, as most do, ctr says that there is none.
             subprocess.run(command, capture_output=True, timeout=_CTR_SECONDS, check=False)
 
     def close(self) -> None:
         """See fleet.Launcher."""
         self._processes.close()
-
-    # -- words for ctr -------------------------------------------------------------------------------
-
-    def _script(self, record: Record, wanted: Endpoint, engine: endpoint.CommandEngine, image: str) -> str:
-        """What the supervisor runs as its engine. $PORT is known only there, so a shell fills it in."""
-        removal = "; ".join(f"{shlex.join(command)} >/dev/null 2>&1" for command in self._removal(record))
-        options = ["run", "--rm", "--net-host", "--snapshotter", self._place.snapshotter]
-        for key, value in engine.environment.items():
-            options += ["--env", f"{key}={value}"]
-        if wanted.model is not None and wanted.model.startswith("/"):
-            options += ["--mount", f"type=bind,src={wanted.model},dst={wanted.model},options=rbind:ro"]
-        if wanted.resources.cpus is not None:
-            options += ["--cpus", f"{wanted.resources.cpus:g}"]
-        if wanted.resources.memory_bytes is not None:
-            options += ["--memory-limit", str(wanted.resources.memory_bytes)]
-        for number in range(wanted.resources.gpus):
-            options += ["--gpus", str(number)]
-        words = [image, self._container(record), *engine.command]
-        return f'{removal}; exec {shlex.join(self._ctr(*options))} --env "PORT=$PORT" {shlex.join(words)}'
-
-    def _removal(self, record: Record) -> list[list[str]]:
-        name = self._container(record)
-        return [self._ctr("tasks", "rm", "--force", name), self._ctr("containers", "rm", name)]
-
-    def _ctr(self, *arguments: str) -> list[str]:
-        return ["ctr", "--address", self._place.address, "--namespace", self._place.namespace, *arguments]
-
-    def _container(self, record: Record) -> str:
-        return enginecommand.container(self._name, record.name)
 
     def _pull(self, image: str) -> str:
         """Make it runnable; containerd's name of it. DocumentError, ConfigurationError."""

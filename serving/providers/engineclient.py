@@ -71,6 +71,13 @@ def set_limit(control: Path | Remote, limit: int) -> None:
         raise errors.UnavailableError(f"{control}: POST /limit was answered with {code}")
 
 
+def set_request_log(control: Path | Remote, wanted: Mapping[str, Any] | None) -> None:
+    """Change which requests the replica logs, and where to. UnavailableError if it cannot be told."""
+    code, answer = _ask(control, "POST", "/request-log", {"request_log": wanted})
+    if code >= 300:
+        raise errors.UnavailableError(f"{control}: POST /request-log: {code} {answer.get('error', '')}")
+
+
 def status(control: Path | Remote) -> dict[str, Any]:
     """What the replica says of itself. UnavailableError."""
     code, document = _ask(control, "GET", "/status", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import PurePath
+from typing import Any
 
 from serving import endpoint
 from serving.endpoint import Endpoint
@@ -19,13 +20,22 @@ EVENT = '{"time": '
 
 
 def settings(
-    wanted: Endpoint, *, address: str, port: int, limit: int, folder: PurePath, cache: PurePath
+    wanted: Endpoint,
+    *,
+    address: str,
+    port: int,
+    limit: int,
+    folder: PurePath,
+    cache: PurePath,
+    image: str | None = None,
 ) -> str:
-    """The settings document of one replica (serving.engine.settings), JSON."""
+    """The settings document of one replica (serving.engine.settings), JSON. `image`: containerd's name of
+    the image that its program runs in, where the supervisor stays outside."""
     document = {
         "engine": wanted.engine.model_dump(mode="json"),
         "model": wanted.model,
         "model_name": wanted.model_name or wanted.name,
+        "model_cache": wanted.model_cache.model_dump(mode="json"),
         "fp8": wanted.fp8.enabled,
         "address": address,
         "port": port,
@@ -40,8 +50,41 @@ def settings(
         "cgroup": f"/{wanted.containerd.namespace}/{container(wanted.name, folder.name)}"
         if wanted.provider == "containerd"
         else None,
+        "service": wanted.name,
+        "instance": folder.name,
+        "request_log": request_log(wanted),
+        "traces_endpoint": wanted.tracing and wanted.tracing.url,
+        "container": image and _container(wanted, folder.name, image),
     }
     return json.dumps(document, indent=1)
+
+
+def request_log(wanted: Endpoint) -> dict[str, Any] | None:
+    """As an engine is told it, also while it runs."""
+    return None if wanted.request_log is None else wanted.request_log.model_dump(mode="json")
+
+
+def ctr(place: endpoint.Containerd) -> list[str]:
+    """The command that speaks to that containerd."""
+    return ["ctr", "--address", place.address, "--namespace", place.namespace]
+
+
+def _container(wanted: Endpoint, replica: str, image: str) -> dict[str, Any]:
+    options: list[str] = []
+    resources = wanted.resources
+    if resources.cpus is not None:
+        options += ["--cpus", f"{resources.cpus:g}"]
+    if resources.memory_bytes is not None:
+        options += ["--memory-limit", str(resources.memory_bytes)]
+    for number in range(resources.gpus):
+        options += ["--gpus", str(number)]
+    return {
+        "ctr": ctr(wanted.containerd),
+        "name": container(wanted.name, replica),
+        "image": image,
+        "snapshotter": wanted.containerd.snapshotter,
+        "options": options,
+    }
 
 
 def container(name: str, replica: str) -> str:

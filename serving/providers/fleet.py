@@ -157,7 +157,14 @@ class Fleet:
         wanted = self._of_version(version)
         name = f"{version[:4]}-{secrets.token_hex(3)}"
         limit = self._limit if self._limit is not None else wanted.replicas.limit
-        record = Record(name, version, (_ADDRESS, ports.probe(_ADDRESS, 0)), self._clock(), limit=limit)
+        record = Record(
+            name,
+            version,
+            (_ADDRESS, ports.probe(_ADDRESS, 0)),
+            self._clock(),
+            limit=limit,
+            request_log=enginecommand.request_log(wanted),
+        )
         self._write(record)
         try:
             self._launcher.start(
@@ -217,10 +224,21 @@ class Fleet:
             if now - record.created_at > seconds:
                 late = f"not ready after {seconds:g} s (engine.start_timeout_seconds)"
                 self._ended(record, late, now)
-        elif self._limit is not None and record.limit != self._limit:
+        else:
             with contextlib.suppress(errors.UnavailableError):  # said again at the next look
-                engineclient.set_limit(self._shelf.folder(record.name) / enginecommand.CONTROL, self._limit)
-                self._write(dataclasses.replace(record, limit=self._limit))
+                self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        """What is changed while a replica runs. UnavailableError."""
+        control = self._shelf.folder(record.name) / enginecommand.CONTROL
+        if self._limit is not None and record.limit != self._limit:
+            engineclient.set_limit(control, self._limit)
+            record = dataclasses.replace(record, limit=self._limit)
+            self._write(record)
+        log = enginecommand.request_log(self._wanted())
+        if record.request_log != log:
+            engineclient.set_request_log(control, log)
+            self._write(dataclasses.replace(record, request_log=log))
 
     def _shown(self, record: Record) -> Replica:
         state, reason = State.STARTING, record.reason

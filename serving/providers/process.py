@@ -13,6 +13,8 @@ from pathlib import Path
 
 from serving import detached, endpoint, errors
 from serving.endpoint import Endpoint
+from serving.engine.requestlog import requirements
+from serving.models import place
 from serving.providers import enginecommand
 from serving.providers.record import Record
 
@@ -33,9 +35,17 @@ class ProcessLauncher:
             case endpoint.VllmEngine():
                 require_program("engine.python", engine.python)
         require_model(wanted)
+        require_request_log(wanted)
 
-    def start(self, record: Record, wanted: Endpoint, folder: Path, known: Callable[[str], None]) -> None:
-        """See fleet.Launcher."""
+    def start(
+        self,
+        record: Record,
+        wanted: Endpoint,
+        folder: Path,
+        known: Callable[[str], None],
+        image: str | None = None,
+    ) -> None:
+        """See fleet.Launcher. `image`: containerd's name of the one that the engine's program runs in."""
         settings = folder / enginecommand.SETTINGS
         settings.write_text(
             enginecommand.settings(
@@ -45,6 +55,7 @@ class ProcessLauncher:
                 limit=record.limit,
                 folder=folder,
                 cache=self._cache,
+                image=image,
             )
         )
         settings.chmod(0o600)  # the engine's environment may hold secrets
@@ -75,9 +86,15 @@ def require_program(key: str, program: str) -> None:
         )
 
 
+def require_request_log(wanted: Endpoint) -> None:
+    """ConfigurationError where a library for it is missing."""
+    if wanted.request_log is not None:
+        requirements.check(wanted.request_log)
+
+
 def require_model(wanted: Endpoint) -> None:
     """DocumentError where the model is a directory that is not there."""
-    local = wanted.model is not None and "://" not in wanted.model
+    local = wanted.model is not None and isinstance(place.parse(wanted.model), place.Directory)
     if local and not Path(str(wanted.model)).exists():
         raise errors.DocumentError(
             f"model: {wanted.model} does not exist on this machine; name a directory that does"

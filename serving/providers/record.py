@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """`handle` is the launcher's word for what it started ("" before it has). Times are Unix seconds; each is
-    None until the thing has happened."""
+    None until the thing has happened. `limit` and `request_log` are what the replica was told last."""
 
     name: str
     version: str
@@ -37,6 +37,7 @@ class Record:
     reason: str | None = None
     limit: int = 0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    request_log: Mapping[str, Any] | None = None
 
 
 class Shelf:

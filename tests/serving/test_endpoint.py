@@ -69,7 +69,7 @@ replicas:
         (DOCUMENT + "update: {steps_percent: [50, 20]}", 8, "update.steps_percent: [50, 20] must rise"),
         (DOCUMENT + "provider: containerd", 8, "image: the provider containerd runs replicas in an image"),
         (DOCUMENT + "image: docker://r/a", 8, "image: the provider process runs replicas on this machine"),
-        (DOCUMENT + "model: oci:x", 8, "model: oci: is reserved and not there yet"),
+        (DOCUMENT + "model: gs://b/x", 8, "model: 'gs://b/x' is of a kind that is not known"),
         (
             DOCUMENT + "provider: kubernetes\nimage: r/a",
             1,

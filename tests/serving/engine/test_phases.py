@@ -28,7 +28,7 @@ ACCELERATOR = """\
 
 @pytest.mark.parametrize("lines", [CPU, ACCELERATOR])
 def test_each_phase_is_found_in_the_engines_words(lines: list[str]) -> None:
-    found = phases.begin(0.0)
+    found = phases.enter(phases.begin(0.0, phases.MODEL), phases.IMPORTS, 0.5)
     for number, line in enumerate(lines, start=1):
         found = phases.read(found, line, float(number))
     found = phases.enter(found, phases.FIRST_TOKEN, 10.0)

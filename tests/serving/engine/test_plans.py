@@ -73,25 +73,27 @@ def test_api_servers_follow_the_processors_unless_said(cpus: int, count: int) ->
 
 def test_fp8_is_online_only_where_the_checkpoint_is_not_quantized() -> None:
     found, engine = _vllm(fp8=True)
-    plain = vllm.arguments(found, engine, vllm.Checkpoint(), 8)
+    plain = vllm.arguments(found, engine, "/models/chat", vllm.Checkpoint(), 8)
     assert _option(plain, "--quantization") == "fp8_per_channel"
-    assert "--quantization" not in vllm.arguments(found, engine, vllm.Checkpoint(quantized=True), 8)
+    assert "--quantization" not in vllm.arguments(
+        found, engine, "/models/chat", vllm.Checkpoint(quantized=True), 8
+    )
 
 
 def test_weights_in_a_bucket_are_streamed() -> None:
     found, engine = _vllm(model="s3://models/chat")
-    arguments = vllm.arguments(found, engine, vllm.Checkpoint(), 8)
+    arguments = vllm.arguments(found, engine, "s3://models/chat", vllm.Checkpoint(), 8)
     assert _option(arguments, "--load-format") == "runai_streamer"
-    assert "HF_HUB_OFFLINE" not in vllm.environment(found, 8)
+    assert "HF_HUB_OFFLINE" not in vllm.environment(found, "s3://models/chat", 8)
     local, engine = _vllm()
-    assert "--load-format" not in vllm.arguments(local, engine, vllm.Checkpoint(), 8)
+    assert "--load-format" not in vllm.arguments(local, engine, "/models/chat", vllm.Checkpoint(), 8)
 
 
 def test_the_documents_own_arguments_come_last() -> None:
     found, engine = _vllm(
         engine={"kind": "vllm", "arguments": ["--max-model-len", "99"]}, traces_endpoint="http://t"
     )
-    arguments = vllm.arguments(found, engine, vllm.Checkpoint(multimodal=True), 8)
+    arguments = vllm.arguments(found, engine, "/models/chat", vllm.Checkpoint(multimodal=True), 8)
     assert arguments[-2:] == ["--max-model-len", "99"]
     assert _option(arguments, "--otlp-traces-endpoint") == "http://t"
     assert json.loads(_option(arguments, "--mm-processor-kwargs") or "") == {"backend": "torchvision"}
@@ -99,7 +101,7 @@ def test_the_documents_own_arguments_come_last() -> None:
 
 def test_threads_follow_the_cgroup_and_caches_lie_in_one_directory() -> None:
     found, _ = _vllm(cache_directory="/cache")
-    environment = vllm.environment(found, 3)
+    environment = vllm.environment(found, "/models/chat", 3)
     assert environment["OMP_NUM_THREADS"] == "3"
     caches = [value for name, value in environment.items() if "CACHE" in name]
     assert len(caches) >= 4
