@@ -45,6 +45,12 @@ def render(status: Mapping[str, Any]) -> RenderableType:
         rates = f"{last['per_second']:.1f} req/s, {last['in_flight']} in flight"
         rates += f", {last['errors_per_second']:.1f} failures/s"
     rates += "".join(f", {name} {value * 1000:.0f} ms" for name, value in status.get("latency", {}).items())
+    autoscaling = status["autoscaling"]
+    decided = f"autoscaling {autoscaling['mode']}"
+    if "words" in autoscaling:
+        decided += (
+            f": {autoscaling['replicas']} replicas, limit {autoscaling['limit']}: {autoscaling['words']}"
+        )
     table = Table(box=None, pad_edge=False)
     for name in ("replica", "state", "version", "start", "in flight", "req/s", "failed", ""):
         table.add_column(
@@ -66,4 +72,4 @@ def render(status: Mapping[str, Any]) -> RenderableType:
         Text(f"{time.strftime('%H:%M:%S', time.localtime(each['at']))}  {each['text']}", style="dim")
         for each in status["events"][-_SHOWN_EVENTS:]
     ]
-    return Group(head, Text(rates), table, *events)
+    return Group(head, Text(rates), Text(decided), table, *events)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from serving.router.ads import Node
 
 _SHOWN_SAMPLES = 120
+_MODES = ("off", "dry-run", "on")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,3 +166,53 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
         if each["ready_at"] is not None:
             took = each["ready_at"] - each["created_at"]
             yield f'glowplug_endpoint_start_seconds{{{endpoint},replica="{each["name"]}"}} {took:.3f}'
+    yield "# HELP glowplug_endpoint_concurrency_limit Requests that each replica admits at a time."
+    yield "# TYPE glowplug_endpoint_concurrency_limit gauge"
+    yield f"glowplug_endpoint_concurrency_limit{{{endpoint}}} {status['concurrency_limit']}"
+    yield "# HELP glowplug_endpoint_latency_seconds Of requests since Envoy started, as it saw them."
+    yield "# TYPE glowplug_endpoint_latency_seconds gauge"
+    for name, value in status.get("latency", {}).items():
+        quantile = float(name.removeprefix("p")) / 100
+        yield f'glowplug_endpoint_latency_seconds{{{endpoint},quantile="{quantile:g}"}} {value:.6f}'
+    yield from _autoscaler_lines(endpoint, status["autoscaling"])
+
+
+def _autoscaler_lines(endpoint: str, said: Mapping[str, Any]) -> Iterator[str]:
+    """What is not known is left out: a demand that is unknown is not one of zero."""
+    yield "# HELP glowplug_autoscaler_mode 1 for the mode it is in."
+    yield "# TYPE glowplug_autoscaler_mode gauge"
+    for mode in _MODES:
+        yield f'glowplug_autoscaler_mode{{{endpoint},mode="{mode}"}} {int(mode == said["mode"])}'
+    if "because" not in said:
+        return
+    demand = said["demand"]
+    known = {} if demand is None else demand
+    gauges = [
+        ("replicas", "Replicas that it decided on.", said["replicas"]),
+        ("limit", "Requests in flight on a replica that it decided on.", said["limit"]),
+        ("target", "Requests in flight that a replica should hold in the mean.", said["target"]),
+        ("demand_known", "Whether all load reports came in time.", int(demand is not None)),
+        ("in_flight", "Requests at replicas, in their queues included.", known.get("in_flight")),
+        ("held", "Requests that wait at the activator.", known.get("held")),
+        ("queued", "Requests that wait in the replicas' queues.", known.get("queued")),
+        ("issued_per_second", "Requests given to replicas.", known.get("issued_per_second")),
+        ("rejected_per_second", "Requests turned away for want of room.", known.get("rejected_per_second")),
+        ("service_seconds", "Mean time of a request in service.", known.get("service_seconds")),
+        ("decision_seconds", "What the last decision took.", said["decision_seconds"]),
+    ]
+    for name, text, value in gauges:
+        if value is not None:
+            yield f"# HELP glowplug_autoscaler_{name} {text}"
+            yield f"# TYPE glowplug_autoscaler_{name} gauge"
+            yield f"glowplug_autoscaler_{name}{{{endpoint}}} {value:.9g}"
+    yield "# HELP glowplug_autoscaler_clamped 1 for each rule that changed the last decision."
+    yield "# TYPE glowplug_autoscaler_clamped gauge"
+    for clamp in {each["rule"]: each for each in said["because"]["clamps"]}.values():
+        yield f'glowplug_autoscaler_clamped{{{endpoint},rule="{clamp["rule"]}"}} 1'
+    yield "# HELP glowplug_autoscaler_decisions_total Decisions made."
+    yield "# TYPE glowplug_autoscaler_decisions_total counter"
+    yield f"glowplug_autoscaler_decisions_total{{{endpoint}}} {said['decisions']}"
+    yield "# HELP glowplug_autoscaler_changes_total Decisions that changed the number of replicas."
+    yield "# TYPE glowplug_autoscaler_changes_total counter"
+    for direction, count in said["changes"].items():
+        yield f'glowplug_autoscaler_changes_total{{{endpoint},direction="{direction}"}} {count}'

@@ -44,6 +44,7 @@ th { color: var(--soft); font-weight: 500; font-size: 12px; }
 td.w { overflow-wrap: anywhere; white-space: pre-line; }
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
 svg .label { fill: var(--ink); text-anchor: end; }
+.wanted { stroke: var(--good); } .demand { stroke: var(--soft); }
 .line { fill: none; stroke: var(--glow); stroke-width: 2; } .errors { stroke: var(--bad); }
 """
 
@@ -61,6 +62,8 @@ def render(status: Mapping[str, Any]) -> str:
         *_tiles(status),
         "<h2>Requests</h2>",
         *_traffic(status["traffic"]),
+        "<h2>Autoscaling</h2>",
+        *_autoscaling(status["autoscaling"]),
         "<h2>Replicas</h2>",
         *_table(replicas),
         "<h2>Cold starts</h2>",
@@ -132,6 +135,42 @@ def _traffic(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f'<polyline class="line" points="{points("per_second")}"/>'
     yield f'<polyline class="line errors" points="{points("errors_per_second")}"/>'
     yield f'<text x="50" y="106">{span:.0f} s ago</text></svg></div>'
+
+
+def _autoscaling(said: Mapping[str, Any]) -> Iterator[str]:
+    """The decision that is in force, and the last hour: replicas ready and wanted, demand as a part of its
+    own height."""
+    yield '<div class="card" id="autoscaling">'
+    yield f'<span class="badge soft">{_text(said["mode"])}</span> '
+    if "words" not in said:
+        yield '<span class="soft">Nothing is decided.</span></div>'
+        return
+    yield f"{said['replicas']} replicas, limit {said['limit']}, target {said['target']:.4g}"
+    yield f'<p class="soft">{_text(said["words"])}</p>'
+    series = said["series"]
+    if len(series) > 1:
+        begin, span = series[0]["at"], max(1.0, series[-1]["at"] - series[0]["at"])
+        most = max(1, *(max(each["ready"], each["replicas"]) for each in series))
+        peak = max(1.0, *(each["demand"] or 0.0 for each in series))
+
+        def points(field: str, height: float) -> str:
+            return " ".join(
+                f"{(each['at'] - begin) / span * (_WIDTH - 60) + 50:.1f},{90 - each[field] / height * 80:.1f}"
+                for each in series
+                if each[field] is not None
+            )
+
+        yield f'<svg viewBox="0 0 {_WIDTH} 110" role="img" aria-label="Replicas and demand">'
+        yield f'<text class="label" x="44" y="16">{most}</text><text class="label" x="44" y="92">0</text>'
+        for field, height, style in (
+            ("demand", peak, "demand"),
+            ("replicas", most, "wanted"),
+            ("ready", most, ""),
+        ):
+            yield f'<polyline class="line {style}" points="{points(field, height)}"/>'
+        yield f'<text x="50" y="106">{span:.0f} s ago</text></svg>'
+        yield f'<p class="soft">ready, <span class="good">wanted</span>, demand (peak {peak:.4g})</p>'
+    yield "</div>"
 
 
 def _table(replicas: Sequence[Mapping[str, Any]]) -> Iterator[str]:

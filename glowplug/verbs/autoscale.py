@@ -7,6 +7,7 @@ import importlib
 import click
 
 _SUBCOMMANDS = {
+    "explain": ("autoscale_explain", "Say what was decided for an endpoint in the last hour, and why."),
     "simulate": ("autoscale_simulate", "Compare autoscaling policies on simulated and real traffic."),
 }
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from serving import errors, wholefile
-from serving.autoscaler import decide, decisions, signals
-from serving.autoscaler.observation import Explanation, Observation
+from serving.autoscaler import decide, decisions, explanation, signals
+from serving.autoscaler.observation import Observation
 from serving.autoscaler.policy import Policy
 from serving.endpoint import Endpoint
 from serving.replica import Replica, State
@@ -39,6 +39,7 @@ _EMPTY_TURN_SECONDS = 0.2
 """While there are no replicas: somebody may be waiting for the first."""
 _SAVED_SECONDS = 5.0
 _KEPT_SAMPLES = 3_600
+_CHART_POINTS = 240
 _SAID_SECONDS = 5.0
 """A load that is unknown for longer is said: reports come late now and then."""
 _LAG_SECONDS = 30.0
@@ -112,6 +113,8 @@ class Autoscaler:
         self._observed: Observation | None = None
         self._mode = Mode.OFF
         self._took_seconds = 0.0
+        self._count = 0
+        self._changes = {"up": 0, "down": 0}
         self._saved_at = 0.0
         self._unknown_since: float | None = None
         self._lacking_since: float | None = None
@@ -163,6 +166,9 @@ class Autoscaler:
             note = "; ".join(filter(None, (made.because.note, pressure.unknown)))
             made = dataclasses.replace(made, because=dataclasses.replace(made.because, note=note))
         before, self._last = self._last, made
+        self._count += 1
+        if before is not None and before.replicas != made.replicas:
+            self._changes["up" if made.replicas > before.replicas else "down"] += 1
         self._state, self._observed = made.state, observation
         applied = self._mode is Mode.ON
         run = decisions.single(made.replicas, made.limit, made.target, made.because, now, applied)
@@ -179,7 +185,7 @@ class Autoscaler:
     ) -> None:
         would = "autoscaler" if self._mode is Mode.ON else "autoscaler (dry run)"
         if before is not None and before.replicas != made.replicas:
-            because = f"{before.replicas} -> {made.replicas} replicas: {in_words(made.because)}"
+            because = f"{before.replicas} -> {made.replicas} replicas: {explanation.in_words(made.because)}"
             self._say(f"{would}: {because}")
         if before is not None and before.limit != made.limit:
             self._say(f"{would}: {before.limit} -> {made.limit} requests in flight on a replica")
@@ -219,7 +225,7 @@ class Autoscaler:
         return since
 
     def shown(self) -> dict[str, Any]:
-        """The last decision, as JSON values."""
+        """The last decision, as JSON values; only the mode where nothing is decided."""
         if self._last is None or self._observed is None:
             return {"mode": self._mode.value}
         made, demand = self._last, self._observed.demand
@@ -230,17 +236,30 @@ class Autoscaler:
             "target": made.target,
             "demand": None if demand is None else dataclasses.asdict(demand),
             "because": dataclasses.asdict(made.because),
+            "words": explanation.in_words(made.because),
+            "decisions": self._count,
+            "changes": dict(self._changes),
             "decision_seconds": self._took_seconds,
+            "series": self._series(),
         }
 
     def explained(self) -> dict[str, Any]:
         """The last hour, as JSON values: runs of equal decisions, and one sample a decision."""
         return {
+            **{key: value for key, value in self.shown().items() if key != "series"},
             "now": self._clock(),
-            **self.shown(),
             "runs": [decisions.to_json(each) for each in self._log],
             "samples": [dataclasses.asdict(each) for each in self._samples],
         }
+
+    def _series(self) -> list[dict[str, Any]]:
+        """The last hour for a chart: of each share of the samples the busiest."""
+        samples = list(self._samples)
+        share = max(1, -(-len(samples) // _CHART_POINTS))
+        return [
+            dataclasses.asdict(max(samples[at : at + share], key=lambda each: each.demand or 0.0))
+            for at in range(0, len(samples), share)
+        ]
 
     # -- on disk -------------------------------------------------------------------------------------
 
@@ -287,13 +306,6 @@ class Autoscaler:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
             _log.warning("%s is not used: %s", self._log_file, exc)
         return []
-
-
-def in_words(because: Explanation) -> str:
-    """An explanation in one line."""
-    clamps = "".join(f"; {each.rule}: {each.before} -> {each.after}" for each in because.clamps)
-    note = f"; {because.note}" if because.note else ""
-    return f"{because.formula}{clamps}{note}"
 
 
 def _heard(pressure: Callable[[], Pressure]) -> Pressure:

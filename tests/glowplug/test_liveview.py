@@ -20,6 +20,7 @@ def _picture(**changes: Any) -> str:
         "now": 10.0,
         "traffic": [{"at": 1.0, "in_flight": 4, "per_second": 12.5, "errors_per_second": 0.5}],
         "latency": {"p99": 0.094},
+        "autoscaling": {"mode": "on", "replicas": 3, "limit": 8, "words": "5 in flight; [red]maximum"},
         "replicas": [
             {
                 "name": "r1",
@@ -43,6 +44,7 @@ def _picture(**changes: Any) -> str:
 
 def test_what_there_is_is_shown_as_it_is() -> None:
     picture = _picture()
+    assert "autoscaling on: 3 replicas, limit 8: 5 in flight; [red]maximum" in picture
     for text in ("chat", "shifting", "old 90 %", "new 10 %", "12.5 req/s, 4 in flight", "p99 94 ms", "2.5 s"):
         assert text in picture
     assert "[red]ended[/red] with code 7" in picture

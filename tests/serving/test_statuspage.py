@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -10,10 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import endpoint, statusdocument, statuspage, traffic
+from serving.autoscaler import explanation, observation, shell
 from serving.history import History
 from serving.replica import Replica, State
 from serving.router.reports import Counts, Report
 from tests.serving.served import document
+
+
+def _autoscaling(reason: str) -> dict[str, Any]:
+    """What a shell says after two decisions that are all `reason`."""
+    because = observation.Explanation(
+        reason, 5.0, 6.0, reason, (observation.Clamp("maximum", 4, 2),), note=reason
+    )
+    sample = shell.Sample(1.0, 5.0, 1.0, 0.0, 1, 1, 2, 16)
+    return {
+        "mode": "on",
+        "replicas": 2,
+        "limit": 16,
+        "target": 8.0,
+        "demand": dataclasses.asdict(observation.Demand(4.0, 1.0, rejected_per_second=2.5)),
+        "because": dataclasses.asdict(because),
+        "words": explanation.in_words(because),
+        "decisions": 2,
+        "changes": {"up": 1, "down": 0},
+        "decision_seconds": 0.0004,
+        "series": [dataclasses.asdict(dataclasses.replace(sample, at=at)) for at in (1.0, 2.0)],
+    }
 
 
 def _status(reason: str = "", phases: dict[str, float] | None = None) -> dict[str, Any]:
@@ -38,6 +61,9 @@ def _status(reason: str = "", phases: dict[str, float] | None = None) -> dict[st
         traffic=seen,
         events=[statusdocument.Event(1.0, reason)],
         envoys=[],
+        replicas_wanted=2,
+        limit=16,
+        autoscaling=_autoscaling(reason),
     )
     return statusdocument.make(view)
 
@@ -50,6 +76,22 @@ def test_requests_are_summed_by_replica_and_version() -> None:
     text = statusdocument.metrics(status).decode()
     assert 'glowplug_endpoint_requests_total{endpoint="chat",version="v"} 30' in text
     assert 'glowplug_endpoint_failed_requests_total{endpoint="chat",version="v"} 3' in text
+
+
+def test_what_is_unknown_of_demand_is_left_out() -> None:
+    status = _status()
+    text = statusdocument.metrics(status).decode()
+    assert 'glowplug_autoscaler_rejected_per_second{endpoint="chat"} 2.5' in text
+    assert 'glowplug_autoscaler_clamped{endpoint="chat",rule="maximum"} 1' in text
+    assert "glowplug_autoscaler_service_seconds" not in text
+    status["autoscaling"]["demand"] = None
+    text = statusdocument.metrics(status).decode()
+    assert "glowplug_autoscaler_in_flight" not in text
+    assert 'glowplug_autoscaler_demand_known{endpoint="chat"} 0' in text
+    status["autoscaling"] = {"mode": "off"}
+    text = statusdocument.metrics(status).decode()
+    assert 'glowplug_autoscaler_mode{endpoint="chat",mode="off"} 1' in text
+    assert "Nothing is decided" in statuspage.render(status)
 
 
 _PHASES = st.dictionaries(st.text(max_size=5), st.floats(0, 10), max_size=4)
