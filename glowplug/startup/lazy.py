@@ -22,6 +22,7 @@ from imagefs.fuse import control
 
 COMMAND = Path(sys.executable).with_name("glowplug")
 _OWNER = "bench"
+_TRACES = 2
 _NOT_FOUND = 4
 """The command's exit code for what is not there."""
 
@@ -66,16 +67,18 @@ class Glowplug:
         until: readiness.Until,
         read_ahead_kib: int = kernelreadahead.TRACE_READ_AHEAD_KIB,
     ) -> dict[str, Any]:
-        """Trace a start until it is ready, and give the block image a boot pack; what `glowplug pack --json`
-        says of it."""
+        """Trace starts until they are ready, as many as `convert --trace-run` does, and give the block image
+        a boot pack; what `glowplug pack --json` says of it."""
         folder = self.folder / "tracing"
         folder.mkdir()
-        recorded = ["--output", str(folder / "trace"), "--read-ahead", f"{read_ahead_kib}KiB"]
-        recorded += [*_until(until), *_environment(environment)]
-        self._near("trace", *self._storage(folder), *recorded, f"docker://{image}", "--", *command)
-        packed: dict[str, Any] = json.loads(
-            self._near("pack", "--json", "--trace", str(folder / "trace"), f"docker://{image}")
-        )
+        given = []
+        for number in range(_TRACES):
+            file = str(folder / f"trace{number}")
+            recorded = ["--output", file, "--read-ahead", f"{read_ahead_kib}KiB"]
+            recorded += [*_until(until), *_environment(environment)]
+            self._near("trace", *self._storage(folder), *recorded, f"docker://{image}", "--", *command)
+            given += ["--trace", file]
+        packed: dict[str, Any] = json.loads(self._near("pack", "--json", *given, f"docker://{image}"))
         shutil.rmtree(folder)
         return packed
 

@@ -111,6 +111,13 @@ longer than the work on one piece of data: the stages would wait for the parser,
     help="Then run CMD in the result, trace what it reads and add a boot pack of that: trace and pack in one "
     "step. Words as in a shell, but no shell runs them.",
 )
+@click.option(
+    "--trace-runs",
+    type=click.IntRange(1, 16),
+    default=2,
+    show_default=True,
+    help="How often CMD is run: no two starts read quite the same, and the pack holds what any of them read.",
+)
 @until_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @settings.storage_options
@@ -127,6 +134,7 @@ def command(
     no_reuse: bool,
     jobs: int | None,
     trace_run: str | None,
+    trace_runs: int,
     until: Until,
     as_json: bool,
     storage: settings.Storage,
@@ -166,7 +174,7 @@ def command(
         result = pipeline.convert(request, observer)
     document, summary = result.document(), _summary(result)
     if words:
-        packed = _trace_and_pack(result, destination, words, until, storage, origins)
+        packed = _trace_and_pack(result, destination, words, trace_runs, until, storage, origins)
         document["boot_pack"] = dataclasses.asdict(packed)
         summary += (
             f"\nboot pack: {packed.data_bytes / 1e6:.1f} MB of {packed.page_bytes / 1e6:.1f} MB read\n"
@@ -194,6 +202,7 @@ def _trace_and_pack(
     result: Result,
     destination: str | None,
     words: tuple[str, ...],
+    runs: int,
     until: Until,
     storage: settings.Storage,
     origins: Options,
@@ -206,13 +215,16 @@ def _trace_and_pack(
     image = opening.open_image(ref, platform=None, block_repository=None, origins=origins)
     spec = process.from_config(image.config_document(), words)
     read_ahead_kib = kernelreadahead.TRACE_READ_AHEAD_KIB
-    traced = tracing.record(ref, image, spec, until, read_ahead_kib, storage, origins)
-    if traced.failure:
-        click.echo(f"glowplug: {traced.failure}: {image.manifest.digest} gets no boot pack", err=True)
-        sys.exit(1)
+    traces = []
+    for _ in range(runs):
+        traced = tracing.record(ref, image, spec, until, read_ahead_kib, storage, origins)
+        if traced.failure:
+            click.echo(f"glowplug: {traced.failure}: {image.manifest.digest} gets no boot pack", err=True)
+            sys.exit(1)
+        traces.append(traced.trace)
     jobs = min(os.cpu_count() or 1, 8)
     parameters = pack.Parameters(bootpack.DEFAULT_FRAME_BYTES, pack.DEFAULT_LEVEL, jobs)
-    return pack.pack(image, [traced.trace], parameters, progress.total)
+    return pack.pack(image, traces, parameters, progress.total)
 
 
 def _of_this_machine(result: Result) -> ImageReport:
