@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from serving.endpoint import Endpoint
+    from serving.engine.state import Rations, Spent
 
 
 class State(enum.Enum):
@@ -92,3 +93,12 @@ class Provider(Protocol):
 
     def close(self) -> None:
         """Let go of what this process holds. Replicas go on."""
+
+
+@runtime_checkable
+class Rationed(Protocol):
+    """A provider whose replicas can be told what tenants may have of them."""
+
+    def ration(self, rations: Mapping[str, Rations]) -> Mapping[str, Mapping[str, Spent]]:
+        """Tell each replica, by its name; what each tenant has had there, of the replicas that answered. Any
+        thread may call it."""

@@ -40,7 +40,9 @@ from serving import (
     journal,
     ports,
     providers,
+    rationing,
     routes,
+    shares,
     statusapi,
     statusdocument,
     traffic,
@@ -120,6 +122,7 @@ class Server:
             ),
         )
         self._provider = providers.create(document, self._directory)
+        self._rationing = rationing.Rationing(self._provider)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -130,6 +133,7 @@ class Server:
             self._apply(self._first)
             self._choose_port()
             self._router.start()
+            self._rationing.start()
             self._api.start()
             self._envoy.start()
             self._envoy.keep_open([self.address])
@@ -178,6 +182,7 @@ class Server:
         """A start that did not come about. What another server left running stays."""
         self._api.stop()
         self._router.stop()
+        self._rationing.stop()
         if self._fresh:
             self._end_replicas()
             self._envoy.stop()
@@ -206,6 +211,7 @@ class Server:
         self._end_replicas()
         self._api.stop()
         self._router.stop()
+        self._rationing.stop()
         self._provider.close()
         if self._deleting:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -277,12 +283,15 @@ class Server:
     def _route(self) -> None:
         port = self._journal.state.port
         assert port is not None
+        keys = self._keys.read(self._wanted.limits.keys_file, units=self._wanted.units is not None)
+        # Before the routes: a new replica is told before it is reached.
+        self._rationing.update(shares.budget(self._wanted, keys), self._replicas)
         routed = routes.service(
             self._wanted,
             self._replicas,
             self._weights,
             port,
-            keys=self._keys.read(self._wanted.limits.keys_file),
+            keys=keys,
             activator=self._holding.ensure(),
         )
         self._router.update([routed])
@@ -319,7 +328,7 @@ class Server:
         old = state.wanted.document if state.revisions else None
         found = changes.plan(old, document)
         if document.limits.keys_file is not None:
-            self._keys.check(document.limits.keys_file)
+            self._keys.check(document.limits.keys_file, units=document.units is not None)
         moved = old is None or _place(old) != _place(document)
         if moved:
             _require_free(*_place(document))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import errors, unixhttp
+from serving.engine.state import Rations, Spent
 from serving.replica import Vitals
 
 _TIMEOUT_SECONDS = 2.0
@@ -76,6 +77,45 @@ def set_request_log(control: Path | Remote, wanted: Mapping[str, Any] | None) ->
     code, answer = _ask(control, "POST", "/request-log", {"request_log": wanted})
     if code >= 300:
         raise errors.UnavailableError(f"{control}: POST /request-log: {code} {answer.get('error', '')}")
+
+
+def ration(control: Path | Remote, rations: Rations) -> Mapping[str, Spent]:
+    """Tell the replica what tenants may have of it; what they have had. UnavailableError."""
+    document = {
+        "tenants": {
+            name: {
+                "per_second": each.per_second,
+                "measure": each.measure.name.lower(),
+                "priority": each.priority,
+            }
+            for name, each in rations.tenants.items()
+        },
+        "output_tokens": rations.output_tokens,
+        "coefficients": rations.coefficients and dataclasses.asdict(rations.coefficients),
+    }
+    code, answer = _ask(control, "POST", "/rations", document)
+    if code >= 300:
+        raise errors.UnavailableError(
+            f"{control}: POST /rations was answered with {code}: {answer.get('error')}"
+        )
+    tenants = answer.get("tenants")
+    return {
+        name: found
+        for name, each in (tenants.items() if isinstance(tenants, dict) else ())
+        if (found := _spent(each)) is not None
+    }
+
+
+def _spent(said: Any) -> Spent | None:
+    """None where it is no such thing. What was charged may be below 0 for a moment: it is settled later."""
+    if not isinstance(said, dict):
+        return None
+    counts = [_number(said.get(name)) for name in ("admitted", "refused", "refused_cost")]
+    charged = said.get("charged")
+    if None in counts or not isinstance(charged, (int, float)) or not abs(charged) < _MOST:
+        return None
+    admitted, refused, refused_cost = (count or 0.0 for count in counts)
+    return Spent(int(admitted), float(charged), int(refused), refused_cost)
 
 
 def status(control: Path | Remote) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from serving import changes, endpoint, errors, ports, wholefile
 from serving.endpoint import Endpoint
+from serving.engine.state import Rations, Spent
 from serving.providers import backoff, engineclient, enginecommand
 from serving.providers.record import Record, Shelf
 from serving.replica import Replica, State
@@ -121,6 +122,18 @@ class Fleet:
     def set_limit(self, n: int) -> None:
         """See Provider."""
         self._limit = n
+
+    def ration(self, rations: Mapping[str, Rations]) -> Mapping[str, Mapping[str, Spent]]:
+        """See replica.Rationed. One that cannot be told is tried again by the caller, a second later."""
+
+        def tell(name: str) -> Mapping[str, Spent] | None:
+            try:
+                return engineclient.ration(self._shelf.folder(name) / enginecommand.CONTROL, rations[name])
+            except errors.UnavailableError:
+                return None
+
+        answers = zip(rations, self._pool.map(tell, rations), strict=True)
+        return {name: spent for name, spent in answers if spent is not None}
 
     def drain(self, names: Collection[str]) -> None:
         """See Provider."""

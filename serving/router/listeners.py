@@ -16,7 +16,7 @@ from envoy.extensions.transport_sockets.tls.v3 import secret_pb2, tls_pb2
 from google.protobuf import json_format
 
 from serving import service as services
-from serving.router import routes
+from serving.router import routes, tracing
 
 IN_ANY = (http_connection_manager_pb2, router_pb2, stream_pb2, tls_pb2)
 """Named so that protobuf knows them when they stand in an Any."""
@@ -34,7 +34,9 @@ def listener(listen: services.Listen) -> listener_pb2.Listener:
     """The listener at one place."""
     name = name_of(listen)
     chain: dict[str, Any] = {
-        "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": _manager(name)}]
+        "filters": [
+            {"name": "envoy.filters.network.http_connection_manager", "typed_config": _manager(name, listen)}
+        ]
     }
     if listen.tls is not None:
         chain["transport_socket"] = {
@@ -50,7 +52,8 @@ def listener(listen: services.Listen) -> listener_pb2.Listener:
     return json_format.ParseDict(document, listener_pb2.Listener())
 
 
-def _manager(name: str) -> dict[str, Any]:
+def _manager(name: str, listen: services.Listen) -> dict[str, Any]:
+    traced = {} if listen.tracing is None else tracing.manager(listen.tracing)
     return {
         "@type": f"{_TYPE}filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,
@@ -70,7 +73,7 @@ def _manager(name: str) -> dict[str, Any]:
         "merge_slashes": True,
         "local_reply_config": _local_replies(),
         "access_log": [_access_log(name)],
-    }
+    } | traced
 
 
 def _filters() -> list[dict[str, Any]]:
@@ -100,27 +103,39 @@ def _filters() -> list[dict[str, Any]]:
 
 
 def _local_replies() -> dict[str, Any]:
-    """What Envoy answers itself looks like what an engine of the OpenAI API answers; a full service is
-    429."""
+    """What Envoy answers itself looks like what an engine of the OpenAI API answers; a full service is 429,
+    and a 429 says which limit it was."""
     return {
         "mappers": [
             {
                 "filter": {"response_flag_filter": {"flags": ["UO"]}},
                 "status_code": 429,
                 "headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],
-            }
+                "body_format_override": _error("rate_limit_exceeded", limit="in_flight"),
+            },
+            {
+                # By status: the filter sets its flag only after it has answered.
+                "filter": {"status_code_filter": {"comparison": _is(429, "local_reply.limited_status")}},
+                "body_format_override": _error("rate_limit_exceeded", limit="requests_per_second"),
+            },
         ],
-        "body_format": {
-            "json_format": {
-                "error": {
-                    "message": "%LOCAL_REPLY_BODY%",
-                    "type": "router_error",
-                    "code": "%RESPONSE_CODE%",
-                    "reason": "%RESPONSE_CODE_DETAILS%",
-                }
-            }
-        },
+        "body_format": _error("router_error"),
     }
+
+
+def _is(status: int, runtime_key: str) -> dict[str, Any]:
+    return {"op": "EQ", "value": {"default_value": status, "runtime_key": runtime_key}}
+
+
+def _error(kind: str, **more: str) -> dict[str, Any]:
+    error = {
+        "message": "%LOCAL_REPLY_BODY%",
+        "type": kind,
+        "code": "%RESPONSE_CODE%",
+        "reason": "%RESPONSE_CODE_DETAILS%",
+        **more,
+    }
+    return {"json_format": {"error": error}}
 
 
 def _access_log(name: str) -> dict[str, Any]:

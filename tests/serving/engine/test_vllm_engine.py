@@ -179,6 +179,40 @@ def test_the_limit_changes_in_both(vllm: Engine) -> None:
         vllm.tell("POST", "/limit", {"in_flight": 2, "queue_requests": 2})
 
 
+def test_tenants_pay_what_vllm_counts_and_ask_for_what_they_may(vllm: Engine) -> None:
+    rations = {
+        "tenants": {"acme": {"per_second": 10_000.0, "priority": 3}},
+        "output_tokens": 6,
+        "coefficients": {"request": 0.5, "input": 1.0, "output": 1.0, "cached": 0.0},
+    }
+
+    def had() -> dict[str, Any]:
+        return dict(vllm.tell("POST", "/rations", rations)[1]["tenants"]["acme"])
+
+    had()
+    body = {"model": "tiny", "prompt": "x = [" + "1, " * 200, "max_tokens": 500, "ignore_eos": True}
+    acme = {"x-glowplug-tenant": "acme"}
+    try:
+        whole = json.loads(vllm.ask("/v1/completions", body, acme)[2])["usage"]
+        assert whole["completion_tokens"] == 6
+        assert had()["charged"] == pytest.approx(whole["total_tokens"])
+        before = vllm.status()["counters"]["unit_micros"]
+        stream = vllm.ask("/v1/completions", {**body, "stream": True}, acme)[2]
+        assert stream.endswith(b"data: [DONE]\n\n")
+        assert b'"usage":{' not in stream  # asked for by the gate, and kept to itself
+        assert had()["charged"] == pytest.approx(2 * whole["total_tokens"])
+        cost = (vllm.status()["counters"]["unit_micros"] - before) / 1e6
+        assert 6.5 < cost < whole["total_tokens"] / 2  # the prompt was cached by then
+        assert vllm.ask("/v1/completions", {**body, "priority": -(10**9)}, acme)[0] == 200
+        assert vllm.status()["units_in_flight"] == 0
+        while vllm.ask("/v1/completions", body, acme)[0] == 200:
+            rations["tenants"] = {"acme": {"per_second": 1.0}}
+            had()
+        assert vllm.ask("/v1/completions", body)[0] == 200  # nobody else is
+    finally:
+        vllm.tell("POST", "/rations", {})
+
+
 def test_a_client_that_leaves_the_queue_is_forgotten(vllm: Engine) -> None:
     vllm.tell("POST", "/limit", {"in_flight": 1})
     try:

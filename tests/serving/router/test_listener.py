@@ -169,7 +169,14 @@ def test_a_tenant_has_one_share_whatever_its_keys(front: world.Front) -> None:
         statuses = [front.get(headers={"x-api-key": name})[0] for name in ("one", "two") * 20]
         assert 0 < statuses.count(200) < 40
         assert set(statuses) == {200, 429}
+        error = json.loads(next(text for status, text in _until_refused(front) if status == 429))["error"]
+        assert (error["type"], error["limit"]) == ("rate_limit_exceeded", "requests_per_second")
         assert {front.get(headers={"x-api-key": "three"})[0] for _ in range(20)} == {200}
+
+
+def _until_refused(front: world.Front) -> Iterator[tuple[int, str]]:
+    while True:
+        yield front.get(headers={"x-api-key": "one"})
 
 
 def test_a_request_that_is_too_large_is_413(front: world.Front) -> None:
