@@ -7,8 +7,9 @@ takes up to half a second a pool: not for an event loop.
 What is expected comes from `warmpool.outlook`, the size follows from costs (`warmpool.size`), then from what
 bounds it: floor, cap, budget, what the provider gives. Growing is immediate. Shrinking waits until the pool
 has been too large for a while, and a node that is there is kept while it is worth a part of what a new one
-must be worth: between the two sizes nothing is done. Where demand is unknown nothing is let go, and nothing
-asked for but successors of nodes that failed. What a class cannot get now, its substitutes hold in addition.
+must be worth: between the two sizes nothing is done. While demand is unknown for a short time only, nothing is
+let go, and nothing asked for but successors of nodes that failed. What a class cannot get now, its substitutes
+hold in addition.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class _Plan:
     outlook: Outlook
     held: list[Node]
     blocked: bool
+    holds: bool
     least: int = 0
     most: int = 0
     clamps: list[Clamp] = dataclasses.field(default_factory=list)
@@ -78,10 +80,6 @@ class _Plan:
         self.most = max(low, min(high, self.most))
         if self.least != before:
             self.clamps.append(Clamp(rule, before, self.least))
-
-    @property
-    def holds(self) -> bool:
-        return self.pool.wanted is None
 
     @property
     def room(self) -> int:
@@ -107,7 +105,9 @@ def decide(state: State, observation: Observation, now: float) -> tuple[State, D
         )
         held = [node for node in pool.nodes if node.state in COMING or node.state is NodeState.WARM]
         blocked = pool.blocked_until is not None and now < pool.blocked_until
-        plans[name] = _Plan(pool, settings, outlook, held, blocked)
+        unknown_since = memories[name].record.at[-1]
+        holds = pool.wanted is None and now - unknown_since < policy.hold_seconds
+        plans[name] = _Plan(pool, settings, outlook, held, blocked, holds)
         _worth(policy, plans[name], 1.0)
     _budget(policy, list(plans.values()))
     _substitute(plans)

@@ -91,8 +91,11 @@ def learn(
     known_seconds = 0.0
     rhythm = arrivals.Rhythm(now)
     if memory.rhythm is not None:
-        rhythm = memory.rhythm.after(now, max(0, change), max(0, -change))
-        known_seconds = 0.0 if wanted is None or before is None else max(0.0, now - memory.rhythm.at)
+        passed_seconds = max(0.0, now - memory.rhythm.at)
+        known_seconds = 0.0 if wanted is None or before is None else passed_seconds
+        # In a gap what was expected is taken for what came: quiet would be news that nobody had.
+        missed = memory.rate * (passed_seconds - known_seconds)
+        rhythm = memory.rhythm.after(now, max(0, change) + missed, max(0, -change))
     trust = _judged(policy, memory, known_seconds, max(0, change), now)
     learned = memory.learned.seen(nodes)
     leads = leadtime.quantiles(learned, settings.lead_time, leadtime.ages(nodes, now), _LEAD_POINTS)

@@ -79,15 +79,19 @@ class Policy(Part):
     classes: dict[str, NodeClass] = Field(min_length=1)
     budget_per_hour: Cost | None = None
     """What all held nodes together may cost in an hour; the least useful nodes go first. Floors are kept."""
-    step_seconds: Seconds = 600.0
-    """The grain of the history that forecasts are made from."""
+    step_seconds: Annotated[float, Field(ge=60, le=7_200, strict=False)] = 1_800.0
+    """The grain of the history that forecasts are made from. What is finer is seen by other means: see
+    `warmpool.arrivals`."""
     history_days: float = Field(default=28.0, ge=1, le=365, strict=False)
     refit_seconds: Seconds = 6 * 3_600.0
     """How often models are chosen and fitted again."""
     keep: float = Field(default=0.5, gt=0, le=1, strict=False)
     """A node that is held is kept until it is worth less than this part of what a new one must be worth."""
-    release_after_seconds: Seconds = 120.0
+    release_after_seconds: Annotated[float, Field(ge=0, le=86_400, strict=False)] = 30.0
     """A node is let go only after the pool has been too large for this long."""
+    hold_seconds: Annotated[float, Field(ge=0, le=86_400, strict=False)] = 300.0
+    """How long demand may be unknown before the pool goes by what is expected. Until then nothing is let
+    go."""
     breaker: Breaker = Breaker()
 
     @pydantic.model_validator(mode="after")

@@ -71,8 +71,9 @@ def judge(series: Series, setup: Setup, tell: Callable[[str, float], None]) -> V
             f"{series.name}: {(place.end - place.begin) / 86_400:.1f} days of demand are too few to train on "
             f"{setup.train_seconds / 86_400:g} days and judge the rest"
         )
-    policy = Policy(classes={"all": NodeClass(cap=setup.cap)}, step_seconds=600.0)
-    seen = policies.Seen(place, looks, setup.lead.draw(_TRAINING_DRAWS, setup.seed + 1_000), setup.cap)
+    policy = Policy(classes={"all": NodeClass(cap=setup.cap)})
+    leads = setup.lead.draw(_TRAINING_DRAWS, setup.seed + 1_000)
+    seen = policies.Seen(place, looks, leads, setup.cap, policy.hold_seconds)
     known = policies.expected(
         seen, policy, policy.classes["all"], lambda done, of: tell("forecasting", 0.5 * done / of)
     )

@@ -2,7 +2,8 @@
 
 A policy gets `Seen`: the world up to each look, and nothing behind it. Two are allowed to know more, and are
 there as measures: the best constant is found on the judged part itself, and the oracle knows demand, though
-not how long nodes will take. In gaps every policy holds what it has, but for those two.
+not how long nodes will take. While a gap is young every policy holds what it has, but for those two; later it
+goes by the last level that it knew.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ class Seen:
     looks: Floats
     leads: Floats
     cap: int
+    hold_seconds: float
 
     @property
     def held(self) -> tuple[Ints, Ints]:
-        """Bounds that change nothing in gaps, and anything elsewhere: (fewest, most)."""
-        gap = np.isnan(self.world.seen(self.looks))
+        """Bounds that change nothing while a gap is young, and anything elsewhere: (fewest, most)."""
+        known = ~np.isnan(self.world.seen(self.looks))
+        last = np.maximum.accumulate(np.where(known, self.looks, self.looks[0]))
+        gap = ~known & (self.looks - last < self.hold_seconds)
         return np.where(gap, 0, 1), np.where(gap, 10**6, 0)
 
     def setting(self, label: str, sizes: Floats | Ints, keep: Ints | None = None) -> Setting:
@@ -73,7 +77,7 @@ def constant(seen: Seen) -> Iterator[Setting]:
 
 def last_value(seen: Seen) -> Iterator[Setting]:
     """Demand stays what it is: a share of it is held on top."""
-    level = np.nan_to_num(seen.world.seen(seen.looks))
+    level = demand.filled(seen.world.seen(seen.looks))
     for share in _SHARES:
         yield seen.setting(f"{share:.0%} of demand", level * share)
 
@@ -107,7 +111,7 @@ def forecast_alone(seen: Seen, policy: Policy) -> Iterator[Setting]:
         at = seen.looks[its] - begin
         middle[its] = np.maximum(np.interp(at, steps, chosen.path), np.interp(at + lead, steps, chosen.path))
         spread[its] = np.interp(at + lead, steps, upper - chosen.path)
-    level = np.nan_to_num(seen.world.seen(seen.looks))
+    level = demand.filled(seen.world.seen(seen.looks))
     for factor in _SPREADS:
         yield seen.setting(f"{factor:g} spreads", np.maximum(middle + factor * spread - level, 0.0))
 
