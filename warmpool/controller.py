@@ -13,7 +13,6 @@ for right before each order, because a lease may be lost in the middle of a roun
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import random
 import time
@@ -25,9 +24,10 @@ from warmpool.backoff import PROVIDER, Waits
 from warmpool.demand_sources import Source
 from warmpool.election import Election
 from warmpool.lifecycle import Roster
-from warmpool.observation import Decision, Observation, Pool
+from warmpool.observation import Observation, Pool
 from warmpool.orders import Admit, Hold, Order, Replace, Serve
 from warmpool.provider import Machine, Provider, Stage
+from warmpool.report import Event, Report
 from warmpool.settings import Settings
 from warmpool.warmth import Reading, Task, Verdict, Wanted
 
@@ -49,34 +49,6 @@ class Agents(Protocol):
 
     def do(self, nodes: Mapping[str, str | None], tasks: Mapping[str, Sequence[Task]]) -> Mapping[str, str]:
         """See NodeAgents."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened, for people. `at` is seconds since the epoch."""
-
-    at: float
-    node_class: str
-    text: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Report:
-    """One round. `leading`: whether it acted. `given` are its orders, `failed` those of them that failed and
-    why; `trouble` is what else went wrong: a place, and what."""
-
-    at: float
-    leading: bool
-    holder: str
-    observation: Observation | None
-    decision: Decision | None
-    roster: Roster
-    waits: Waits
-    given: tuple[Order, ...]
-    failed: Mapping[Order, str]
-    trouble: Mapping[str, str]
-    images: Mapping[str, Sequence[Wanted]]
-    lacking: Mapping[str, Sequence[str]]
 
 
 class Controller:

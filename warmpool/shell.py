@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from warmpool import controller, demand_sources, election, errors, journal, nodeagents, view
-from warmpool.controller import Controller, Report
+from warmpool.controller import Controller
 from warmpool.provider import Provider
 from warmpool.providers import simulated
+from warmpool.report import Report
 from warmpool.settings import (
     Ec2Provider,
     FileDemand,

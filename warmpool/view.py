@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from warmpool.controller import Event, Report
 from warmpool.observation import Node, NodeState, Pool, PoolDecision
 from warmpool.orders import Admit, Hold, Order, Replace, Serve
+from warmpool.report import Event, Report
 
 _REASON_CHARACTERS = 300
 

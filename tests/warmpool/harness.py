@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from warmpool import document
-from warmpool.controller import Controller, Report
+from warmpool.controller import Controller
 from warmpool.provider import Machine
 from warmpool.providers.simulated import Nature, Simulated, World
+from warmpool.report import Report
 from warmpool.settings import Settings
 from warmpool.warmth import Cached, Reading, Task, Verb
 
