@@ -7,9 +7,9 @@ takes up to half a second a pool: not for an event loop.
 What is expected comes from `warmpool.outlook`, the size follows from costs (`warmpool.size`), then from what
 bounds it: floor, cap, budget, what the provider gives. Growing is immediate. Shrinking waits until the pool
 has been too large for a while, and a node that is there is kept while it is worth a part of what a new one
-must be worth: between the two sizes nothing is done. While demand is unknown for a short time only, nothing is
-let go, and nothing asked for but successors of nodes that failed. What a class cannot get now, its substitutes
-hold in addition.
+must be worth: between the two sizes nothing is done. While demand is unknown for a short time only, nothing
+is let go, and nothing asked for but successors of nodes that failed. What a class cannot get now, its
+substitutes hold in addition.
 """
 
 from __future__ import annotations
