@@ -13,7 +13,6 @@ from tests.warmpool.providers.platform import Platform
 from warmpool import errors
 from warmpool.provider import HELD, Machine, Provider, Stage
 
-
 # moto knows the errors of any AWS service that its model of Auto Scaling does not list
 pytestmark = pytest.mark.filterwarnings("ignore:Exception.*does not match an error shape")
 
