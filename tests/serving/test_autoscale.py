@@ -4,6 +4,9 @@ between them."""
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 
 from serving import client
-from tests.serving.served import Load, Served, document, ready, serving
+from tests.serving.served import GLOWPLUG, Load, Served, document, ready, serving
 from tests.serving.shortpaths import short_directory
+
+Status = dict[str, Any]
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def scaled(least: int, most: int = 3, **autoscaling: Any) -> dict[str, Any]:
     return {
         **document("one", environment={"DELAY_SECONDS": "0.2"}),
         "replicas": {"min": least, "max": most, "target_concurrency": 2, "concurrency_limit": 4},
-        "autoscaling": {"start_seconds": 1, "down_window_seconds": 3, "idle_seconds": 3, **autoscaling},
+        "autoscaling": {"start_seconds": 1, **autoscaling},
     }
 
 
@@ -34,33 +39,98 @@ def decisions(served: Served) -> dict[str, Any]:
     return client.Client(served.state, "chat").get("/api/v1/decisions")
 
 
-async def while_asked(
-    served: Served, clients: int, what: str, holds: Callable[[dict[str, Any]], bool]
-) -> list[str]:
+async def while_asked(served: Served, clients: int, what: str, holds: Callable[[Status], bool]) -> list[str]:
     """Until it holds, with so many clients; whatever went wrong for them."""
     async with Load(served.url, clients, 0.0, stream_each=1_000) as load:
         await asyncio.get_running_loop().run_in_executor(None, served.until, what, holds)
     return [str(each.wrong) for each in load.failed]
 
 
-def test_one_saturated_replica_becomes_three_and_one_again(directory: Path) -> None:
+def three(status: Status) -> bool:
+    return len(ready(status)) == 3
+
+
+def one(status: Status) -> bool:
+    return [each["state"] for each in status["replicas"] if each["state"] != "failed"] == ["ready"]
+
+
+def known(status: Status) -> bool:
+    return status["autoscaling"].get("demand") is not None
+
+
+def test_one_saturated_replica_becomes_three_whatever_is_killed(directory: Path) -> None:
     """The limit is enforced: four are in flight however many wait, and the others must be seen."""
     with serving(directory, scaled(1)) as served:
         served.until_ready(1)
-        wrong = asyncio.run(while_asked(served, 24, "three ready", lambda now: len(ready(now)) == 3))
-        assert wrong == []
-        raised = [each["text"] for each in served.status()["events"] if "autoscaler: " in each["text"]]
+        assert asyncio.run(while_asked(served, 24, "three ready", three)) == []
+        raised = [each["text"] for each in served.status()["events"] if "autoscaler: 1 -> " in each["text"]]
         assert any("in flight" in each for each in raised), raised
-        served.apply(scaled(1, most=1))
-        one = "one left", lambda now: [each["state"] for each in now["replicas"]] == ["ready"]
-        assert asyncio.run(while_asked(served, 4, *one)) == []  # who was told to leave finished first
+
+        victim = ready(served.status())[0]["name"]
+        os.killpg(served.pid(victim), signal.SIGKILL)
+        lost = lambda now: victim not in [each["name"] for each in ready(now)] and three(now)  # noqa: E731
+        asyncio.run(while_asked(served, 24, "three again", lost))
+
+        served.kill()
+        served.start(scaled(1))
+        status = served.until("the load is known to the next server", known)
+        assert (status["wanted_replicas"], len(ready(status))) == (3, 3)
         runs = decisions(served)["runs"]
-        assert {each["replicas"] for each in runs} >= {1, 3}
+        assert {each["replicas"] for each in runs} >= {1, 3}, "the server before is not forgotten"
+
+        served.apply(scaled(1, most=1))
+        wrong = asyncio.run(while_asked(served, 4, "one left", one))
+        assert wrong == [], "who was told to leave finishes first"
+
+        said = subprocess.run(
+            [*GLOWPLUG, "autoscale", "explain", "chat", "--state", str(served.state)],
+            capture_output=True,
+            text=True,
+        )
+        assert said.returncode == 0, said.stderr
+        assert ": 3 replicas, limit 4, target 2" in said.stdout
+        assert "    clamp    maximum: " in said.stdout
+        refused = served.command("scale", "chat", "1")
+        assert refused.returncode == 9
+        assert "the autoscaler would undo it" in refused.stderr
 
 
-def test_from_zero_and_back(directory: Path) -> None:
-    with serving(directory, scaled(0)) as served:
-        served.until("the load is known", lambda now: now["autoscaling"].get("demand") is not None)
+def test_from_zero_and_back_and_not_while_nothing_is_heard(directory: Path) -> None:
+    """Envoy stands still: its last report was one of an idle endpoint, and must not end the replica."""
+    with serving(directory, scaled(0, idle_seconds=6)) as served:
+        served.until("the load is known", known)
         assert served.status()["replicas"] == []
         assert served.answer("/work")[0] == 200
+        envoy = _envoy(served)
+        os.kill(envoy, signal.SIGSTOP)
+        try:
+            before = served.until("the load is unknown", lambda now: not known(now))["autoscaling"][
+                "decisions"
+            ]
+            status = served.until(
+                "it has been for long", lambda now: now["autoscaling"]["decisions"] >= before + 8
+            )
+            assert (status["wanted_replicas"], len(ready(status))) == (1, 1)
+            assert "chat has not reported for" in status["autoscaling"]["because"]["note"]
+        finally:
+            os.kill(envoy, signal.SIGCONT)
         served.until("none again", lambda now: now["replicas"] == [] and now["wanted_replicas"] == 0)
+
+
+def test_a_dry_run_says_and_does_not(directory: Path) -> None:
+    with serving(directory, scaled(1, mode="dry-run")) as served:
+        served.until_ready(1)
+        more = lambda now: now["autoscaling"].get("replicas", 0) > 1  # noqa: E731
+        asyncio.run(while_asked(served, 16, "more are wanted", more))
+        status = served.status()
+        assert (status["wanted_replicas"], len(status["replicas"])) == (1, 1)
+        assert any("autoscaler (dry run): 1 -> " in each["text"] for each in status["events"])
+        served.apply(scaled(1, mode="off"))
+        served.until("nothing is decided", lambda now: now["autoscaling"] == {"mode": "off"})
+
+
+def _envoy(served: Served) -> int:
+    """The process, by what it was told to listen on."""
+    found = [each for each in served.processes() if b"envoy" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    (pid,) = [each for each in found if os.readlink(f"/proc/{each}/exe").endswith("envoy")] or found
+    return pid
