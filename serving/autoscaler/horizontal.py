@@ -8,7 +8,7 @@ The first is what is true; the second comes sooner, by the length of a request, 
 rejected requests and those that wait are arrivals too. The time in service is learned while replicas have
 room, because under overload it is a time in the queue.
 
-    level   what is proven: the mean of the last minute, or more where a shorter window, down to a second,
+    level   what is proven: the mean of the last 16 s, or more where a shorter window, down to a second,
             exceeds it by `evidence` standard deviations
     ahead   the level times the growth that is proven, for as long as a start takes, but no further ahead
             than the growth has been going on
@@ -26,6 +26,8 @@ from serving.autoscaler import windows
 from serving.autoscaler.observation import Demand
 from serving.autoscaler.policy import Policy
 
+_LEVEL_SECONDS = 16.0 * windows.GRAIN_SECONDS
+"""Of the window whose mean is the level where no shorter one exceeds it."""
 _MIN_SERVED = 5.0
 """Requests whose time in service makes a mean."""
 
@@ -107,13 +109,13 @@ def _service_seconds(history: windows.History, known: float | None) -> float | N
 def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_seconds: float) -> Need:
     """What the load asks for, now and a start ahead."""
     service = load.service_seconds or 0.0
-    spread = windows.dispersion(load.history)
+    spread = windows.spread(load.history)
     level, window_seconds = _level(load.history, service, spread, policy.evidence)
     factor, going_seconds = windows.growth(load.history, policy.evidence, spread)
     horizon = min(start_seconds, going_seconds)
     coming = level * factor**horizon
     # Arrivals in bursts of b are requests in flight in bursts of less: they end one by one.
-    deviation = policy.headroom * math.sqrt((1 + spread) / 2)
+    deviation = policy.headroom * math.sqrt((1 + spread.over(service)) / 2)
     backlog = _waiting(demand, capacity) + demand.held
     if service:
         backlog *= service / max(service, policy.drain_seconds)
@@ -134,16 +136,21 @@ def _replicas(level: float, deviation: float, capacity: Capacity) -> float:
     return max(level / capacity.target, (level + deviation * math.sqrt(level)) / capacity.limit)
 
 
-def _level(history: windows.History, service: float, spread: float, evidence: float) -> tuple[float, float]:
+def _level(
+    history: windows.History, service: float, spread: windows.Spread, evidence: float
+) -> tuple[float, float]:
     """Requests in flight that are proven, and the window that proves them."""
     best, best_seconds = 0.0, 0.0
     mean, mean_seconds = 0.0, 0.0
     for window in windows.newest(history):
         seconds = window.seconds
-        arriving = max(0.0, window.arrivals - evidence * math.sqrt(spread * window.arrivals))
+        if mean_seconds >= _LEVEL_SECONDS:
+            break
+        variance = spread.over(seconds)
+        arriving = max(0.0, window.arrivals - evidence * math.sqrt(variance * window.arrivals))
         # Samples of what is in flight are alike for as long as a request takes.
         samples = 1 + seconds / (2 * service) if service else 1.0
-        flying = max(0.0, window.in_service - evidence * math.sqrt(spread * window.in_service / samples))
+        flying = max(0.0, window.in_service - evidence * math.sqrt(variance * window.in_service / samples))
         proven = max(arriving / seconds * service, flying)
         if proven > best:
             best, best_seconds = proven, seconds

@@ -19,6 +19,8 @@ KEPT_SECONDS = 64.0
 _PEAKS = 60
 """Entries of a peak at most: its window forgets with the precision of a sixtieth."""
 _MEDIAN_OF_CHI_SQUARED = 0.455
+_LEAST_RATIOS = 3
+"""That a median is taken of."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,24 +76,50 @@ def newest(history: History) -> Iterator[Bucket]:
         yield whole
 
 
-def dispersion(history: History) -> float:
-    """Variance of what arrives, as a multiple of a Poisson process's: 1 for one, more where requests come in
-    bursts or count differently. From neighbouring buckets, so that a trend is no variance, and by the
-    median, so that a step is none either."""
-    ratios = sorted(
-        (later.arrivals - earlier.arrivals) ** 2 / total
-        for earlier, later in itertools.pairwise(history)
-        if (total := earlier.arrivals + later.arrivals) > 0
-    )
-    return max(1.0, ratios[len(ratios) // 2] / _MEDIAN_OF_CHI_SQUARED) if ratios else 1.0
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spread:
+    """Variance of what arrives in 1, 2, 4, ... buckets, as a multiple of a Poisson process's: 1 for one, more
+    where requests come in bursts or count differently. A burst that lasts four seconds is noise among windows
+    of eight, and looks like growth among windows of one: so no scale has less than a finer one, nor less than
+    the next coarser one."""
+
+    at_scale: tuple[float, ...]
+
+    def over(self, buckets: float) -> float:
+        """For windows of that many."""
+        scale = max(0, math.ceil(math.log2(buckets)) if buckets > 1 else 0)
+        return self.at_scale[min(scale, len(self.at_scale) - 1)]
 
 
-def growth(history: History, evidence: float, spread: float) -> tuple[float, float]:
+def spread(history: History) -> Spread:
+    """From what three neighbouring windows of a scale differ by beyond a straight line, so that a trend is no
+    variance, and by the median, so that a step is none either."""
+    sums = list(itertools.accumulate((bucket.arrivals for bucket in history), initial=0.0))
+    found: list[float] = []
+    length = 1
+    while True:
+        counts = [sums[first + length] - sums[first] for first in range(len(sums) - length)]
+        # Windows that overlap by half: more of them, at hardly less information each.
+        ratios = sorted(
+            (one - 2 * other + third) ** 2 / total
+            for one, other, third in zip(
+                *(counts[first :: max(1, length // 2)] for first in (0, length, 2 * length)), strict=False
+            )
+            if (total := one + 4 * other + third) > 0
+        )
+        if len(ratios) < _LEAST_RATIOS:
+            break
+        found.append(max([1.0, *found[-1:], ratios[len(ratios) // 2] / _MEDIAN_OF_CHI_SQUARED]))
+        length *= 2
+    return Spread((*found[1:], found[-1]) if found else (1.0,))
+
+
+def growth(history: History, evidence: float, spread: Spread) -> tuple[float, float]:
     """By what factor arrivals grow in a second, and for how many seconds they have: the best that is proven.
 
     A window is cut into four equal parts, and its growth is the least of the three from part to part, so that
     a step, which lies in one part, is none. The three together must exceed chance by `evidence` standard
-    deviations, with variances `spread` times Poisson's. (1, 0) where nothing grows.
+    deviations, with the variance that parts of this length have. (1, 0) where nothing grows.
     """
     best, best_seconds = 1.0, 0.0
     for part in (1, 2, 4, 8, 16):
@@ -103,7 +131,7 @@ def growth(history: History, evidence: float, spread: float) -> tuple[float, flo
         rates = [count / span for count, span in zip(counts, seconds, strict=True)]
         if min(rates) <= 0:
             continue
-        chance = math.sqrt(spread * (1 / counts[0] + 1 / counts[3]))
+        chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[3]))
         if math.log(rates[3] / rates[0]) < evidence * chance:
             continue
         least = min(later / earlier for earlier, later in itertools.pairwise(rates))
