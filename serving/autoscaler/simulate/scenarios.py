@@ -92,8 +92,8 @@ def points(scenario: Scenario, dense: bool = True) -> list[Point]:
 
 
 def _at_first(in_flight: Floats) -> float:
-    """The most that is in flight before a policy is asked."""
-    return float(in_flight[:SETTLE_SECONDS].max())
+    """The mean of what is in flight once it has settled, before a policy is asked."""
+    return float(in_flight[SETTLE_SECONDS // 2 : SETTLE_SECONDS].mean())
 
 
 def _mean_work(found: Traffic, seed: int) -> float:
