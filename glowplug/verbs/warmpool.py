@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glowplug.verbs import warmpool_backtest
+
 if TYPE_CHECKING:
     from warmpool.settings import Settings
 
@@ -26,6 +28,9 @@ _config = click.option(
 @click.group("warmpool")
 def command() -> None:
     """Hold nodes ready: as many as are worth it, with the images cached that they will need."""
+
+
+command.add_command(warmpool_backtest.command)
 
 
 @command.command("run")
