@@ -1,7 +1,8 @@
-# Two images from one file: the converter, for CI pipelines, and the agent, for nodes.
+# Images from one file: the converter, for CI pipelines, the agent, for nodes, the controller of warm pools.
 #
 #   docker build --target converter -t glowplug-converter .
 #   docker build --target agent -t glowplug-agent .          (--build-arg EXTRAS=agent,s3 for buckets)
+#   docker build --target warmpool -t glowplug-warmpool .
 
 FROM debian:12-slim AS build
 RUN apt-get update \
@@ -14,10 +15,15 @@ COPY imagefs imagefs
 COPY agent agent
 COPY converter converter
 COPY serving serving
+COPY warmpool warmpool
+COPY cluster cluster
 
 # One environment per image, so that the node does not carry what only the converter needs.
 FROM build AS converter-build
 RUN python3 -m venv /opt/converter && /opt/converter/bin/pip install --no-cache-dir '.[converter,s3]'
+
+FROM build AS warmpool-build
+RUN python3 -m venv /opt/warmpool && /opt/warmpool/bin/pip install --no-cache-dir '.[warmpool]'
 
 # With Python, libc and loader of its own: what is copied to hosts finds nothing there.
 FROM build AS agent-build
@@ -40,6 +46,16 @@ RUN useradd --create-home --uid 65532 glowplug
 USER glowplug
 WORKDIR /home/glowplug
 ENTRYPOINT ["/opt/converter/bin/glowplug"]
+CMD ["--help"]
+
+# Speaks to an API server or to EC2, and to the nodes' agents; what it must keep lies there.
+FROM runtime AS warmpool
+COPY --from=warmpool-build /opt/warmpool /opt/warmpool
+RUN useradd --create-home --uid 65532 glowplug
+USER glowplug
+# The home may be read-only; compiled models go to /tmp.
+ENV NUMBA_CACHE_DIR=/tmp MPLCONFIGDIR=/tmp
+ENTRYPOINT ["/opt/warmpool/bin/glowplug"]
 CMD ["--help"]
 
 # What deploy/kustomize runs on each node: it installs the agent on the host, where containers' files must live,

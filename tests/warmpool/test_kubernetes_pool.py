@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.fixtures import block_images
-from tests.fixtures.kubernetes_api import KubernetesApi
+from tests.fixtures.kubernetes_api import KubernetesApi, Seen
 from tests.warmpool.providers import nodemaker
 from tests.warmpool.providers.nodemaker import NAMESPACE, NODES, PODS, Cluster
 
@@ -60,6 +62,10 @@ class Running:
 
     def deleted(self) -> list[str]:
         return [each.path for each in self.server.seen() if each.method == "DELETE"]
+
+    def asked(self) -> set[tuple[str, str]]:
+        """(verb, resource) of every request so far."""
+        return {(_verb(each), _resource(each.path)) for each in self.server.seen()}
 
     def close(self) -> None:
         self._stopped.set()
@@ -129,9 +135,32 @@ def running(kubernetes_api: KubernetesApi, tmp_path: Path) -> Iterator[Running]:
     made.close()
 
 
-def _free_port() -> int:
-    import socket
+def _verb(seen: Seen) -> str:
+    if seen.method != "GET":
+        return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[seen.method]
+    if seen.query.get("watch"):
+        return "watch"
+    return "list" if seen.path.rsplit("/", 1)[1] == _resource(seen.path) else "get"
 
+
+def _resource(path: str) -> str:
+    return next(
+        each for each in reversed(path.split("/")) if each in ("pods", "nodes", "leases", "configmaps")
+    )
+
+
+def _granted() -> set[tuple[str, str]]:
+    text = (Path(__file__).parents[2] / "deploy/kustomize/warmpool/rbac.yaml").read_text()
+    return {
+        (verb, resource)
+        for each in yaml.safe_load_all(text)
+        for rule in each.get("rules", [])
+        for verb in rule["verbs"]
+        for resource in rule["resources"]
+    }
+
+
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
@@ -166,6 +195,7 @@ def test_a_pool_is_made_taken_and_made_again(running: Running) -> None:
     assert 'glowplug_warmpool_handed_total{node_class="gpu",result="hit"} 1' in said
     assert controller.kill(signal.SIGTERM) == 0
     assert len(running.placeholders()) >= 2, "what is held stays held"
+    assert running.asked() <= _granted(), "the manifests allow what is done"
 
 
 def test_a_leader_that_is_killed_releases_nothing_and_is_followed(running: Running) -> None:
