@@ -1,4 +1,4 @@
-"""`glowplug engine`: run a model server as a supervised child, behind one port."""
+"""`glowplug engine`: run a model server as a supervised child, behind one port; and what goes with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,26 @@ from typing import Any
 
 import click
 
+from glowplug.verbs import engine_calibrate
 
-@click.command("engine")
+
+class _Verbs(click.Group):
+    """Whatever does not begin with a verb is `run`'s."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else ["run", *args])
+
+
+@click.group("engine", cls=_Verbs)
+def command() -> None:
+    """Run a model server (`run`, which need not be said), or measure one."""
+
+
+command.add_command(engine_calibrate.command)
+
+
+@command.command("run")
 @click.option(
     "--config",
     "file",
@@ -25,7 +43,7 @@ import click
 @click.option("--cache", "cache_directory", metavar="DIR", help="Compiled kernels and graphs, kept.")
 @click.option("--limit", type=click.IntRange(1, 100_000), help="Requests in flight (default 64).")
 @click.argument("args", metavar="[-- ARGS...]", nargs=-1, type=click.UNPROCESSED)
-def command(file: Path | None, args: tuple[str, ...], python: str | None, **given: Any) -> None:
+def run(file: Path | None, args: tuple[str, ...], python: str | None, **given: Any) -> None:
     """Run an engine: vLLM on a model (--model DIR; ARGS are further options of vLLM), any program that serves
     HTTP on the port in $PORT (ARGS are the program), or what a settings file describes (--config).
 
