@@ -1,0 +1,385 @@
+"""An endpoint that scales itself, live: `glowplug serve` on this machine under load that ramps, jumps and
+drops, with a replica killed on the way.
+
+    python -m e2e.autoscale [--vllm PYTHON --model DIR] [--out results/autoscale]
+
+Everything is real: Envoy, the activator, the control plane, `glowplug engine` before engines with a set
+service time (`setengine`), or vLLM; the load is open-loop Poisson (`serving.stress`). Draws the figures of
+`glowplug autoscale simulate` from what was seen (replicas, latencies, cost), and writes the numbers of each
+phase to live.json: what was late (over twice the service time, and 0.25 s), refused, lost; how long the
+replicas took to be enough after a ramp, a jump, a kill. Nothing is asserted. Three minutes and a start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from serving import client, errors
+from serving.autoscaler.simulate import fleet, judgement, plots, run, sweep
+from serving.stress import arrivals, load
+from serving.stress.judgement import Sample
+
+_GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
+_NAME = "live"
+_READY_SECONDS = 600.0
+_SLOTS = 4
+_SERVICE_SECONDS = 0.25
+_START_SECONDS = 3.0
+_TOKENS = arrivals.Tokens(20, 20)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of load; the rate goes from one to the other exponentially. `kill`: a replica, at half of
+    it."""
+
+    name: str
+    seconds: float
+    first_per_second: float
+    last_per_second: float
+    kill: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What is served, and with how much it is loaded: `scale` multiplies every rate."""
+
+    document: dict[str, Any]
+    path: str
+    body: bytes | None
+    service_seconds: float
+    scale: float
+    start_seconds: float
+
+
+PHASES = (
+    Phase("quiet", 20, 2, 2),
+    Phase("ramp", 30, 2, 40),
+    Phase("plateau with a replica killed", 30, 40, 40, kill=True),
+    Phase("drop", 50, 3, 3),
+    Phase("spike", 20, 40, 40),
+    Phase("after", 30, 3, 3),
+)
+
+
+def schedule(phases: Sequence[Phase], scale: float, draw: random.Random) -> list[arrivals.Arrival]:
+    """Poisson arrivals, second by second."""
+    found, begin = [], 0.0
+    for phase in phases:
+        growth = math.log(phase.last_per_second / phase.first_per_second) / phase.seconds
+        for second in range(int(phase.seconds)):
+            rate = scale * phase.first_per_second * math.exp(growth * (second + 0.5))
+            for each in arrivals.poisson(rate, 1.0, _TOKENS, draw.random):
+                found.append(arrivals.Arrival(begin + second + each.at_seconds, each.tokens))
+        begin += phase.seconds
+    return found
+
+
+def small_engines(folder: Path) -> Target:
+    """Command engines of which the machine can hold many."""
+    environment = {
+        "SLOTS": str(_SLOTS),
+        "SERVICE_SECONDS": str(_SERVICE_SECONDS),
+        "START_SECONDS": str(_START_SECONDS),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    document = {
+        "name": _NAME,
+        "engine": {
+            "kind": "command",
+            "command": [sys.executable, "-m", "e2e.setengine"],
+            "environment": environment,
+        },
+        "replicas": {"min": 1, "max": 10, "target_concurrency": 3, "concurrency_limit": _SLOTS},
+    }
+    return Target(document, "/work", b"{}", _SERVICE_SECONDS, 1.0, _START_SECONDS)
+
+
+def vllm_engines(folder: Path, python: str, model: str) -> Target:
+    """vLLM on this machine's processors: two replicas at the most, and rates that they can serve."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    document = {
+        "name": _NAME,
+        "engine": {
+            "kind": "vllm",
+            "python": python,
+            "arguments": ["--enforce-eager", "--max-model-len", "512", "--dtype", "bfloat16"],
+            "environment": environment,
+        },
+        "model": model,
+        "replicas": {"min": 1, "max": 2, "target_concurrency": 6, "concurrency_limit": 8},
+    }
+    return Target(document, "/v1/completions", None, 0.5, 0.3, 30.0)
+
+
+@contextlib.contextmanager
+def served(folder: Path, target: Target) -> Iterator[tuple[str, client.Client]]:
+    """Its address, and who to ask about it."""
+    file = folder / "endpoint.yaml"
+    settings = {
+        "start_seconds": target.start_seconds,
+        "down_window_seconds": 30,
+        **target.document.get("autoscaling", {}),
+    }
+    document = {**target.document, "autoscaling": settings, "routing": {"port": 0}}
+    file.write_text(yaml.safe_dump(document))
+    state = folder / "s"
+    command = [*_GLOWPLUG, "serve", str(file), "--state", str(state), "--status", "none", "--plain"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        if not url:
+            raise RuntimeError((folder / "log").read_text())
+        asked = client.Client(state, _NAME)
+        until = time.monotonic() + _READY_SECONDS
+        while not _ready(asked.get("/api/v1/status")):
+            if time.monotonic() > until:
+                raise RuntimeError((folder / "log").read_text())
+            time.sleep(0.2)
+        time.sleep(2.0)  # Envoy finds it healthy
+        yield url, asked
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate()
+
+
+def _ready(status: dict[str, Any]) -> list[str]:
+    return [each["name"] for each in status["replicas"] if each["state"] == "ready"]
+
+
+class Watcher:
+    """Asks once a second what there is, on a thread of its own, and kills a replica when it is time."""
+
+    def __init__(self, folder: Path, asked: client.Client, began: float, kills: Sequence[float]) -> None:
+        self._folder, self._asked, self._began = folder, asked, began
+        self._kills = list(kills)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.seen: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        second = 0
+        while not self._ended.wait(max(0.0, self._began + second + 1 - time.monotonic())):
+            second += 1
+            with contextlib.suppress(errors.ServingError):
+                status = self._asked.get("/api/v1/status")
+                self.seen.append({"second": second, **_counts(status)})
+                if self._kills and second >= self._kills[0]:
+                    del self._kills[0]
+                    self._kill(_ready(status)[0])
+
+    def _kill(self, name: str) -> None:
+        record = self._folder / "s" / _NAME / "replicas" / name / "record.json"
+        os.killpg(int(json.loads(record.read_text())["handle"].partition(":")[0]), signal.SIGKILL)
+
+
+def _counts(status: dict[str, Any]) -> dict[str, Any]:
+    states = [each["state"] for each in status["replicas"]]
+    said = status["autoscaling"]
+    demand = said.get("demand") or {}
+    return {
+        **{state: states.count(state) for state in ("starting", "ready", "draining")},
+        "wanted": status["wanted_replicas"],
+        "limit": status["concurrency_limit"],
+        "in_flight": int(demand.get("in_flight") or 0),
+        "queued": int(demand.get("queued") or 0),
+        "held": int(demand.get("held") or 0),
+    }
+
+
+def series(
+    sent: Sequence[arrivals.Arrival], answers: Sequence[Sample], seen: Sequence[dict[str, Any]], late: float
+) -> run.Series:
+    """What was sent and what was seen, second by second, as the simulator has it."""
+    seconds = 1 + max(
+        int(each.at_seconds + answer.seconds) for each, answer in zip(sent, answers, strict=True)
+    )
+    seconds = max(seconds, len(seen) + 1)
+    made = {name: np.zeros(seconds, np.int64) for name in ("arrived", "finished", "late", "rejected", "lost")}
+    histograms = np.zeros((-(-seconds // run.LATENCY_WINDOW_SECONDS), fleet.BUCKETS), np.int64)
+    edges = fleet.bucket_seconds()
+    for each, answer in zip(sent, answers, strict=True):
+        made["arrived"][int(each.at_seconds)] += 1
+        at = int(each.at_seconds + answer.seconds)
+        if answer.status == 200:
+            made["finished"][at] += 1
+            made["late"][at] += answer.seconds > late
+            bucket = min(int(np.searchsorted(edges, answer.seconds)), fleet.BUCKETS - 1)
+            histograms[at // run.LATENCY_WINDOW_SECONDS, bucket] += 1
+        else:
+            made["rejected" if answer.status == 429 else "lost"][at] += 1
+    there = {name: np.zeros(seconds, np.int64) for name in seen[0] if name != "second"}
+    for before, after in zip(seen, [*seen[1:], {**seen[-1], "second": seconds}], strict=True):
+        for name, values in there.items():
+            values[before["second"] : after["second"]] = before[name]
+    return run.Series(**made, **there, histograms=histograms)
+
+
+def by_phase(
+    phases: Sequence[Phase], sent: Sequence[arrivals.Arrival], answers: Sequence[Sample], late: float
+) -> list[dict[str, Any]]:
+    """What became of each phase's requests, by when they were due."""
+    found, begin = [], 0.0
+    for phase in phases:
+        end = begin + phase.seconds
+        mine = [answer for each, answer in zip(sent, answers, strict=True) if begin <= each.at_seconds < end]
+        good = sorted(each.seconds for each in mine if each.status == 200)
+        cuts = statistics.quantiles(good, n=100, method="inclusive") if len(good) > 1 else [math.nan] * 99
+        found.append(
+            {
+                "phase": phase.name,
+                "seconds": phase.seconds,
+                "requests": len(mine),
+                "late": sum(each > late for each in good),
+                "refused": sum(each.status == 429 for each in mine),
+                "lost": sum(each.status not in (200, 429) for each in mine),
+                "p50_seconds": round(cuts[49], 4),
+                "p99_seconds": round(cuts[98], 4),
+                "sender_late_p99_seconds": round(
+                    statistics.quantiles([each.late_seconds for each in mine], n=100)[98], 4
+                ),
+            }
+        )
+        begin = end
+    return found
+
+
+def enough_after(seen: Sequence[dict[str, Any]], begin: float, needed: int) -> int | None:
+    """Seconds from `begin` until so many are ready."""
+    return next(
+        (each["second"] - int(begin) for each in seen if each["second"] >= begin and each["ready"] >= needed),
+        None,
+    )
+
+
+def measure(folder: Path, target: Target, phases: Sequence[Phase], out: Path) -> dict[str, Any]:
+    """One run, drawn and as a document."""
+    sent = schedule(phases, target.scale, random.Random(1))
+    begins = [sum(each.seconds for each in phases[:number]) for number in range(len(phases))]
+    kills = [begin + each.seconds / 2 for begin, each in zip(begins, phases, strict=True) if each.kill]
+    late = 2 * target.service_seconds + 0.25
+    with served(folder, target) as (url, asked):
+        model = asked.get("/api/v1/status")["model"] or ""
+        sender = load.Sender(url, target.path, target.body, model, None, 60.0)
+        with Watcher(folder, asked, time.monotonic(), kills) as watcher:
+            answers = asyncio.run(sender.send(sent))
+        explained = asked.get("/api/v1/decisions")
+        status = asked.get("/api/v1/status")
+    seen = watcher.seen
+    found = series(sent, answers, seen, late)
+    slots = target.document["replicas"]["target_concurrency"]
+    result = run.Result("live", "ours", 1, found, 0, 0.0)
+    latencies = found.histograms.sum(axis=0)
+    outcome = judgement.Outcome(
+        scenario="live",
+        policy="ours",
+        parameters=f"{target.document['engine']['kind']} engines",
+        default=True,
+        requests=result.arrived,
+        late=int(found.late.sum()),
+        rejected=int(found.rejected.sum()),
+        lost=int(found.lost.sum()),
+        replica_hours=result.replica_hours,
+        p50_seconds=sweep.quantile(latencies, 0.50),
+        p99_seconds=sweep.quantile(latencies, 0.99),
+        peak_replicas=int(found.ready.max()),
+        reversals=judgement.most_reversals(found.wanted.tolist()),
+    )
+    demand = np.convolve(found.arrived, np.ones(5) / 5, "same") * target.service_seconds / slots
+    comparison = sweep.Comparison("live", demand, (outcome,), (sweep.Kept(outcome, found),))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("replicas", plots.over_time), ("latency", plots.latencies), ("cost", plots.cost)):
+        (out / f"live-{name}.svg").write_bytes(draw(comparison))
+    most = target.scale * max(each.last_per_second for each in phases) * target.service_seconds
+    needed = min(math.ceil(most / slots), target.document["replicas"]["max"])
+    return {
+        "engine": target.document["engine"]["kind"],
+        "late_seconds": late,
+        "replicas_needed_at_the_top": needed,
+        "enough_seconds_after": {
+            "the ramp's end": enough_after(seen, begins[2], needed),
+            "the kill": enough_after(seen, kills[0] + 2, needed),
+            "the spike's beginning": enough_after(seen, begins[4], needed),
+        },
+        "replicas_at_the_end": {name: seen[-1][name] for name in ("ready", "wanted")},
+        "replica_hours": round(outcome.replica_hours, 4),
+        "replica_hours_of_a_static_peak": round(needed * len(found.ready) / 3_600, 4),
+        "reversals": outcome.reversals,
+        "phases": by_phase(phases, sent, answers, late),
+        "events": status["events"],
+        "decisions": explained["runs"],
+        "series": {
+            name: getattr(found, name).tolist()
+            for name in (
+                "arrived",
+                "finished",
+                "late",
+                "rejected",
+                "lost",
+                "ready",
+                "starting",
+                "wanted",
+                "limit",
+            )
+        },
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vllm", metavar="PYTHON", help="serve --model with the vLLM of this interpreter")
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint for --vllm")
+    parser.add_argument("--out", type=Path, default=Path("results/autoscale"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gp-") as name:
+        folder = Path(name)
+        target = (
+            vllm_engines(folder, arguments.vllm, arguments.model) if arguments.vllm else small_engines(folder)
+        )
+        found = measure(folder, target, PHASES, arguments.out)
+    for phase in found["phases"]:
+        print(
+            f"{phase['phase']:32} {phase['requests']:6d} requests  late {phase['late']:4d}  "
+            f"refused {phase['refused']:3d}  lost {phase['lost']:3d}  "
+            f"p50 {phase['p50_seconds']:.3f} s  p99 {phase['p99_seconds']:.3f} s"
+        )
+    for what, seconds in found["enough_seconds_after"].items():
+        print(f"{found['replicas_needed_at_the_top']} ready {seconds} s after {what}")
+    hours, static = found["replica_hours"], found["replica_hours_of_a_static_peak"]
+    print(f"replica-hours {hours:.3f}, static peak {static:.3f}; reversals {found['reversals']}")
+    (arguments.out / "live.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
