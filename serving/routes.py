@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from serving import errors
+from serving import errors, observability
 from serving.activator import hold
 from serving.endpoint import Endpoint
 from serving.engine import settings as engine_settings
 from serving.replica import Replica, State
-from serving.service import Backend, Key, Listen, RouteSettings, Service
+from serving.service import Backend, Key, Listen, RouteSettings, Service, Tracing
 
 _ROUTED = (State.READY, State.DRAINING)
 
@@ -45,7 +45,7 @@ def service(
     routing = wanted.routing
     return Service(
         name=wanted.name,
-        listen=Listen(port, routing.address),
+        listen=Listen(port, routing.address, tracing=_tracing(wanted)),
         backends=backends,
         version_weights=dict(weights),
         keys=keys,
@@ -59,6 +59,13 @@ def service(
             health_path="/readyz",
         ),
     )
+
+
+def _tracing(wanted: Endpoint) -> Tracing | None:
+    if wanted.tracing is None:
+        return None
+    host, port = observability.collector_place(wanted.tracing.collector)
+    return Tracing(host, port, f"{wanted.name}-router", wanted.tracing.sample_percent)
 
 
 def max_requests(wanted: Endpoint) -> int:

@@ -73,12 +73,29 @@ class Tls:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Tracing:
+    """A collector of spans (OTLP over HTTP), and which requests have them: `sample_percent` of those whose
+    caller did not decide. `service`: what the Envoys are called in traces."""
+
+    host: str
+    port: int
+    service: str
+    sample_percent: float
+
+    def __post_init__(self) -> None:
+        _require_port("tracing", self.port)
+        if not 0 <= self.sample_percent <= 100:
+            raise errors.DocumentError("tracing.sample_percent: must be between 0 and 100")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Listen:
     """Where Envoy accepts requests. Services with the same address and port share one listener."""
 
     port: int
     address: str = "127.0.0.1"
     tls: Tls | None = None
+    tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
         try:

@@ -30,6 +30,7 @@ class Facts:
     hangs: int
     phases: Mapping[str, float]
     logged: Totals
+    dropped_spans: int
 
 
 def render(facts: Facts) -> bytes:
@@ -69,6 +70,7 @@ class _Facts(Collector):
             ("hangs", "Times that the engine was killed because it made no progress.", facts.hangs),
             ("request_log_written_records", "Requests in files of the log.", facts.logged.written),
             ("request_log_dropped_records", "Requests sampled and not kept.", facts.logged.dropped),
+            ("dropped_spans", "Spans that the collector did not take.", facts.dropped_spans),
             ("request_log_files", "Files written or uploaded.", facts.logged.files),
             ("request_log_written_bytes", "Bytes of those files.", facts.logged.written_bytes),
         )

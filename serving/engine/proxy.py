@@ -1,9 +1,9 @@
 """The front of a command engine: HTTP from the supervisor's port to the child's, within the in-flight limit.
 
-Runs on the supervisor's event loop. Bodies and streams pass in pieces as they come, headers as they are (a
-traceparent, too), less those that belong to one connection. Where tokens are limited or units counted, a
-request's body is read whole first (`toll`). vLLM does not need it: its own processes carry
-`gate`, which does the same without a second hop.
+Runs on the supervisor's event loop. Bodies and streams pass in pieces as they come, headers as they are, less
+those that belong to one connection; a request that is traced gets a span of its own (`tracing`). Where tokens
+are limited or units counted, a request's body is read whole first (`toll`). vLLM does not need it: its own
+processes carry `gate`, which does the same without a second hop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import multidict
 from aiohttp import web
 
 from serving import headers, service
-from serving.engine import admission, limiter, toll
+from serving.engine import admission, limiter, toll, tracing
 from serving.engine.budget import Budget
 from serving.engine.ledger import Ledger
 from serving.engine.requestlog.recorder import Exchange, Recorder
@@ -25,6 +25,7 @@ from serving.engine.state import State
 
 _REPLACED = ("host", "content-length")
 """Set anew on this hop."""
+_TRACEPARENT = "traceparent"
 _KEEP_ALIVE_SECONDS = 1.0
 """Shorter than that of any server that we know: a request on a connection that is being closed is lost."""
 _OPENAI_API = "/v1/"
@@ -35,19 +36,24 @@ _METRICS_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 class Proxy:
     """One per supervisor; which port it leads to changes with each start of the engine."""
 
-    def __init__(self, ledger: Ledger, budget: Budget, directory: Path) -> None:
+    def __init__(
+        self, ledger: Ledger, budget: Budget, directory: Path, tracer: tracing.Tracer | None = None
+    ) -> None:
         self._ledger = ledger
         self.progress = 0
         """Grows with every piece that the engine has sent."""
         self._limiter = limiter.Limiter(ledger, directory, lambda: self.progress)
         self._toll = toll.Toll(budget, ledger, self._limiter.slot)
         self._recorder = Recorder(directory)
+        self._tracer = tracer
         self._session: aiohttp.ClientSession | None = None
         self._port = 0
 
     async def start(self) -> None:
         await self._limiter.start()
         await self._recorder.start()
+        if self._tracer is not None:
+            await self._tracer.start()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -58,6 +64,8 @@ class Proxy:
     async def close(self) -> None:
         await self._limiter.stop()
         await self._recorder.stop()
+        if self._tracer is not None:
+            await self._tracer.close()
         await self.session.close()
 
     def connect(self, port: int) -> None:
@@ -76,8 +84,15 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One request, from its client and back."""
         if not admission.counts(request.path):
-            return await self._forward(request, None, None)
+            return await self._forward(request, None, None, None)
         exchange = self._recorder.begin(request.method, request.path, request.headers.items())
+        try:
+            return await self._counted(request, exchange)
+        finally:
+            if exchange is not None:
+                exchange.end("client_gone")  # unless it ended before
+
+    async def _counted(self, request: web.Request, exchange: Exchange | None) -> web.StreamResponse:
         if not (self._toll.in_use and request.can_read_body):
             return await self._admitted(request, exchange, None)
         whole = await request.read()
@@ -105,16 +120,21 @@ class Proxy:
                 passage.turned_away()
             return _overloaded("in_flight", f"This replica is {exc}", exc.retry_after_seconds)
         status, outcome = 500, "client_gone"
+        span = None
+        if self._tracer is not None:
+            span = self._tracer.begin(request.headers.get(_TRACEPARENT, ""), request.method, request.path)
         if exchange is not None:
             exchange.entered()
         try:
-            response = await self._forward(request, exchange, passage)
+            response = await self._forward(request, exchange, passage, span)
             status, outcome = response.status, "whole"
             return response
         finally:
             self._limiter.leave(entered_ns, failed=status >= 500)
             if exchange is not None:
                 exchange.end(outcome)
+            if self._tracer is not None and span is not None:
+                self._tracer.end(span, status)
 
     async def metrics(self) -> bytes:
         """The engine's own, as text; nothing where it has none."""
@@ -130,9 +150,15 @@ class Proxy:
         return text if text.endswith(b"\n") or not text else text + b"\n"
 
     async def _forward(
-        self, request: web.Request, exchange: Exchange | None, passage: toll.Passage | None
+        self,
+        request: web.Request,
+        exchange: Exchange | None,
+        passage: toll.Passage | None,
+        span: tracing.Open | None,
     ) -> web.StreamResponse:
         passed, data = _request(request, exchange, passage)
+        if span is not None:
+            passed[_TRACEPARENT] = span.header
         response: web.StreamResponse | None = None
         try:
             async with self.session.request(

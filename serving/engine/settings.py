@@ -114,7 +114,8 @@ class Settings(_Part):
     stream_weights: int | None = Field(None, ge=1, le=1_024)
     """Read weights by that many parallel requests (run:ai streamer)."""
     traces_endpoint: str | None = None
-    """OTLP address to which vLLM sends its spans, children of the caller's traceparent."""
+    """URL to which spans are posted (OTLP over HTTP), children of the caller's `traceparent`, where that says
+    that the request is sampled."""
     service: str = Field("engine", pattern=r"^[A-Za-z0-9._-]{1,100}$")
     """What traces and the request log call it: the endpoint's name."""
     instance: str = Field("0", pattern=r"^[A-Za-z0-9._-]{1,100}$")

@@ -38,6 +38,7 @@ from serving.engine.proxy import Proxy
 from serving.engine.requestlog import keeper
 from serving.engine.settings import Settings
 from serving.engine.state import Limits, Rations, Spent, State
+from serving.engine.tracing import Tracer
 from serving.observability import RequestLog
 
 _FIRST_PAUSE_SECONDS = 1.0
@@ -66,6 +67,7 @@ class Supervisor:
         self._starts = self._hangs = 0
         self._reason = ""
         self._child: Child | None = None
+        self._tracer: Tracer | None = None
         self._cpus = settings.cpus or processors.available()
 
     async def run(self) -> None:
@@ -99,7 +101,9 @@ class Supervisor:
                     settings, settings.engine, self._model, directory, self._ledger
                 )
             else:
-                proxy = Proxy(self._ledger, self._budget, directory)
+                if settings.traces_endpoint is not None:
+                    self._tracer = Tracer(settings.traces_endpoint, settings.service, settings.instance)
+                proxy = Proxy(self._ledger, self._budget, directory, self._tracer)
                 await proxy.start()
                 self._kind = kinds.Command(settings, settings.engine, self._model, proxy)
             self._front = front.Front(self, self._ledger, proxy)
@@ -197,6 +201,7 @@ class Supervisor:
             hangs=self._hangs,
             phases=self._took,
             logged=self._log.totals,
+            dropped_spans=self._tracer.dropped if self._tracer is not None else 0,
         )
         return metrics.render(facts)
 

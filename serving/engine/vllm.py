@@ -93,6 +93,12 @@ def environment(settings: Settings, model: str, cpus: int) -> Mapping[str, str]:
     }
     if not model.startswith("s3://"):
         found["HF_HUB_OFFLINE"] = "1"
+    if settings.traces_endpoint is not None:
+        found["OTEL_SERVICE_NAME"] = settings.service
+        found["OTEL_RESOURCE_ATTRIBUTES"] = f"service.instance.id={settings.instance}"
+        found["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
+        # The router decides which requests have spans.
+        found["OTEL_TRACES_SAMPLER"] = "parentbased_always_off"
     if settings.cache_directory is not None:
         for variable, folder in (
             ("VLLM_CACHE_ROOT", "vllm"),

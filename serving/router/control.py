@@ -266,7 +266,7 @@ class _State:
         return made
 
     def _resources(self, zone: str, now: float) -> resources.Resources:
-        clusters, endpoints = {}, {}
+        clusters, endpoints = resources.collectors(self.services.values()), {}
         for name, service in self.services.items():
             clusters[name] = self._cluster(service)
             key = (zone if service.prefer_zone else "", name)

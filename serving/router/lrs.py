@@ -13,7 +13,7 @@ import grpc.aio
 from envoy.config.endpoint.v3 import load_report_pb2
 from envoy.service.load_stats.v3 import lrs_pb2, lrs_pb2_grpc
 
-from serving.router import bootstrap, reports
+from serving.router import bootstrap, reports, tracing
 
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]  # its stubs lack it
 
@@ -55,7 +55,8 @@ def _report(node: str, clusters: list[load_report_pb2.ClusterStats]) -> reports.
     dropped: dict[str, int] = {}
     seconds = 0.0
     for cluster in clusters:
-        if cluster.cluster_name == bootstrap.CONTROL:
+        name = cluster.cluster_name
+        if name == bootstrap.CONTROL or name.startswith(tracing.CLUSTER_PREFIX):
             continue
         seconds = max(seconds, cluster.load_report_interval.ToNanoseconds() / 1e9)
         dropped[cluster.cluster_name] = cluster.total_dropped_requests

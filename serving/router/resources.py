@@ -21,7 +21,7 @@ from google.protobuf import message
 
 from serving import errors
 from serving import service as services
-from serving.router import clusters, listeners, routes, versions, weights
+from serving.router import clusters, listeners, routes, tracing, versions, weights
 
 RUNTIME_LAYER = "glowplug"
 Resources = dict[str, dict[str, versions.Resource]]
@@ -55,6 +55,15 @@ def check(found: Sequence[services.Service]) -> None:
 def cluster(service: services.Service) -> versions.Resource:
     """What depends on the settings of one service."""
     return _resource(service.name, clusters.cluster(service))
+
+
+def collectors(found: Iterable[services.Service]) -> dict[str, versions.Resource]:
+    """The clusters that spans are sent to."""
+    result: dict[str, versions.Resource] = {}
+    for service in found:
+        if service.listen.tracing is not None:
+            result |= _named(tracing.cluster(service.listen.tracing))
+    return result
 
 
 def of_listeners(found: Sequence[services.Service]) -> Resources:
