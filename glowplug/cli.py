@@ -34,6 +34,7 @@ VERBS = {
     "endpoint": "Check, change and look at an endpoint that is served here.",
     "inspect": "Show a block image: layers, sizes, blocks, holes, what it shares.",
     "mount": "Mount an image's root filesystem, fetched lazily.",
+    "operator": "Serve endpoints that are custom resources of a Kubernetes namespace.",
     "pack": "Give a block image a boot pack: what its start reads, in that order.",
     "prefetch": "Have an image on this node before anybody starts it.",
     "pull": "Make an image runnable in containerd without fetching its layers.",
