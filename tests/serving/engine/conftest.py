@@ -1,0 +1,3 @@
+"""Fixtures for tests of engines."""
+
+from tests.fixtures.block_images import glowplug as glowplug
