@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -102,25 +103,32 @@ def _mean_work(found: Traffic, seed: int) -> float:
 
 
 def _ours(scenario: Scenario) -> list[Point]:
-    made = []
-    starts = scenario.endpoint.starts
-    for part in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        for window_seconds in (60.0, 120.0, 300.0):
-            settings = Settings(
-                minimum=1,
-                maximum=scenario.endpoint.most,
-                target=part * SLOTS,
-                limit=SLOTS,
-                start_seconds=starts.p50_seconds,
-                down_window_seconds=window_seconds,
-            )
-            default = part == 0.8 and window_seconds == 300.0
-            label = f"target {part:.0%}, down {window_seconds:.0f} s"
-            made.append(Point("ours", label, functools.partial(policies.Ours, settings), default))
+    default = Settings(
+        minimum=1,
+        maximum=scenario.endpoint.most,
+        target=_OURS_DEFAULT_PART * SLOTS,
+        limit=SLOTS,
+        start_seconds=scenario.endpoint.starts.p50_seconds,
+    )
+    made = [
+        Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
+    ]
+    for part, window_seconds, evidence in itertools.product(_PARTS, (60.0, 300.0), (3.0, 10.0)):
+        settings = dataclasses.replace(
+            default,
+            target=part * SLOTS,
+            down_window_seconds=window_seconds,
+            evidence=evidence,
+            headroom=0.5,
+            tolerance=0.0,
+        )
+        label = f"{part:.0%}, down {window_seconds:.0f} s, evidence {evidence:.0f}"
+        made.append(Point("ours", label, functools.partial(policies.Ours, settings)))
     return made
 
 
-_PARTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_OURS_DEFAULT_PART = 0.8
+_PARTS = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
 _HPA_DEFAULT_PART = 0.8
 """Its default for CPU; a Pods metric has none."""
 
@@ -174,7 +182,7 @@ def _bounds(scenario: Scenario) -> list[Point]:
             functools.partial(policies.Constant, max(1, math.ceil(part * peak))),
             default=part == 1.25,
         )
-        for part in (0.6, 0.8, 1.0, 1.25)
+        for part in (0.8, 1.0, 1.25)
     ]
     return constant + [
         Point(
@@ -183,7 +191,7 @@ def _bounds(scenario: Scenario) -> list[Point]:
             functools.partial(policies.Clairvoyant, known, part * SLOTS, ahead),
             default=part == 0.9,
         )
-        for part in (0.8, 0.9, 1.0)
+        for part in (0.9, 1.0)
     ]
 
 
@@ -240,13 +248,13 @@ def _servegen(traces: Path, size: str, mean_work_seconds: float, begin_hour: int
 
 
 def _servegen_large(traces: Path) -> tuple[Traffic, Starts]:
-    """The second day."""
-    return _servegen(traces, "large", 1.0, 24, 24), MODEL_STARTS
+    """Four hours of the second day, with its steepest rise."""
+    return _servegen(traces, "large", 2.0, 24, 4), MODEL_STARTS
 
 
 def _servegen_small(traces: Path) -> tuple[Traffic, Starts]:
-    """Six hours of the second day, from its low up."""
-    return _servegen(traces, "small", 0.5, 28, 6), MODEL_STARTS
+    """Two hours of the second day, on the way up."""
+    return _servegen(traces, "small", 0.5, 30, 2), MODEL_STARTS
 
 
 _MADE: dict[str, Callable[[], tuple[Traffic, Starts]]] = {
