@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.server
+import ipaddress
 import json
 import logging
 import random
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 import types
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -285,7 +287,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path == "/healthz":
+        if not _is_this_host(self.headers.get("Host", "")):
+            # A page of somebody else's must not read ours through a name of its own.
+            self._answer(421, "text/plain", b"ask for this host by its address or its name\n")
+        elif path == "/healthz":
             healthy = self.shown.healthy
             self._answer(200 if healthy else 503, "text/plain", b"ok\n" if healthy else b"no rounds\n")
         elif path == "/metrics":
@@ -313,3 +318,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(data)
+
+
+def _is_this_host(header: str) -> bool:
+    try:
+        host = urllib.parse.urlsplit(f"//{header}").hostname or ""
+        ipaddress.ip_address(host)
+    except ValueError:
+        return header.partition(":")[0].lower() in ("localhost", socket.gethostname().lower())
+    return True
