@@ -95,6 +95,9 @@ class Replicas(_Part):
     """`min`, if left out."""
     target_concurrency: float = Field(default=8.0, gt=0, le=100_000, strict=False)
     """Requests in flight that a replica should hold."""
+    target_units: float | None = Field(default=None, gt=0, le=1e9, strict=False)
+    """Model units in flight that a replica should hold, where `autoscaling.unit` is `units`: seconds of work
+    that it has before it."""
     concurrency_limit: int | None = Field(default=None, ge=1, le=100_000)
     """Requests in flight that a replica admits; twice the target if left out."""
 
@@ -176,6 +179,8 @@ class Autoscaling(_Part):
     mode: Annotated[Literal["off", "dry-run", "on"], pydantic.BeforeValidator(_switch)] = "on"
     """`dry-run` decides, explains and changes nothing; `off` is `replicas.min`, or what `endpoint scale`
     says."""
+    unit: Literal["requests", "units"] = "requests"
+    """What load is counted in: requests in flight, or what they cost (`units`, `replicas.target_units`)."""
     start_seconds: _Seconds = 30.0
     """How long a replica's start takes, until starts were measured."""
     drain_seconds: _Seconds = 10.0
@@ -363,6 +368,17 @@ class Endpoint(_Part):
         return self
 
     def _check_autoscaling(self) -> None:
+        if self.autoscaling.unit == "units":
+            if self.units is None or self.replicas.target_units is None:
+                raise ValueError(
+                    "autoscaling.unit: units needs the section units, which `glowplug engine calibrate` "
+                    "measures, and replicas.target_units"
+                )
+            if self.autoscaling.limit.enabled:
+                raise ValueError(
+                    "autoscaling.unit: a limit of requests cannot be learned from units; "
+                    "switch autoscaling.limit off, or count requests"
+                )
         for number, schedule in enumerate(self.autoscaling.schedules):
             if schedule.min > self.replicas.most:
                 raise ValueError(
@@ -375,6 +391,13 @@ class Endpoint(_Part):
                 f"autoscaling.limit: {least} to {most} leaves out the limit that replicas begin with "
                 f"({self.replicas.limit}); change replicas.concurrency_limit, or the range"
             )
+
+    @property
+    def reference_units(self) -> float | None:
+        """What a request costs in whose number load in model units is said; None where load is requests."""
+        if self.autoscaling.unit == "requests" or self.replicas.target_units is None:
+            return None
+        return self.replicas.target_units / self.replicas.target_concurrency
 
     @property
     def limit_range(self) -> tuple[int, int]:

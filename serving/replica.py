@@ -43,6 +43,8 @@ class Vitals:
     cpus: float | None = None
     cpu_seconds: float | None = None
     memory: float | None = None
+    units_in_flight: float = 0.0
+    """Model units of the requests in flight and in its queue; 0 where they are not counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -257,6 +257,7 @@ class Server:
             replicas=self._replicas,
             version=state.rollout.stable or changes.version(wanted),
             activator=self._holding.ensure(),
+            reference_units=wanted.reference_units,
         )
         size = self._autoscaler.turn(shell.Mode.of(wanted), Policy.of(wanted), look)
         if size is not None:

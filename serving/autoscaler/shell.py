@@ -86,13 +86,15 @@ class Sample:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Look:
     """What the server has at hand. `pressure` asks the router, and may raise ServingError; `version` is the
-    one that is scaled; `quota`: how many replicas may be had at all."""
+    one that is scaled; `quota`: how many replicas may be had at all; `reference_units`: where load is in
+    model units, what the request costs that targets are said in."""
 
     pressure: Callable[[], Pressure]
     replicas: Sequence[Replica]
     version: str
     activator: tuple[str, int] | None = None
     quota: int | None = None
+    reference_units: float | None = None
 
 
 class Autoscaler:
@@ -157,7 +159,13 @@ class Autoscaler:
             state = state.under(policy)
         pressure = _heard(look.pressure)
         observation = self._signals.observe(
-            pressure, look.activator, look.replicas, look.version, now, look.quota
+            pressure,
+            look.activator,
+            look.replicas,
+            look.version,
+            now,
+            look.quota,
+            look.reference_units,
         )
         began = time.perf_counter()
         made = decide.decide(state, observation, now)

@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from serving.autoscaler import units
 from serving.autoscaler.observation import Demand, Instance, Observation
 from serving.replica import Replica, Vitals
 from serving.router.reports import Pressure, Total
@@ -71,6 +72,7 @@ class Signals:
         self._rates: dict[str, _Rates] = {}
         self._served = _Fading()
         self._passed = _Fading()
+        self._costs = _Fading()
 
     def observe(
         self,
@@ -80,9 +82,11 @@ class Signals:
         version: str,
         now: float,
         quota: int | None = None,
+        reference_units: float | None = None,
     ) -> Observation:
         """One look. `version` is the one that is scaled: demand is the whole endpoint's, instances are that
-        version's. `replicas` are all that there are, on the clock of `now`."""
+        version's. `replicas` are all that there are, on the clock of `now`. With `reference_units`, load is
+        in model units: in requests of that cost (`units.weight`)."""
         elapsed = 0.0 if self._at is None else max(0.0, now - self._at)
         self._at = now
         self._hear(pressure.totals)
@@ -96,6 +100,10 @@ class Signals:
             for each in replicas
             if each.version == version
         )
+        if reference_units is not None:
+            weight = self._weight(elapsed, reference_units)
+            demand = None if demand is None else _weighed(demand, weight)
+            instances = tuple(_weighed_instance(each, weight) for each in instances)
         return Observation(now, demand, instances, quota)
 
     # -- what was said since the last look -----------------------------------------------------------
@@ -158,6 +166,17 @@ class Signals:
             service_seconds=engines if engines is not None else self._passed.mean(),
         )
 
+    def _weight(self, elapsed: float, reference_units: float) -> float:
+        """Of a request, by what is in flight now or was lately; 1 while nothing ever was."""
+        said = self._vitals.values()
+        requests = sum(each.in_flight + each.queued for each in said)
+        in_flight = sum(each.units_in_flight for each in said)
+        self._costs.add(in_flight * elapsed, requests * elapsed, elapsed)
+        if requests and in_flight:
+            return units.weight(in_flight, requests, reference_units)
+        mean = self._costs.mean()
+        return units.weight(mean, 1.0, reference_units) if mean else 1.0
+
     def _instance(self, replica: Replica, by_place: Mapping[Place, float] | None) -> Instance:
         """In flight by the reports, and by the engine itself where these are not to be had."""
         vitals = replica.vitals
@@ -177,6 +196,29 @@ class Signals:
             cpu=rates.cpu,
             memory=vitals.memory if vitals is not None else None,
         )
+
+
+def _weighed(demand: Demand, weight: float) -> Demand:
+    return dataclasses.replace(
+        demand,
+        in_flight=demand.in_flight * weight,
+        held=demand.held * weight,
+        queued=demand.queued * weight,
+        issued_per_second=demand.issued_per_second * weight,
+        rejected_per_second=demand.rejected_per_second * weight,
+    )
+
+
+def _weighed_instance(instance: Instance, weight: float) -> Instance:
+    def times(value: float | None) -> float | None:
+        return None if value is None else value * weight
+
+    return dataclasses.replace(
+        instance,
+        in_flight=times(instance.in_flight),
+        queued=times(instance.queued),
+        completed_per_second=times(instance.completed_per_second),
+    )
 
 
 def _between(before: Vitals, after: Vitals) -> _Rates:

@@ -24,6 +24,13 @@ class Coefficients:
     cached: float = 0.0
 
 
+def weight(in_flight_units: float, in_flight_requests: float, reference_units: float) -> float:
+    """How many requests of the reference cost one request in flight stands for, on average. A count of
+    requests times this is load in units, said in requests of that cost; so whatever is reckoned in requests,
+    a target for each replica above all, holds for it as it is."""
+    return in_flight_units / in_flight_requests / reference_units
+
+
 TOKENS = Coefficients(request=0.0, input=1.0, output=1.0, cached=1.0)
 """Not seconds but plain tokens: what limits in tokens count."""
 

@@ -148,6 +148,7 @@ def vitals(said: Mapping[str, Any], now: float) -> Vitals | None:
         cpus=_number(used.get("cpus")),
         cpu_seconds=_number(used.get("cpu_seconds")),
         memory=memory / most if memory is not None and most is not None and most >= 1 else None,
+        units_in_flight=_number(said.get("units_in_flight")) or 0.0,
     )
 
 

@@ -134,6 +134,18 @@ def test_nesting_without_end_is_refused() -> None:
         endpoint.load("[" * 100_000, "e.yaml")
 
 
+def test_scaling_on_units_needs_to_know_them() -> None:
+    cost = {"request_seconds": 0.5, "input_token_seconds": 0.25, "output_token_seconds": 1}
+    wanted = {"autoscaling": {"unit": "units"}, "replicas": {"target_concurrency": 4, "target_units": 2}}
+    assert _changed(**wanted, units=cost).reference_units == 0.5
+    assert _changed().reference_units is None
+    for lacking in (wanted, {**wanted, "replicas": {}, "units": cost}):
+        with pytest.raises(errors.DocumentError, match="calibrate"):
+            _changed(**lacking)
+    with pytest.raises(errors.DocumentError, match="learned"):
+        _changed(**wanted | {"autoscaling": {"unit": "units", "limit": {"enabled": True}}}, units=cost)
+
+
 def test_the_published_schema_is_current() -> None:
     published = Path(__file__).parents[2] / "docs" / "endpoint-schema.json"
     assert json.loads(published.read_text()) == endpoint.json_schema(), (

@@ -39,6 +39,24 @@ def test_what_is_in_flight_and_held() -> None:
     assert [each.in_flight for each in found.instances] == [3, 4, 0]
 
 
+def test_load_in_units_is_requests_of_the_reference_cost() -> None:
+    signals = Signals()
+    pressure = Pressure((_load(1, 6), _load(9, 2)), {"e": Total(seconds=1.0, issued=30, dropped=3)})
+
+    def look(now: float, *replicas: Replica) -> Observation:
+        return signals.observe(pressure, ACTIVATOR, replicas, "v", now, reference_units=0.5)
+
+    assert _demand(look(0.0, _replica(1))).in_flight == 6  # what they cost is not known
+    dear = Vitals(1.0, 3, 1, 0, 0, 0.0, units_in_flight=8.0)  # four, each of four times the reference
+    found = look(1.0, _replica(1, dear))
+    demand = _demand(found)
+    assert (demand.in_flight, demand.held, demand.queued) == (24, 8, 4)
+    assert (demand.issued_per_second, demand.rejected_per_second) == (120, 12)
+    assert found.instances[0].in_flight == 24
+    idle = Vitals(2.0, 0, 0, 4, 0, 1.0)
+    assert _demand(look(2.0, _replica(1, idle))).in_flight == pytest.approx(24)  # as they were lately
+
+
 def test_who_is_absent_from_reports_that_came_has_a_demand_of_zeros() -> None:
     found = Signals().observe(Pressure((), {}), ACTIVATOR, [], "v", 10.0)
     assert found.demand == Demand(in_flight=0.0)
