@@ -170,7 +170,7 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield "# TYPE glowplug_endpoint_concurrency_limit gauge"
     yield f"glowplug_endpoint_concurrency_limit{{{endpoint}}} {status['concurrency_limit']}"
     yield "# HELP glowplug_endpoint_latency_seconds Of requests since Envoy started, as it saw them."
-    yield "# TYPE glowplug_endpoint_latency_seconds gauge"
+    yield "# TYPE glowplug_endpoint_latency_seconds summary"
     for name, value in status.get("latency", {}).items():
         quantile = float(name.removeprefix("p")) / 100
         yield f'glowplug_endpoint_latency_seconds{{{endpoint},quantile="{quantile:g}"}} {value:.6f}'

@@ -39,7 +39,7 @@ def _autoscaling(reason: str) -> dict[str, Any]:
     }
 
 
-def _status(reason: str = "", phases: dict[str, float] | None = None) -> dict[str, Any]:
+def made_status(reason: str = "", phases: dict[str, float] | None = None) -> dict[str, Any]:
     seen = traffic.Traffic("chat")
     replicas = [
         Replica("r1", "v", ("127.0.0.1", 1), State.READY, 1.0, 4.0, phases or {}, "", reason),
@@ -69,7 +69,7 @@ def _status(reason: str = "", phases: dict[str, float] | None = None) -> dict[st
 
 
 def test_requests_are_summed_by_replica_and_version() -> None:
-    status = _status()
+    status = made_status()
     first = status["replicas"][0]
     assert (first["in_flight"], first["issued"], first["errors"]) == (2, 30, 3)
     assert status["versions"] == {"v": {"issued": 30, "errors": 3}}
@@ -79,7 +79,7 @@ def test_requests_are_summed_by_replica_and_version() -> None:
 
 
 def test_what_is_unknown_of_demand_is_left_out() -> None:
-    status = _status()
+    status = made_status()
     text = statusdocument.metrics(status).decode()
     assert 'glowplug_autoscaler_rejected_per_second{endpoint="chat"} 2.5' in text
     assert 'glowplug_autoscaler_clamped{endpoint="chat",rule="maximum"} 1' in text
@@ -99,7 +99,7 @@ _PHASES = st.dictionaries(st.text(max_size=5), st.floats(0, 10), max_size=4)
 
 @given(st.text(alphabet="<>&\"'ab", max_size=30), _PHASES)
 def test_no_text_becomes_markup(reason: str, phases: dict[str, float]) -> None:
-    page = statuspage.render(_status(f"<script>{reason}", phases))
+    page = statuspage.render(made_status(f"<script>{reason}", phases))
     assert "<script" not in page
     assert "http-equiv" in page
 
