@@ -70,7 +70,6 @@ class Owner:
             "name": self.name,
             "uid": self.uid,
             "controller": self.controller,
-            "blockOwnerDeletion": self.controller,
         }
 
 

@@ -1,0 +1,68 @@
+"""An endpoint on Kubernetes under load: real engines in the fake cluster's pods, a real Envoy, and the operator
+as a process that is killed in the middle of an update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from serving.router import bootstrap, envoy
+from tests.fixtures.kubernetes_api import KubernetesApi
+from tests.fixtures.kubernetes_nodes import Processes, nodes
+from tests.serving.operator.running import operating, spec
+from tests.serving.router.world import free_port
+from tests.serving.served import Load, answer
+from tests.serving.shortpaths import short_directory
+
+
+def test_an_update_over_a_killed_operator_fails_no_request(kubernetes_api: KubernetesApi) -> None:
+    port = free_port()
+    settings = {"routing": {"port": port}, "drain": {"notice_seconds": 2, "seconds": 30}}
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(short_directory())
+        pods = stack.enter_context(short_directory())
+        stack.enter_context(nodes(kubernetes_api, Processes(kubernetes_api, pods)))
+        operator = stack.enter_context(operating(kubernetes_api, directory))
+        (directory / "envoy").mkdir(mode=0o700)
+        front = envoy.Envoy(
+            directory / "envoy",
+            bootstrap.Settings("test", str(operator.control), str(directory / "envoy" / "admin.sock")),
+            workers=1,
+        )
+        operator.start()
+        operator.put({**spec("one"), **settings})
+        operator.until(lambda: operator.status().get("readyReplicas") == 2)
+        front.start()
+        stack.callback(front.stop)
+        url = f"http://127.0.0.1:{port}"
+        operator.until(lambda: _answers(url))
+
+        async def update() -> Load:
+            async def until(holds: Callable[[], bool]) -> None:
+                await asyncio.to_thread(operator.until, holds)
+
+            async with Load(url, clients=8) as load:
+                operator.put({**spec("two"), **settings})
+                await until(lambda: operator.status().get("phase") == "shifting")
+                await asyncio.to_thread(operator.kill)
+                operator.start()
+                await until(lambda: operator.status().get("phase") == "steady")
+                await until(lambda: len(kubernetes_api.objects("v1/pods")) == 2)
+            return load
+
+        load = asyncio.run(update())
+        assert load.failed == []
+        assert {each.name for each in load.asked} >= {"one", "two"}
+        assert operator.condition("Ready")["status"] == "True"
+        # Its end leaves routes and replicas: requests do not need it.
+        assert operator.stop() == 0
+        assert answer(f"{url}/work")[0] == 200
+        assert len(kubernetes_api.objects("v1/pods")) == 2
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        return answer(f"{url}/work")[0] == 200
+    return False
