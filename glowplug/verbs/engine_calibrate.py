@@ -32,6 +32,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--outputs", default="1,16,64", help="Tokens of the answers.")
 @click.option("--clients", default="4,16", help="Requests in flight at a time; the best number counts.")
 @click.option("--seconds", "each", default="5s", help="For each kind of request and number of clients.")
+@click.option("--rounds", default=2, type=click.IntRange(1, 1_000), help="Over all of them; the best counts.")
 @click.option("--key-file", type=_FILE, help="The API key to send.")
 @click.option("--seed", default=1, help="Of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
@@ -45,6 +46,7 @@ def command(
     outputs: str,
     clients: str,
     each: str,
+    rounds: int,
     key_file: Path | None,
     seed: int,
     as_json: bool,
@@ -70,9 +72,9 @@ def command(
     where = _target(target, state_dir, model, None if key_file is None else key_file.read_text().strip())
     levels = _numbers(clients, "--clients", 1, 10_000)
     seconds = duration.parse(each, "--seconds")
-    click.echo(f"{len(kinds)} kinds of request, {len(kinds) * len(levels) * seconds:g} s", err=True)
+    click.echo(f"{len(kinds)} kinds of request, {len(kinds) * len(levels) * rounds * seconds:g} s", err=True)
     found = calibration.measure(
-        where, kinds, levels, seconds, seed, lambda one: click.echo(_line(one), err=True)
+        where, kinds, levels, seconds, rounds, seed, lambda one: click.echo(_line(one), err=True)
     )
     fitted = unitfit.fit([one.point for one in found])
     document = _document(fitted, found)
