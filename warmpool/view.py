@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from warmpool import backoff
 from warmpool.observation import Node, NodeState, Pool, PoolDecision
 from warmpool.orders import Admit, Hold, Order, Replace, Serve
 from warmpool.report import Event, Report
@@ -51,6 +52,7 @@ def document(
 def _pool(report: Report, pool: Pool, decision: PoolDecision) -> dict[str, Any]:
     why = decision.explanation
     ageing = report.roster.ageing.get(pool.node_class)
+    wait = backoff.blocking(report.waits, pool.node_class, report.at)
     counts = Counter(node.state for node in pool.nodes)
     return {
         "node_class": pool.node_class,
@@ -62,8 +64,8 @@ def _pool(report: Report, pool: Pool, decision: PoolDecision) -> dict[str, Any]:
         "states": {state.value: counts.get(state, 0) for state in NodeState},
         "nodes": [_node(report, node) for node in pool.nodes],
         "past_its_time": None if ageing is None else ageing.name,
-        "blocked_until": pool.blocked_until,
-        "blocked": pool.blocked[:_REASON_CHARACTERS],
+        "blocked_until": None if wait is None else wait.until,
+        "blocked": "" if wait is None else wait.reason[:_REASON_CHARACTERS],
         "hits": report.roster.tally.hits.get(pool.node_class, 0),
         "misses": report.roster.tally.misses.get(pool.node_class, 0),
         "images": [
