@@ -68,6 +68,9 @@ bench: setup ## Measure starts, warm reads, conversion, metadata; results/ (long
 benchrouter: setup ## The router against nginx and HAProxy (needs both, and wrk); results/router.json
 	$(PYTHON) -m e2e.router $(BENCH_ARGS)
 
+benchautoscale: setup ## An endpoint under a ramp, a spike, a drop and a kill, live; results/autoscale/
+	$(PYTHON) -m e2e.autoscale
+
 # An old enough protoc: what it writes works with every protobuf that the agent extra allows.
 PROTOC := .cache/protoc
 proto: ## Write the *_pb2.py of our .proto files again
