@@ -15,7 +15,7 @@ STARTUP_ARGS ?=
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup debian demo test soak check fmt bench benchrouter proto clean
+.PHONY: help setup debian demo test soak check fmt bench benchrouter benchautoscale proto clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
