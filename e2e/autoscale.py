@@ -70,6 +70,7 @@ class Target:
     service_seconds: float
     scale: float
     start_seconds: float
+    phases: tuple[Phase, ...]
 
 
 PHASES = (
@@ -80,6 +81,11 @@ PHASES = (
     Phase("spike", 20, 40, 40),
     Phase("after", 30, 3, 3),
 )
+VLLM_PHASES = tuple(
+    dataclasses.replace(each, seconds=seconds)
+    for each, seconds in zip(PHASES, (15, 45, 60, 40, 10, 20), strict=True)
+)
+"""Its starts take most of a minute."""
 
 
 def schedule(phases: Sequence[Phase], scale: float, draw: random.Random) -> list[arrivals.Arrival]:
@@ -112,7 +118,7 @@ def small_engines(folder: Path) -> Target:
         },
         "replicas": {"min": 1, "max": 10, "target_concurrency": 3, "concurrency_limit": _SLOTS},
     }
-    return Target(document, "/work", b"{}", _SERVICE_SECONDS, 1.0, _START_SECONDS)
+    return Target(document, "/work", b"{}", _SERVICE_SECONDS, 1.0, _START_SECONDS, PHASES)
 
 
 def vllm_engines(folder: Path, python: str, model: str) -> Target:
@@ -127,9 +133,9 @@ def vllm_engines(folder: Path, python: str, model: str) -> Target:
             "environment": environment,
         },
         "model": model,
-        "replicas": {"min": 1, "max": 2, "target_concurrency": 6, "concurrency_limit": 8},
+        "replicas": {"min": 1, "max": 2, "target_concurrency": 2, "concurrency_limit": 4},
     }
-    return Target(document, "/v1/completions", None, 0.5, 0.3, 30.0)
+    return Target(document, "/v1/completions", None, 0.3, 0.5, 30.0, VLLM_PHASES)
 
 
 @contextlib.contextmanager
@@ -282,8 +288,9 @@ def enough_after(seen: Sequence[dict[str, Any]], begin: float, needed: int) -> i
     )
 
 
-def measure(folder: Path, target: Target, phases: Sequence[Phase], out: Path) -> dict[str, Any]:
+def measure(folder: Path, target: Target, out: Path) -> dict[str, Any]:
     """One run, drawn and as a document."""
+    phases = target.phases
     sent = schedule(phases, target.scale, random.Random(1))
     begins = [sum(each.seconds for each in phases[:number]) for number in range(len(phases))]
     kills = [begin + each.seconds / 2 for begin, each in zip(begins, phases, strict=True) if each.kill]
@@ -367,7 +374,7 @@ def main() -> None:
         target = (
             vllm_engines(folder, arguments.vllm, arguments.model) if arguments.vllm else small_engines(folder)
         )
-        found = measure(folder, target, PHASES, arguments.out)
+        found = measure(folder, target, arguments.out)
     for phase in found["phases"]:
         print(
             f"{phase['phase']:32} {phase['requests']:6d} requests  late {phase['late']:4d}  "
