@@ -1,8 +1,10 @@
-# Images from one file: the converter, for CI pipelines, the agent, for nodes, the controller of warm pools.
+# Images from one file: the converter, for CI pipelines, the agent, for nodes, the controller of warm pools, and
+# what serves on clusters: engines' supervisor and operator.
 #
 #   docker build --target converter -t glowplug-converter .
 #   docker build --target agent -t glowplug-agent .          (--build-arg EXTRAS=agent,s3 for buckets)
 #   docker build --target warmpool -t glowplug-warmpool .
+#   docker build --target serving -t glowplug-serving .
 
 FROM debian:12-slim AS build
 RUN apt-get update \
@@ -34,6 +36,13 @@ COPY deploy/bundle deploy/bundle
 ARG EXTRAS=agent
 RUN EXTRAS="$EXTRAS" deploy/bundle/build.sh /opt/glowplug
 
+FROM build AS serving-build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends patchelf \
+    && rm -rf /var/lib/apt/lists/*
+COPY deploy/bundle deploy/bundle
+RUN EXTRAS=operator,imagefs PACKAGES="glowplug imagefs serving cluster" deploy/bundle/build.sh /opt/glowplug
+
 FROM debian:12-slim AS runtime
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
@@ -56,6 +65,14 @@ USER glowplug
 # The home may be read-only; compiled models go to /tmp.
 ENV NUMBA_CACHE_DIR=/tmp MPLCONFIGDIR=/tmp
 ENTRYPOINT ["/opt/warmpool/bin/glowplug"]
+CMD ["--help"]
+
+# What deploy/kustomize/serving runs, and what brings the supervisor into replicas' pods, whose images have
+# nothing of ours: /opt/glowplug is copied there, with Python, libc and loader of its own.
+FROM debian:12-slim AS serving
+COPY --from=serving-build /opt/glowplug /opt/glowplug
+USER 65532
+ENTRYPOINT ["/opt/glowplug/current/bin/glowplug"]
 CMD ["--help"]
 
 # What deploy/kustomize runs on each node: it installs the agent on the host, where containers' files must live,

@@ -22,6 +22,8 @@ from tests.serving.served import GLOWPLUG, document
 COLLECTION = f"{definition.KIND.group_version}/{definition.KIND.plural}"
 _LEASES = "coordination.k8s.io/v1/leases"
 _WAIT_SECONDS = 60.0
+TOKEN = "operator"
+"""Whose requests are the operator's, and not the test's."""
 
 
 def spec(version: str = "one", replicas: int = 2, **sections: Any) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Operator:
             "kind": "Config",
             "current-context": "here",
             "clusters": [{"name": "here", "cluster": {"server": server.url}}],
-            "users": [{"name": "me", "user": {}}],
+            "users": [{"name": "me", "user": {"token": TOKEN}}],
             "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
         }
         (directory / "kubeconfig").write_text(yaml.safe_dump(config))

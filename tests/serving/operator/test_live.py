@@ -1,5 +1,5 @@
-"""An endpoint on Kubernetes under load: real engines in the fake cluster's pods, a real Envoy, and the operator
-as a process that is killed in the middle of an update.
+"""An endpoint on Kubernetes under load: real engines in the fake cluster's pods, a real Envoy, and the
+operator as a process that is killed in the middle of an update.
 """
 
 from __future__ import annotations

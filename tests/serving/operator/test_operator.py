@@ -9,9 +9,10 @@ import pytest
 from cluster import objects
 from serving import changes
 from serving.operator import definition, resource
+from tests.deploy.test_kustomize_serving import granted, used
 from tests.fixtures.kubernetes_api import KubernetesApi
 from tests.fixtures.kubernetes_nodes import Nodes, Scripted, nodes
-from tests.serving.operator.running import COLLECTION, Operator, operating, spec
+from tests.serving.operator.running import COLLECTION, TOKEN, Operator, operating, spec
 from tests.serving.shortpaths import short_directory
 
 _DEPLOYMENTS = "apps/v1/deployments"
@@ -72,6 +73,11 @@ def test_from_a_resource_to_replicas_and_back_to_nothing(world: World) -> None:
     for collection in ("v1/pods", "v1/services", "v1/secrets", "v1/configmaps", _DEPLOYMENTS):
         assert server.objects(collection) == []
     assert operator.stop() == 0
+
+    # It may do what it did, and what it may do beyond that is for days that are worse.
+    did = used(each for each in server.requests if each.authorization == f"Bearer {TOKEN}")
+    assert did <= granted()
+    assert granted() - did <= {("", "pods", "delete"), ("", "pods", "patch")}
 
 
 def test_what_is_wrong_with_a_document_is_its_condition_and_nothing_changes(world: World) -> None:

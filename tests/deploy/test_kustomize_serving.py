@@ -1,0 +1,128 @@
+"""The operator's manifests, built by a real kustomize; its rights are those that it uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import kubernetes_validate
+import pytest
+import yaml
+
+from glowplug.verbs import operator as verb
+from glowplug.verbs import router as router_verb
+from serving.operator import definition, tending
+from tests.fixtures import debian
+from tests.fixtures.kubernetes_api import Seen
+
+_FOLDER = Path(__file__).parents[2] / "deploy/kustomize/serving"
+Objects = dict[tuple[str, str], dict[str, Any]]
+Right = tuple[str, str, str]
+"""API group, resource, verb."""
+
+
+def build() -> Objects:
+    kubectl = debian.unpacked("kubectl", "trixie", ["kubectl"]) / "usr/bin/kubectl"
+    built = subprocess.run([kubectl, "kustomize", _FOLDER], capture_output=True, text=True)
+    assert (built.returncode, built.stderr) == (0, "")
+    return {
+        (each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(built.stdout) if each
+    }
+
+
+def granted() -> set[Right]:
+    (role,) = (each for key, each in build().items() if key[0] == "Role")
+    return {
+        (group, resource, one)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for one in rule["verbs"]
+    }
+
+
+_PATH = re.compile(
+    r"/(?:api/v1|apis/(?P<group>[^/]+)/[^/]+)(?:/namespaces/[^/]+)?/(?P<resource>[a-z]+)"
+    r"(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[a-z]+))?\Z"
+)
+
+
+def used(requests: Iterable[Seen]) -> set[Right]:
+    """What an API server would have asked the Role for."""
+    found = set()
+    for each in requests:
+        match = _PATH.match(each.path)
+        if match is None:
+            continue  # discovery, which everybody may
+        by_method = {"POST": "create", "PATCH": "patch", "DELETE": "delete", "PUT": "update"}
+        one = by_method.get(each.method) or (
+            "watch" if each.query.get("watch") else "get" if match["name"] else "list"
+        )
+        resource = "/".join(filter(None, (match["resource"], match["subresource"])))
+        found.add((match["group"] or "", resource, one))
+    return found
+
+
+@pytest.mark.parametrize("version", ["1.27", "1.37"])
+def test_every_object_is_one_that_the_api_takes(version: str) -> None:
+    objects = build()
+    assert len(objects) >= 9
+    for each in objects.values():
+        kubernetes_validate.validate(each, version, strict=True)
+    objects["Deployment", "glowplug-operator"]["spec"]["template"]["spec"]["hostPid"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(objects["Deployment", "glowplug-operator"], version, strict=True)
+
+
+def test_the_committed_definition_is_the_documents() -> None:
+    text = (_FOLDER / "crd.yaml").read_text()
+    assert yaml.safe_load(text) == definition.document(), (
+        "write it again: glowplug operator crd > deploy/kustomize/serving/crd.yaml"
+    )
+    assert click.testing.CliRunner().invoke(verb.command, ["crd"]).output == text
+
+
+def test_the_parts_fit_each_other() -> None:
+    objects = build()
+    for name in ("glowplug-operator", "glowplug-envoy"):
+        deployment = objects["Deployment", name]
+        pod = deployment["spec"]["template"]
+        assert deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        volumes = {each["name"] for each in pod["spec"]["volumes"]}
+        for container in (*pod["spec"]["containers"], *pod["spec"].get("initContainers", ())):
+            assert {each["name"] for each in container["volumeMounts"]} <= volumes
+    envoy = objects["Deployment", "glowplug-envoy"]["spec"]["template"]
+    assert tending.ENVOY_LABELS.items() <= envoy["metadata"]["labels"].items()
+    assert (
+        envoy["metadata"]["labels"].items()
+        >= objects["PodDisruptionBudget", "glowplug-envoy"]["spec"]["selector"]["matchLabels"].items()
+    )
+    service = objects["Service", "glowplug-operator"]
+    labels = objects["Deployment", "glowplug-operator"]["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    binding = objects["RoleBinding", "glowplug-operator"]
+    assert binding["subjects"][0]["namespace"] == "glowplug-serving"
+    assert not any(key[0].startswith("ClusterRole") for key in objects), "its namespace is all it has"
+
+
+def test_the_commands_are_ones_that_the_verbs_take(tmp_path: Path) -> None:
+    objects = build()
+    pod = objects["Deployment", "glowplug-operator"]["spec"]["template"]["spec"]
+    context = verb.run.make_context("run", list(pod["containers"][0]["args"]))
+    assert context.params["listen"].endswith(
+        f":{objects['Service', 'glowplug-operator']['spec']['ports'][0]['port']}"
+    )
+    (container,) = objects["Deployment", "glowplug-envoy"]["spec"]["template"]["spec"]["initContainers"]
+    arguments = [each.replace("$(POD_NAME)", "envoy-1") for each in container["args"]]
+    arguments = [each.replace("--output=/config", f"--output={tmp_path}") for each in arguments]
+    result = click.testing.CliRunner().invoke(router_verb.bootstrap, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "glowplug-operator" in (tmp_path / "envoy.json").read_text()
+
+
+def test_no_right_is_more_than_its_namespaces() -> None:
+    assert not any("*" in word for right in granted() for word in right)
