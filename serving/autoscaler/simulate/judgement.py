@@ -8,6 +8,7 @@ is better than in both. Nothing is interpolated between points: where a frontier
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 
@@ -98,17 +99,13 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def most_reversals(wanted: Sequence[int], window_seconds: int = 600) -> int:
-    """Of a series with one value a second: turns from up to down or back, the most in any such window."""
-    turns = []
-    direction = 0
-    for second in range(1, len(wanted)):
-        change = wanted[second] - wanted[second - 1]
-        if change and direction and (change > 0) != (direction > 0):
-            turns.append(second)
-        direction = change or direction
-    most, first = 0, 0
-    for last, second in enumerate(turns):
-        while turns[first] <= second - window_seconds:
-            first += 1
-        most = max(most, last - first + 1)
+    """Of a series with one value a second: the most changes of direction in any such window, as who looks at
+    that window alone sees them."""
+    moves = [(at, later - earlier) for at, (earlier, later) in enumerate(itertools.pairwise(wanted), 1)]
+    moves = [(at, change) for at, change in moves if change]
+    most = 0
+    for first, (began, _) in enumerate(moves):
+        inside = [move for move in moves[first:] if move[0] < began + window_seconds]
+        turns = sum((one > 0) != (other > 0) for (_, one), (_, other) in itertools.pairwise(inside))
+        most = max(most, turns)
     return most

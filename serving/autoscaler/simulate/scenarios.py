@@ -128,7 +128,7 @@ def _ours(scenario: Scenario) -> list[Point]:
 
 
 _OURS_DEFAULT_PART = 0.8
-_PARTS = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+_PARTS = (0.5, 0.7, 0.8, 1.0)
 _HPA_DEFAULT_PART = 0.8
 """Its default for CPU; a Pods metric has none."""
 
