@@ -2,9 +2,9 @@
 
 The same prompts (50 tokens in, 50 out, by a seed) go to vLLM as `glowplug engine` runs it: in BF16, in FP8
 with a scale per output channel, and with one per tensor, both quantized while loading; with `--checkpoint`
-also to what `glowplug quantize` made. Each in turn, in rounds, since one GPU holds one at a time: what drifts,
-drifts for all. At each concurrency so many clients ask one after the other, in streams; a level is long enough
-to fill and drain many times.
+also to what `glowplug quantize` made. Each in turn, in rounds, since one GPU holds one at a time: what drifts
+does so for all. At each concurrency so many clients ask one after the other, in streams; a level is long
+enough to fill and drain many times.
 
 Prints a table (requests and output tokens a second, time to first token, ratio to BF16), writes
 results/hopper.json with every round and the phases of each start. Nothing is asserted. Needs a GPU of compute
