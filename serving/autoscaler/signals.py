@@ -27,6 +27,8 @@ SERVICE_SECONDS = 10.0
 """The time over which the mean time in flight is taken; older requests fade with it."""
 _LEAST = 1e-3
 """What is left of a sum that has faded: there is nothing lately to take a mean of."""
+_SILENT_SECONDS = 10.0
+"""What an engine said longer ago is not what it does now."""
 _MOST = 1e12
 _SHORTEST_SECONDS = 0.01
 """Over less than that there is no rate."""
@@ -89,6 +91,10 @@ class Signals:
         in model units: in requests of that cost (`units.weight`)."""
         elapsed = 0.0 if self._at is None else max(0.0, now - self._at)
         self._at = now
+        # Who leaves is not asked any more: what it said last is no rate.
+        replicas = [
+            each if _fresh(each, now) else dataclasses.replace(each, vitals=None) for each in replicas
+        ]
         self._hear(pressure.totals)
         self._ask(replicas, elapsed)
         by_place = {(each.address, each.port): _count(each.in_flight) for each in pressure.loads}
@@ -148,7 +154,8 @@ class Signals:
         replicas: Sequence[Replica],
         elapsed: float,
     ) -> Demand:
-        """What was in flight at a replica that is gone counts too: somebody will have to do it."""
+        """What was in flight at a replica that is gone counts too: somebody will have to do it. What engines
+        refused was given to them first, and is counted once."""
         held = by_place.get(activator, 0.0) if activator is not None else 0.0
         in_flight = sum(by_place.values()) - held
         issued = sum(issued for issued, _ in self._flows.values())
@@ -161,7 +168,7 @@ class Signals:
             held=held,
             # Engines were asked a moment ago, and cannot have more than there is now.
             queued=min(in_flight, sum(each.vitals.queued for each in replicas if each.vitals is not None)),
-            issued_per_second=issued,
+            issued_per_second=max(0.0, issued - refused),
             rejected_per_second=dropped + refused,
             service_seconds=engines if engines is not None else self._passed.mean(),
         )
@@ -219,6 +226,10 @@ def _weighed_instance(instance: Instance, weight: float) -> Instance:
         queued=times(instance.queued),
         completed_per_second=times(instance.completed_per_second),
     )
+
+
+def _fresh(replica: Replica, now: float) -> bool:
+    return replica.vitals is not None and abs(now - replica.vitals.at) <= _SILENT_SECONDS
 
 
 def _between(before: Vitals, after: Vitals) -> _Rates:

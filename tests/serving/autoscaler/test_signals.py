@@ -102,6 +102,26 @@ def test_engines_say_how_long_requests_take_without_waiting_and_what_they_refuse
     assert again.instances == (dataclasses.replace(instance, in_flight=2.0),)  # not asked since: as it was
 
 
+def test_what_engines_refused_was_not_issued_too() -> None:
+    signals = Signals()
+    first, second = Vitals(0.0, 4, 0, 0, 0, 0.0), Vitals(1.0, 4, 0, 20, 30, 5.0)
+    signals.observe(Pressure((), {"x": Total(0, 0, 1.0)}), None, [_replica(1, first)], "v", 0.0)
+    totals = {"x": Total(50, 5, 2.0)}
+    demand = _demand(signals.observe(Pressure((), totals), None, [_replica(1, second)], "v", 1.0))
+    assert (demand.issued_per_second, demand.rejected_per_second) == (20, 30 + 5)
+
+
+def test_an_engine_that_is_not_asked_any_more_refuses_no_more() -> None:
+    signals = Signals()
+    for at in (0.0, 1.0):
+        replica = _replica(1, Vitals(at, 4, 2, 20, int(30 * at), 5.0))
+        demand = _demand(signals.observe(Pressure((_load(1, 6),), {}), None, [replica], "v", at))
+    assert (demand.rejected_per_second, demand.queued) == (30, 2)
+    leaving = dataclasses.replace(replica, state=State.DRAINING)
+    demand = _demand(signals.observe(Pressure((_load(1, 6),), {}), None, [leaving], "v", 20.0))
+    assert (demand.rejected_per_second, demand.queued) == (0, 0)
+
+
 def test_without_engines_the_time_is_littles_law() -> None:
     signals = Signals()
     for second in range(20):
