@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -90,21 +91,17 @@ class Ec2:
             retries={"total_max_attempts": _ATTEMPTS, "mode": "standard"},
         )
         with _ours("begin"):
-            session = boto3.session.Session(region_name=settings.region)
-            self._groups: AutoScalingClient = session.client(
-                "autoscaling", endpoint_url=settings.endpoint_url, config=config
+            self._groups: AutoScalingClient = _session().client(
+                "autoscaling", settings.region, endpoint_url=settings.endpoint_url, config=config
             )
-            self._instances: EC2Client = session.client(
-                "ec2", endpoint_url=settings.endpoint_url, config=config
+            self._instances: EC2Client = _session().client(
+                "ec2", settings.region, endpoint_url=settings.endpoint_url, config=config
             )
 
     def observe(self) -> Sequence[Machine]:
         """See Provider."""
-        found: list[Machine] = []
         with _ours("describe groups"):
-            for name, each in self._settings.classes.items():
-                found += self._class(name, each)
-        return sorted(found, key=lambda each: each.name)
+            return sorted(self._machines(self._settings.classes), key=lambda each: each.name)
 
     def hold(self, node_class: str, count: int, release: Collection[str] = ()) -> None:
         """See Provider. Which surplus instances go is the group's choice: `release` is not heard."""
@@ -120,7 +117,7 @@ class Ec2:
             if any(configuration.get(key) != value for key, value in wanted.items()):
                 self._groups.put_warm_pool(AutoScalingGroupName=settings.auto_scaling_group, **wanted)
                 return
-            held = sum(each.stage in HELD for each in self._class(node_class, settings))
+            held = sum(each.stage in HELD for each in self._machines({node_class: settings}))
             refused = self._refusal(settings) if held < count else ""
         if refused:
             raise errors.CapacityError(f"{settings.auto_scaling_group}: {refused}")
@@ -129,7 +126,7 @@ class Ec2:
         """See Provider."""
         settings = self._of(node_class)
         with _ours(f"have {count} of {settings.auto_scaling_group} in service"):
-            group = self._group(settings)
+            group = self._described({node_class: settings})[node_class]
             if count <= group["DesiredCapacity"]:
                 return
             if count > group["MaxSize"]:
@@ -185,29 +182,34 @@ class Ec2:
                 return machine
         raise errors.NotFoundError(f"no group of this pool has an instance {name}")
 
-    def _class(self, node_class: str, settings: Ec2Class) -> list[Machine]:
-        group = self._group(settings)
-        _, warm = self._warm_pool(settings)
-        states = {each["InstanceId"]: each for each in (*group.get("Instances", []), *warm)}
+    def _machines(self, classes: Mapping[str, Ec2Class]) -> list[Machine]:
+        groups = self._described(classes)
+        states: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for name, settings in classes.items():
+            _, warm = self._warm_pool(settings)
+            for each in (*groups[name].get("Instances", []), *warm):
+                states[each["InstanceId"]] = (name, each)
         details = self._details(list(states))
         now = self._clock()
         return [
-            _machine(node_class, settings, state, details.get(name, {}), now)
-            for name, state in states.items()
+            _machine(name, classes[name], state, details.get(instance, {}), now)
+            for instance, (name, state) in states.items()
             if state.get("LifecycleState") != "Warmed:Terminated"
         ]
 
-    def _group(self, settings: Ec2Class) -> Mapping[str, Any]:
-        groups = self._groups.describe_auto_scaling_groups(
-            AutoScalingGroupNames=[settings.auto_scaling_group]
-        )["AutoScalingGroups"]
-        if not groups:
+    def _described(self, classes: Mapping[str, Ec2Class]) -> dict[str, Mapping[str, Any]]:
+        """The group of each class."""
+        names = {each.auto_scaling_group for each in classes.values()}
+        pages = self._groups.get_paginator("describe_auto_scaling_groups").paginate(
+            AutoScalingGroupNames=sorted(names)
+        )
+        found = {each["AutoScalingGroupName"]: each for page in pages for each in page["AutoScalingGroups"]}
+        if missing := sorted(names - set(found)):
             raise errors.ConfigurationError(
-                f"there is no Auto Scaling group {settings.auto_scaling_group!r} in "
-                f"{self._groups.meta.region_name}; "
+                f"there is no Auto Scaling group {missing[0]!r} in {self._groups.meta.region_name}; "
                 "create it, or mend auto_scaling_group"
             )
-        return dict(groups[0])
+        return {name: dict(found[each.auto_scaling_group]) for name, each in classes.items()}
 
     def _warm_pool(self, settings: Ec2Class) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
         """Its configuration, empty without one, and its instances."""
@@ -248,6 +250,12 @@ class Ec2:
         if last is None or _seconds(last["StartTime"]) < earliest or last["StatusCode"] != "Failed":
             return ""
         return str(last.get("StatusMessage") or "a launch failed")[:300]
+
+
+@functools.cache
+def _session() -> boto3.session.Session:
+    """One for the process: it holds the service models, megabytes of JSON."""
+    return boto3.session.Session()
 
 
 def _machine(

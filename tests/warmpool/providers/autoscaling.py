@@ -183,11 +183,16 @@ class Autoscaling:
                 pool[name] = f"Warmed:{configuration['PoolState']}"
 
     def _forget_ended(self, group: str) -> None:
+        pool = self.pools.get(group, {})
+        if not pool:
+            return
         found = self.instances.describe_instances(
-            Filters=[{"Name": "instance-state-name", "Values": ["pending", "running", "stopped"]}]
+            Filters=[
+                {"Name": "instance-id", "Values": sorted(pool)},
+                {"Name": "instance-state-name", "Values": ["pending", "running", "stopped"]},
+            ]
         )
         alive = {each["InstanceId"] for some in found["Reservations"] for each in some["Instances"]}
-        pool = self.pools.get(group, {})
         for name in set(pool) - alive:
             del pool[name]
 

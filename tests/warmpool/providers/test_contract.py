@@ -8,19 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fixtures.kubernetes_api import KubernetesApi
-from tests.warmpool.providers import autoscaling, nodemaker, simulation
+from tests.warmpool.providers import nodemaker, simulation
 from tests.warmpool.providers.platform import Platform
 from warmpool import errors
 from warmpool.provider import HELD, Machine, Provider, Stage
 
 # moto knows the errors of any AWS service that its model of Auto Scaling does not list
 pytestmark = pytest.mark.filterwarnings("ignore:Exception.*does not match an error shape")
-
-
-@pytest.fixture(scope="session")
-def aws() -> Iterator[tuple[str, list[autoscaling.Autoscaling]]]:
-    with pytest.MonkeyPatch.context() as monkeypatch, autoscaling.serve(monkeypatch) as served:
-        yield served
 
 
 @pytest.fixture(params=["simulated", "kubernetes", "ec2"])
@@ -33,11 +27,7 @@ def platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
             yield cluster
             cluster.close()
     else:
-        url, worlds = request.getfixturevalue("aws")
-        cloud = autoscaling.Autoscaling(url)
-        worlds.append(cloud)
-        yield cloud
-        worlds.remove(cloud)
+        yield request.getfixturevalue("cloud")
 
 
 def held(provider: Provider, node_class: str = "gpu") -> list[Machine]:
