@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from serving.autoscaler.profiles import Profile
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
@@ -141,6 +143,12 @@ def empty(rows: int, speed: Floats, rules: Rules, seed: int) -> Fleet:
         histogram=np.zeros(BUCKETS, np.int64),
         table=np.zeros(TABLE_SIZE, np.int64),
     )
+
+
+def speeds(profile: Profile, most: int) -> Floats:
+    """A service profile as speeds of 0 to `most` at once: work is the seconds that a request takes alone."""
+    alone = profile.latency(1.0)
+    return np.array([0.0, *(alone / profile.latency(float(n)) for n in range(1, most + 1))])
 
 
 def bucket_seconds() -> Floats:

@@ -2,7 +2,8 @@
 
 Called by `sweep` and the verb. All endpoints here have replicas of 16 slots: up to 16 requests are served at
 full speed, more wait there, in a queue worth 10 s of service. A limit on requests served at once is enforced;
-what is compared is the number of replicas. A request is late if it takes longer than twice its own work plus
+what is compared is the number of replicas (and, where the limit is set wrong on purpose, who finds that out).
+A request is late if it takes longer than twice its own work plus
 1 s.
 
 Traces are scaled by 50, so that replicas matter: each request is replayed 50 times, each copy up to 2 s
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.autoscaler import profiles
 from serving.autoscaler.policy import Policy as Settings
+from serving.autoscaler.simulate import fleet as fleets
 from serving.autoscaler.simulate import hpa, knative, policies, tracefiles, traffic
 from serving.autoscaler.simulate.fleet import Floats, Rules
 from serving.autoscaler.simulate.policies import Maker
@@ -36,6 +39,8 @@ MODEL_STARTS = Starts(22.7, 51.8)
 QUICK_STARTS = Starts(5.0, 5.0)
 _BURSTY = Burstiness(0.1, 30.0)
 _HOUR = 3_600
+_THRASHING = "thrashing"
+_WRONG_LIMIT = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +79,14 @@ def build(name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS)
     in_flight = traffic.in_flight(found, seed)
     mean_work = _mean_work(found, seed)
     most = max(8, math.ceil(2.5 * in_flight.max() / SLOTS))
+    limit, speed = SLOTS, np.ones(SLOTS + 1)
+    if name == _THRASHING:
+        limit = _WRONG_LIMIT
+        speed = fleets.speeds(profiles.memory_bound(SLOTS, mean_work, 1.0), limit)
     endpoint = Endpoint(
         slots=SLOTS,
-        speed=np.ones(SLOTS + 1),
-        rules=Rules(SLOTS, max(1, round(QUEUE_SECONDS * SLOTS / mean_work))),
+        speed=speed,
+        rules=Rules(limit, max(1, round(QUEUE_SECONDS * SLOTS / mean_work))),
         starts=starts,
         most=most,
         initial=max(1, math.ceil(_at_first(in_flight) / (0.7 * SLOTS))),
@@ -88,7 +97,13 @@ def build(name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS)
 
 def points(scenario: Scenario, dense: bool = True) -> list[Point]:
     """Every policy with every setting; only the defaults if not `dense`."""
-    every = [*_ours(scenario), *_published(scenario), *_hpa(), *_knative(), *_bounds(scenario)]
+    every = [
+        *_ours(scenario.endpoint),
+        *_published(scenario.endpoint.rules.limit),
+        *_hpa(scenario.endpoint.rules.limit),
+        *_knative(scenario.endpoint.rules.limit),
+        *_bounds(scenario),
+    ]
     return every if dense else [each for each in every if each.default]
 
 
@@ -102,13 +117,16 @@ def _mean_work(found: Traffic, seed: int) -> float:
     return float(first.work.mean()) if first.work.size else 1.0
 
 
-def _ours(scenario: Scenario) -> list[Point]:
+def _ours(endpoint: Endpoint) -> list[Point]:
+    limit = endpoint.rules.limit
     default = Settings(
         minimum=1,
-        maximum=scenario.endpoint.most,
-        target=_OURS_DEFAULT_PART * SLOTS,
-        limit=SLOTS,
-        start_seconds=scenario.endpoint.starts.p50_seconds,
+        maximum=endpoint.most,
+        target=_OURS_DEFAULT_PART * limit,
+        limit=limit,
+        learn_limit=limit != endpoint.slots,
+        limit_most=limit,
+        start_seconds=endpoint.starts.p50_seconds,
     )
     made = [
         Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
@@ -116,7 +134,7 @@ def _ours(scenario: Scenario) -> list[Point]:
     for part, window_seconds, evidence in itertools.product(_PARTS, (60.0, 300.0), (3.0, 10.0)):
         settings = dataclasses.replace(
             default,
-            target=part * SLOTS,
+            target=part * limit,
             down_window_seconds=window_seconds,
             evidence=evidence,
             headroom=0.5,
@@ -133,24 +151,24 @@ _HPA_DEFAULT_PART = 0.8
 """Its default for CPU; a Pods metric has none."""
 
 
-def _published(scenario: Scenario) -> list[Point]:
+def _published(limit: int) -> list[Point]:
     return [
         Point(
             "published",
             f"target {part:.0%}",
-            functools.partial(policies.Published, part * SLOTS),
+            functools.partial(policies.Published, part * limit),
             default=part == 0.8,
         )
         for part in _PARTS
     ]
 
 
-def _hpa() -> list[Point]:
+def _hpa(limit: int) -> list[Point]:
     return [
         Point(
             "hpa",
             f"target {part:.0%}, stabilization {seconds:.0f} s",
-            functools.partial(hpa.HorizontalPodAutoscaler, part * SLOTS, 1, seconds),
+            functools.partial(hpa.HorizontalPodAutoscaler, part * limit, 1, seconds),
             default=part == _HPA_DEFAULT_PART and seconds == hpa.STABILIZATION_SECONDS,
         )
         for part in _PARTS
@@ -158,12 +176,12 @@ def _hpa() -> list[Point]:
     ]
 
 
-def _knative() -> list[Point]:
+def _knative(limit: int) -> list[Point]:
     return [
         Point(
             "kpa",
             f"target {part:.0%}, stable {seconds} s",
-            functools.partial(knative.KnativePodAutoscaler, SLOTS, 1, part, seconds),
+            functools.partial(knative.KnativePodAutoscaler, limit, 1, part, seconds),
             default=part == knative.UTILIZATION and seconds == knative.STABLE_SECONDS,
         )
         for part in _PARTS
@@ -210,6 +228,12 @@ def _step() -> tuple[Traffic, Starts]:
 def _steady() -> tuple[Traffic, Starts]:
     """An hour of Poisson arrivals."""
     return traffic.shape("steady", [(0, 200), (_HOUR, 200)], Lognormal(2.0)), MODEL_STARTS
+
+
+def _thrashing() -> tuple[Traffic, Starts]:
+    """Replicas that fit 16 requests, and are said to take 40: beyond 16 each one more slows all."""
+    rates = [(0, 100), (600, 100), (660, 300), (1_800, 300), (1_860, 100), (3_600, 100)]
+    return traffic.shape(_THRASHING, rates, Lognormal(1.0)), MODEL_STARTS
 
 
 def _diurnal() -> tuple[Traffic, Starts]:
@@ -263,6 +287,7 @@ _MADE: dict[str, Callable[[], tuple[Traffic, Starts]]] = {
     "steady": _steady,
     "flash": _flash,
     "diurnal": _diurnal,
+    _THRASHING: _thrashing,
 }
 _TRACED: dict[str, Callable[[Path], tuple[Traffic, Starts]]] = {
     "azure-conv": _azure_conv,

@@ -128,6 +128,20 @@ def test_steady_load_turns_the_size_round_at_most_once_in_ten_minutes() -> None:
     assert outcome.reversals <= 1
 
 
+def test_a_limit_that_was_set_too_high_is_found_out_by_ours_alone() -> None:
+    scenario = scenarios.build("thrashing", None, 1)
+    assert scenario.endpoint.speed[[1, 16, 32]].tolist() == pytest.approx([1.0, 1.0, 0.25])
+    unserved = {}
+    for point in scenarios.points(scenario, dense=False):
+        if point.policy in ("ours", "hpa"):
+            result = run.simulate(scenario.endpoint, scenario.traffic, point.make(), 1)
+            unserved[point.policy] = result.unserved_part
+            if point.policy == "ours":
+                assert result.series.limit[0] == 40
+                assert max(result.series.limit[1_200:1_800]) < 24
+    assert unserved["ours"] < unserved["hpa"] / 4
+
+
 def test_the_verb_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small() -> tuple[traffic.Traffic, Starts]:
         return UP_AND_DOWN, QUICK
