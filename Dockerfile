@@ -41,7 +41,8 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends patchelf \
     && rm -rf /var/lib/apt/lists/*
 COPY deploy/bundle deploy/bundle
-RUN EXTRAS=operator,imagefs PACKAGES="glowplug imagefs serving cluster" deploy/bundle/build.sh /opt/glowplug
+ARG SERVING_EXTRAS=operator,imagefs,s3
+RUN EXTRAS="$SERVING_EXTRAS" PACKAGES="glowplug imagefs serving cluster" deploy/bundle/build.sh /opt/glowplug
 
 FROM debian:12-slim AS runtime
 RUN apt-get update \

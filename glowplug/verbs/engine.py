@@ -41,6 +41,7 @@ command.add_command(engine_calibrate.command)
 @click.option("--port", type=click.IntRange(0, 65_535), help="Default 8000; 0 takes a free one.")
 @click.option("--control", metavar="PATH", help="Unix socket for status, limit and drain.")
 @click.option("--cache", "cache_directory", metavar="DIR", help="Compiled kernels and graphs, kept.")
+@click.option("--instance", metavar="NAME", help="Which of its service's replicas this is (default 0).")
 @click.option("--limit", type=click.IntRange(1, 100_000), help="Requests in flight (default 64).")
 @click.argument("args", metavar="[-- ARGS...]", nargs=-1, type=click.UNPROCESSED)
 def run(file: Path | None, args: tuple[str, ...], python: str | None, **given: Any) -> None:

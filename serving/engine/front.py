@@ -97,7 +97,8 @@ class Front:
 
     async def open_remote(self, address: str, port: int, token_file: Path) -> None:
         """The control port. ConfigurationError where it cannot be had."""
-        inside = remote.application(token_file, self._status, self._limit)
+        orders = {"/limit": self._limit, "/rations": self._rations, "/request-log": self._request_log}
+        inside = remote.application(token_file, {"/status": self._status}, orders)
         self._remote_runner = web.AppRunner(inside, access_log=None)
         await self._remote_runner.setup()
         await web.SockSite(self._remote_runner, listen(address, port)).start()

@@ -1,4 +1,4 @@
-"""The control socket's routes on a port, for a pod's engine: status and limit, for whoever has the token.
+"""The control socket's routes on a port, for a pod's engine, for whoever has the token.
 
 Made by `front`, on the supervisor's event loop. The token is read from its file for each request, because a
 Secret is rotated in place; without a readable token nobody is let in. Drain is not here: kubelet's signal is.
@@ -7,7 +7,7 @@ Secret is rotated in place; without a readable token nobody is let in. Drain is 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from aiohttp import web
@@ -18,8 +18,10 @@ _MAX_BODY_BYTES = 1 << 16
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(token_file: Path, status: Handler, limit: Handler) -> web.Application:
-    """What is served on the control port."""
+def application(
+    token_file: Path, questions: Mapping[str, Handler], orders: Mapping[str, Handler]
+) -> web.Application:
+    """What is served on the control port: GET and POST, by path."""
 
     @web.middleware
     async def only_with_token(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -30,8 +32,10 @@ def application(token_file: Path, status: Handler, limit: Handler) -> web.Applic
         return await handler(request)
 
     inside = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[only_with_token])
-    inside.router.add_get("/status", status)
-    inside.router.add_post("/limit", limit)
+    for path, handler in questions.items():
+        inside.router.add_get(path, handler)
+    for path, handler in orders.items():
+        inside.router.add_post(path, handler)
     return inside
 
 

@@ -21,7 +21,7 @@ from cluster import events, objects
 from cluster.api import Api
 from cluster.events import About
 from cluster.objects import Body, Owner
-from serving import changes, controller, errors, routes
+from serving import changes, controller, errors, routes, shares
 from serving.autoscaler import shell
 from serving.autoscaler.policy import Policy
 from serving.endpoint import Endpoint
@@ -31,6 +31,7 @@ from serving.operator.board import Board
 from serving.operator.resource import Condition, Memory, Wanted
 from serving.providers import manifests
 from serving.providers.kubernetes import KubernetesProvider
+from serving.rationing import Rationing
 from serving.replica import Replica, State
 from serving.router.control import Router
 from serving.traffic import Traffic
@@ -69,6 +70,8 @@ class Tender:
             definition.KIND.group_version, definition.KIND.name, meta.name, meta.uid, controller=True
         )
         self._provider = KubernetesProvider(meta.name, api, owner=self._owner, may_write=may_write)
+        self._rationing = Rationing(self._provider)
+        self._rationing.start()
         self.traffic = Traffic(meta.name)
         self._keys = KeyFile()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,6 +124,7 @@ class Tender:
 
     def close(self) -> None:
         """Let go; replicas and routes stay."""
+        self._rationing.stop()
         self._provider.close()
 
     # -- what is wanted ------------------------------------------------------------------------------
@@ -266,13 +270,10 @@ class Tender:
         outside = document.model_copy(
             update={"routing": document.routing.model_copy(update={"address": _EVERY_INTERFACE})}
         )
-        service = routes.service(
-            outside,
-            self._replicas,
-            self._weights,
-            document.routing.port,
-            keys=self._keys.read(document.limits.keys_file, units=document.units is not None),
-        )
+        keys = self._keys.read(document.limits.keys_file, units=document.units is not None)
+        # Before the routes: a new replica is told before it is reached.
+        self._rationing.update(shares.budget(document, keys), self._replicas)
+        service = routes.service(outside, self._replicas, self._weights, document.routing.port, keys=keys)
         if not self._board.publish(service):
             return
         most = routes.max_requests(document)

@@ -29,8 +29,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster import api as cluster_api
 from cluster import errors as cluster_errors
@@ -43,8 +44,9 @@ from cluster.pods import Pod
 from cluster.watching import Watcher
 from serving import changes, errors
 from serving.endpoint import Endpoint
+from serving.engine.state import Rations, Spent
 from serving.placement import Kubernetes
-from serving.providers import engineclient, manifests, pods
+from serving.providers import engineclient, enginecommand, manifests, pods, refusals
 from serving.providers.pods import Heard
 from serving.replica import Replica, State
 
@@ -55,19 +57,6 @@ _REMOVE_AGAIN_SECONDS = 10.0
 _TALKS_AT_ONCE = 16
 _GOING = -1_000
 """The deletion cost of a pod that is to go."""
-_KEYS = {
-    "runtimeClassName": "kubernetes.runtime_class",
-    "tolerations": "kubernetes.tolerations",
-    "nodeSelector": "kubernetes.node_selector",
-    "priorityClass": "kubernetes.priority_class",
-    "serviceAccount": "kubernetes.service_account",
-    "imagePullSecrets": "kubernetes.pull_secrets",
-    "resources": "resources",
-    "ports": "kubernetes.port",
-    "image": "image",
-}
-"""Parts of a pod's field paths, and the document's keys that they come from."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -122,8 +111,13 @@ class KubernetesProvider:
     def apply(self, endpoint: Endpoint) -> str:
         """See Provider."""
         version = changes.version(endpoint)
+        if endpoint.model is not None and endpoint.model.startswith("oci:"):
+            raise errors.DocumentError(
+                "model: oci: needs the node's agent, which pods do not reach; put the model into the image, "
+                "or use a directory of the nodes or s3://BUCKET/PREFIX"
+            )
         self._listed()
-        with _translated(f"endpoint {self._name}"):
+        with refusals.translated(f"endpoint {self._name}"):
             self._require_say()
             self._token = self._secret(endpoint)
             self._make(endpoint, version)
@@ -167,7 +161,7 @@ class KubernetesProvider:
         known = self._versions.current().get(f"{self._api.namespace}/{name}")
         if known is not None and known.replicas == n:
             return
-        with _translated(f"scale {name} to {n}"):
+        with refusals.translated(f"scale {name} to {n}"):
             self._require_say()
             if known is None and self._current is not None and changes.version(self._current) == version:
                 self._make(self._current, version)  # somebody deleted it
@@ -178,6 +172,20 @@ class KubernetesProvider:
         """See Provider."""
         self._limit = n
 
+    def ration(self, rations: Mapping[str, Rations]) -> Mapping[str, Mapping[str, Spent]]:
+        """See replica.Rationed. One that cannot be told is tried again by the caller, a second later."""
+        places = {each.meta.name: each.address for each in self._pods.current().values() if each.address}
+
+        def tell(name: str) -> Mapping[str, Spent] | None:
+            try:
+                return engineclient.ration(self._control(places[name]), rations[name])
+            except errors.UnavailableError:
+                return None
+
+        told = [name for name in rations if name in places]
+        answers = zip(told, self._pool.map(tell, told), strict=True)
+        return {name: spent for name, spent in answers if spent is not None}
+
     def drain(self, names: Collection[str]) -> None:
         """See Provider."""
         versions: dict[str, list[Pod]] = {}
@@ -185,7 +193,7 @@ class KubernetesProvider:
             if each.meta.name in names and each.meta.deleting_at is None and not self._is_leaving(each):
                 versions.setdefault(_version_of(each), []).append(each)
         for version, chosen in versions.items():
-            with _translated(f"drain {', '.join(sorted(each.meta.name for each in chosen))}"):
+            with refusals.translated(f"drain {', '.join(sorted(each.meta.name for each in chosen))}"):
                 self._require_say()
                 self._end(version, chosen)
 
@@ -198,7 +206,7 @@ class KubernetesProvider:
         now = self._clock()
         if now - self._removed_at.get(version, float("-inf")) < _REMOVE_AGAIN_SECONDS:
             return
-        with _translated(f"remove {name}"):
+        with refusals.translated(f"remove {name}"):
             self._require_say()
             self._api.delete(objects.DEPLOYMENT, name, dry_run=self._dry_run)
         self._removed_at[version] = now
@@ -209,7 +217,7 @@ class KubernetesProvider:
         if not any(each.meta.name == pod for each in self._pods.current().values()):
             known = ", ".join(each.meta.name for each in self._pods.current().values()) or "none"
             raise errors.NotFoundError(f"no replica is called {name}; there are: {known}")
-        with _translated(f"logs of {pod}"):
+        with refusals.translated(f"logs of {pod}"):
             text = self._api.logs(
                 pod, container=manifests.ENGINE, lines=max(1, lines), previous=bool(earlier)
             )
@@ -367,16 +375,25 @@ class KubernetesProvider:
             if before is not None and not before.done():
                 return
             heard = self._heard.get(name)
-            told = heard is not None and self._limit in (None, heard.limit)
+            log = enginecommand.request_log(self._wanted())
+            told = heard is not None and self._limit in (None, heard.limit) and heard.request_log == log
             if now - self._talked_at.get(name, float("-inf")) < (_HEARD_SECONDS if told else _RETRY_SECONDS):
                 return
             self._talked_at[name] = now
-            self._talks[name] = self._pool.submit(self._talk, name, pod.address, self._limit)
+            self._talks[name] = self._pool.submit(self._talk, name, pod.address, self._limit, log, heard)
 
-    def _talk(self, name: str, address: str, limit: int | None) -> None:
-        place = self._wanted().kubernetes
-        control = engineclient.Remote((address, place.control_port), self._token)
+    def _talk(
+        self,
+        name: str,
+        address: str,
+        limit: int | None,
+        log: Mapping[str, Any] | None,
+        before: Heard | None,
+    ) -> None:
+        control = self._control(address)
         try:
+            if before is None or before.request_log != log:
+                engineclient.set_request_log(control, log)
             said = engineclient.status(control)
             if limit is not None and said.get("limit") != limit:
                 engineclient.set_limit(control, limit)
@@ -384,9 +401,13 @@ class KubernetesProvider:
         except errors.UnavailableError as exc:  # said again at the next look; probes are kubelet's
             _log.debug("replica %s: %s", name, exc)
             return
-        heard = Heard(engineclient.phases(said), said.get("limit"), engineclient.vitals(said, self._clock()))
+        vitals = engineclient.vitals(said, self._clock())
+        heard = Heard(engineclient.phases(said), said.get("limit"), log, vitals)
         with self._lock:
             self._heard[name] = heard
+
+    def _control(self, address: str) -> engineclient.Remote:
+        return engineclient.Remote((address, self._wanted().kubernetes.control_port), self._token)
 
     # -- what else -----------------------------------------------------------------------------------
 
@@ -397,7 +418,7 @@ class KubernetesProvider:
             while not watcher.wait(0.05):
                 trouble = watcher.trouble()
                 if trouble is not None:
-                    with _translated(f"endpoint {self._name}"):
+                    with refusals.translated(f"endpoint {self._name}"):
                         raise trouble
                 if time.monotonic() > deadline:
                     raise errors.UnavailableError("kubernetes: the API server does not answer")
@@ -422,7 +443,7 @@ class _WaitError(Exception):
 def connect(place: Kubernetes) -> Api:
     """The API of the cluster that a document names. ConfigurationError."""
     kubeconfig = None if place.kubeconfig is None else Path(place.kubeconfig)
-    with _translated("kubernetes"):
+    with refusals.translated("kubernetes"):
         return Api(Connection(Where(kubeconfig=kubeconfig, context=place.context)), place.namespace)
 
 
@@ -431,39 +452,9 @@ def _version(found: Object) -> _Version:
     refused = ""
     for each in found.items("status", "conditions"):
         if each.get("type") == "ReplicaFailure" and each.get("status") == "True":
-            refused = _refusal(str(each.get("message") or "no reason given"))
+            refused = refusals.explained(str(each.get("message") or "no reason given"))
     return _Version(version, found.number("spec", "replicas"), refused)
-
-
-def _refusal(message: str) -> str:
-    """Why pods cannot be made, with the remedy."""
-    text = "".join(each if each.isprintable() else " " for each in message)
-    if "exceeded quota" in text:
-        return f"replicas: {text}; raise the ResourceQuota, or lower replicas.max"
-    return f"{_key(text)}: pods are refused: {text}"
-
-
-def _key(message: str) -> str:
-    """The document's key that a message of the API server is about."""
-    return next((key for field, key in _KEYS.items() if field in message), "kubernetes")
 
 
 def _version_of(pod: Pod) -> str:
     return pod.meta.labels.get(manifests.VERSION_LABEL, "")
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Errors of the API as Provider's."""
-    try:
-        yield
-    except cluster_errors.InvalidError as exc:
-        raise errors.DocumentError(f"{_key(str(exc))}: {what}: {exc}") from exc
-    except cluster_errors.QuotaError as exc:
-        raise errors.UnavailableError(f"{what}: {exc}; raise the ResourceQuota") from exc
-    except (cluster_errors.ForbiddenError, cluster_errors.ConfigurationError) as exc:
-        raise errors.ConfigurationError(f"{what}: {exc}") from exc
-    except cluster_errors.NotFoundError as exc:
-        raise errors.NotFoundError(f"{what}: {exc}") from exc
-    except cluster_errors.ClusterError as exc:
-        raise errors.UnavailableError(f"{what}: {exc}") from exc

@@ -171,7 +171,8 @@ def _engine(wanted: Endpoint) -> Body:
         "name": ENGINE,
         "image": wanted.image,
         "command": [f"{_PROGRAM}/current/bin/glowplug", "engine"],
-        "args": ["--config", str(_SETTINGS / enginecommand.SETTINGS)],
+        "args": ["--config", str(_SETTINGS / enginecommand.SETTINGS), "--instance", "$(POD_NAME)"],
+        "env": [{"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
         "ports": [
             {"name": "http", "containerPort": place.port},
             {"name": "control", "containerPort": place.control_port},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cluster.pods import Container, Pod
 from serving.providers import manifests
@@ -30,10 +31,11 @@ _OUT_OF_MEMORY = "resources.memory_bytes: give it more"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heard:
-    """What a replica's control port said."""
+    """What a replica's control port said, and what it was told there."""
 
     phases: Mapping[str, float]
     limit: int | None = None
+    request_log: Mapping[str, Any] | None = None
     vitals: Vitals | None = None
 
 

@@ -16,7 +16,8 @@ from cluster.api import Api
 from cluster.connection import Connection, Where
 from serving import changes, endpoint, errors
 from serving.endpoint import Endpoint
-from serving.providers import manifests
+from serving.engine.state import Ration, Rations
+from serving.providers import engineclient, manifests
 from serving.providers.kubernetes import KubernetesProvider
 from serving.replica import Provider, State
 from tests.fixtures.kubernetes_api import KubernetesApi
@@ -327,7 +328,15 @@ def test_engines_in_pods_are_told_their_limit_and_asked_how_they_are(kubernetes_
             until(
                 lambda: bool(provider.observe()) and {each.limit for each in provider._heard.values()} == {9}
             )
-            first = provider.observe()[0]
+            first, second = provider.observe()
+            ration = Rations(tenants={"acme": Ration(7.0)})
+            spent = provider.ration({first.name: ration, second.name: ration, "gone": ration})
+            assert set(spent) == {first.name, second.name}
+            assert set(spent[first.name]) == {"acme"}
+            assert first.address is not None
+            stranger = engineclient.Remote((first.address[0], 8_001), "guessed")
+            with pytest.raises(errors.UnavailableError, match="401"):
+                engineclient.set_limit(stranger, 1)
             assert "start" in first.phases
             assert "pulled" in first.phases
             lines = provider.logs(first.name, 50)
