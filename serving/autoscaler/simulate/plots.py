@@ -17,7 +17,7 @@ from serving.autoscaler.simulate import judgement, sweep
 from serving.autoscaler.simulate.run import LATENCY_WINDOW_SECONDS
 from serving.autoscaler.simulate.sweep import Comparison, Kept
 
-_MOST_POINTS = 1_500
+_MOST_POINTS = 600
 COLOURS = {
     "ours": "#d1495b",
     "published": "#8d6a9f",
