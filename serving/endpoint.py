@@ -191,7 +191,10 @@ class Autoscaling(_Part):
     """Where `replicas.min` is 0: after so long without a request there is no replica."""
     tolerance_percent: float = Field(default=10.0, ge=0, le=100, strict=False)
     """Demand must fall so far below the size before that is lowered."""
-    headroom: float = Field(default=2.0, ge=0, le=10, strict=False)
+    level_seconds: float = Field(default=30.0, ge=1, le=64, strict=False)
+    """Demand is the mean of so long, or of a shorter window that is surely above it. More is calmer, and
+    cheaper where bursts are short; less is sooner."""
+    headroom: float = Field(default=1.0, ge=0, le=10, strict=False)
     """Standard deviations of the requests in flight for which there is room below the limits."""
     provisioned_concurrency: float = Field(default=0.0, ge=0, le=1e9, strict=False)
     """Requests in flight for which there are always replicas, whatever comes."""

@@ -8,13 +8,14 @@ The first is what is true; the second comes sooner, by the length of a request, 
 rejected requests and those that wait are arrivals too. The time in service is learned while replicas have
 room, because under overload it is a time in the queue.
 
-    level   what is proven: the mean of the last 16 s, or more where a shorter window, down to a second,
-            exceeds it by `evidence` standard deviations
+    level   what is proven: the mean of `level_seconds` (of two requests' time, if that is longer), or more
+            where a shorter window, down to a second or half a request, exceeds it by `evidence` standard
+            deviations: a burst that is over before a request is asks for little
     ahead   the level times the growth that is proven, for as long as a start takes, but no further ahead
             than the growth has been going on
     room    replicas hold their target in the mean, and `headroom` standard deviations more below their limit:
             at 4 in flight chance needs twice the room, at 4,000 a twentieth more
-    drain   what waits already, worked off in `drain_seconds`
+    drain   what waits already, worked off in `drain_seconds`, or in a start's time: sooner nothing can be
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from serving.autoscaler import windows
 from serving.autoscaler.observation import Demand
 from serving.autoscaler.policy import Policy
 
-_LEVEL_SECONDS = 16.0 * windows.GRAIN_SECONDS
-"""Of the window whose mean is the level where no shorter one exceeds it."""
 _MIN_SERVED = 5.0
 """Requests whose time in service makes a mean."""
 
@@ -110,7 +109,7 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
     """What the load asks for, now and a start ahead."""
     service = load.service_seconds or 0.0
     spread = windows.spread(load.history)
-    level, window_seconds = _level(load.history, service, spread, policy.evidence)
+    level, window_seconds = _level(load.history, service, spread, policy)
     factor, going_seconds = windows.growth(load.history, policy.evidence, spread)
     horizon = min(start_seconds, going_seconds)
     coming = level * factor**horizon
@@ -118,7 +117,7 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
     deviation = policy.headroom * math.sqrt((1 + spread.over(service)) / 2)
     backlog = _waiting(demand, capacity) + demand.held
     if service:
-        backlog *= service / max(service, policy.drain_seconds)
+        backlog *= service / max(service, policy.drain_seconds, start_seconds)
     steady = _replicas(level, deviation, capacity)
     ahead = _replicas(coming, deviation, capacity) + backlog / capacity.target
     formula = (
@@ -137,21 +136,23 @@ def _replicas(level: float, deviation: float, capacity: Capacity) -> float:
 
 
 def _level(
-    history: windows.History, service: float, spread: windows.Spread, evidence: float
+    history: windows.History, service: float, spread: windows.Spread, policy: Policy
 ) -> tuple[float, float]:
     """Requests in flight that are proven, and the window that proves them."""
+    evidence = policy.evidence
+    enough_seconds = windows.GRAIN_SECONDS * max(policy.level_seconds, 2 * service)
     best, best_seconds = 0.0, 0.0
     mean, mean_seconds = 0.0, 0.0
     for window in windows.newest(history):
         seconds = window.seconds
-        if mean_seconds >= _LEVEL_SECONDS:
+        if mean_seconds >= enough_seconds:
             break
         variance = spread.over(seconds)
         arriving = max(0.0, window.arrivals - evidence * math.sqrt(variance * window.arrivals))
         # Samples of what is in flight are alike for as long as a request takes.
         samples = 1 + seconds / (2 * service) if service else 1.0
         flying = max(0.0, window.in_service - evidence * math.sqrt(variance * window.in_service / samples))
-        proven = max(arriving / seconds * service, flying)
+        proven = max(arriving / seconds * service if seconds >= service / 2 else 0.0, flying)
         if proven > best:
             best, best_seconds = proven, seconds
         mean, mean_seconds = max(window.arrivals / seconds * service, window.in_service), seconds

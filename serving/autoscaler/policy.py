@@ -54,10 +54,12 @@ class Policy:
     limit_most: int = 1_000
     latency_seconds: float | None = None
     """What a request should take at most; the limit is kept below what exceeds it."""
-    headroom: float = 2.0
+    headroom: float = 1.0
     """Standard deviations of the requests in flight that must fit below the limits."""
     evidence: float = 3.0
     """Standard deviations by which a short window must differ from chance before it counts."""
+    level_seconds: float = 30.0
+    """The window whose mean is the demand, where no shorter one shows that there is more; 64 at most."""
     start_seconds: float = 30.0
     """A replica's start, until starts were measured."""
     drain_seconds: float = 10.0
@@ -66,11 +68,11 @@ class Policy:
     """The size follows the largest demand of this long."""
     tolerance: float = 0.1
     """By how much demand must lie below the size before it is lowered."""
-    up_factor: float = 2.0
+    up_factor: float = 4.0
     up_step: int = 4
     """In a second the size grows by at most this factor, plus this many."""
-    down_factor: float = 0.7
-    down_seconds: float = 15.0
+    down_factor: float = 0.5
+    down_seconds: float = 10.0
     """Once in so many seconds the size falls, to this part of itself at the least."""
     idle_seconds: float = 600.0
     """Without a request for so long, an endpoint whose minimum is 0 has none."""
@@ -115,6 +117,7 @@ class Policy:
             limit_most=limit_most,
             latency_seconds=endpoint.objectives.p99_seconds,
             headroom=settings.headroom,
+            level_seconds=settings.level_seconds,
             start_seconds=settings.start_seconds,
             drain_seconds=settings.drain_seconds,
             down_window_seconds=settings.down_window_seconds,
