@@ -34,6 +34,7 @@ RUN_DIRECTORY = "GLOWPLUG_ENGINE_RUN"
 
 LEDGER_NAME, BUDGET_NAME, METRICS_NAME = "ledger", "budget", "metrics.prom"
 _TOKENS = "vllm:iteration_tokens_total_count"
+_CACHE = "vllm:kv_cache_usage_perc"
 _SUPERVISOR = "glowplug.supervisor"
 """Key in the scope of a request that came over the unix socket."""
 _JSON = (b"content-type", b"application/json")
@@ -60,7 +61,7 @@ class Gate:
         self._app = app
         self._directory = Path(os.environ[RUN_DIRECTORY])
         self._ledger = Ledger(self._directory / LEDGER_NAME)
-        self._tokens = _token_counter()
+        self._tokens, self._cache = _sum_of(_TOKENS), _sum_of(_CACHE)
         self._budget = Budget(self._directory / BUDGET_NAME)
         self._limiter: limiter.Limiter | None = None
         self._toll: toll.Toll | None = None
@@ -195,7 +196,9 @@ class Gate:
         async def unlimited(scope: _Scope, receive: _Receive, send: _Send) -> None:
             await application({**scope, _SUPERVISOR: True}, receive, send)
 
-        self._limiter = limiter.Limiter(self._ledger, self._directory, self._tokens)
+        self._limiter = limiter.Limiter(
+            self._ledger, self._directory, lambda: int(self._tokens()), self._cache
+        )
         self._toll = toll.Toll(self._budget, self._ledger, self._limiter.slot)
         await self._limiter.start()
         await self._recorder.start()
@@ -336,14 +339,14 @@ async def _respond(send: _Send, status: int, body: bytes, *headers: tuple[bytes,
     await send({"type": "http.response.body", "body": body})
 
 
-def _token_counter() -> Callable[[], int]:
-    """Reads how many steps of the engine brought this process tokens, from the metric that vLLM keeps anyway:
-    it grows during a long answer that is not streamed, when nothing is sent."""
+def _sum_of(name: str) -> Callable[[], float]:
+    """Reads a metric that vLLM keeps anyway, over its engines: how many steps brought this process tokens,
+    which grows during a long answer that is not streamed, when nothing is sent; or the KV cache in use."""
     import prometheus_client
 
-    chosen = prometheus_client.REGISTRY.restricted_registry([_TOKENS])
+    chosen = prometheus_client.REGISTRY.restricted_registry([name])
 
-    def read() -> int:
-        return int(sum(s.value for metric in chosen.collect() for s in metric.samples if s.name == _TOKENS))
+    def read() -> float:
+        return float(sum(s.value for metric in chosen.collect() for s in metric.samples if s.name == name))
 
     return read

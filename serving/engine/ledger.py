@@ -11,7 +11,7 @@ engine's own interpreter imports it.
 
     header, 16 words: magic, limit, queue requests, queue nanoseconds, state, then what ended slots counted
     slot,   16 words: pid, in flight, waiting, oldest waiting since, heartbeat, progress, units in flight
-                      (millionths), then the counters
+                      (millionths), KV cache in use (millionths), then the counters
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MAGIC = 0x31676477_6F6C4731
 _BYTES = 8 * _WORDS * (SLOTS + 1)
 
 _LIMIT, _QUEUE, _QUEUE_NS, _STATE = 1, 2, 3, 4
-_PID, _IN_FLIGHT, _WAITING, _OLDEST, _HEARTBEAT, _PROGRESS, _UNITS = range(7)
-_COUNTERS = 7
+_PID, _IN_FLIGHT, _WAITING, _OLDEST, _HEARTBEAT, _PROGRESS, _UNITS, _CACHE = range(8)
+_COUNTERS = 8
 """Where the counters begin, in a slot and in the header."""
 _MICRO = 1_000_000
 
@@ -103,9 +103,9 @@ class Ledger:
         found = []
         for number in range(SLOTS):
             start = self._slot(number)
-            pid, in_flight, waiting, _, heartbeat, progress, _ = self._words[start : start + _COUNTERS]
+            pid, in_flight, waiting, _, heartbeat, progress, _, cache = self._words[start : start + _COUNTERS]
             if pid:
-                found.append(Slot(number, pid, in_flight, waiting, heartbeat, progress))
+                found.append(Slot(number, pid, in_flight, waiting, heartbeat, progress, cache))
         return found
 
     def counters(self) -> Counters:
@@ -191,10 +191,11 @@ class Ledger:
         with self._locked():
             return self._next()
 
-    def beat(self, slot: int, now_ns: int, progress: int) -> None:
-        """The process's event loop runs, and this is how far it has got."""
+    def beat(self, slot: int, now_ns: int, progress: int, cache: float = 0.0) -> None:
+        """The process's event loop runs, this is how far it has got, and so much of the KV cache is in use."""
         start = self._slot(slot)
         self._words[start + _PROGRESS] = progress
+        self._words[start + _CACHE] = round(min(max(cache, 0.0), 1.0) * _MICRO)
         self._words[start + _HEARTBEAT] = now_ns
 
     def _next(self) -> int | None:

@@ -36,10 +36,17 @@ class RejectedError(Exception):
 class Limiter:
     """One per server process. `start` before the first request."""
 
-    def __init__(self, ledger: Ledger, directory: Path, progress: Callable[[], int]) -> None:
-        """`progress` is asked once a second for a number that grows when the engine gets on."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        directory: Path,
+        progress: Callable[[], int],
+        cache: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`progress` is asked once a second for a number that grows when the engine gets on, `cache` for the
+        part of its KV cache that is in use."""
         self._ledger, self._directory = ledger, directory
-        self._progress = progress
+        self._progress, self._cache = progress, cache
         self._slot = ledger.claim(os.getpid())
         self._queue: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
         self._mean_seconds = 0.0
@@ -144,7 +151,7 @@ class Limiter:
 
     async def _beat(self) -> None:
         while True:
-            self._ledger.beat(self._slot, time.monotonic_ns(), self._progress())
+            self._ledger.beat(self._slot, time.monotonic_ns(), self._progress(), self._cache())
             self._let_in()
             await asyncio.sleep(BEAT_SECONDS)
 

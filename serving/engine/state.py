@@ -48,7 +48,8 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """What one server process says of itself. `progress` grows whenever it, or the engine for it, gets on."""
+    """What one server process says of itself. `progress` grows whenever it, or the engine for it, gets on;
+    `cache_micros` are the millionths of the engine's KV cache that are in use, as far as it knows."""
 
     number: int
     pid: int
@@ -56,6 +57,7 @@ class Slot:
     waiting: int
     heartbeat_ns: int
     progress: int
+    cache_micros: int = 0
 
 
 class Measure(enum.IntEnum):

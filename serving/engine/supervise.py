@@ -149,6 +149,7 @@ class Supervisor:
             "waiting": self._ledger.waiting(),
             "units_in_flight": self._ledger.units_in_flight(),
             "servers": [{"pid": each.pid, "in_flight": each.in_flight} for each in self._ledger.slots()],
+            "kv_cache": max((each.cache_micros for each in self._ledger.slots()), default=0) / 1e6,
             "counters": dataclasses.asdict(self._ledger.counters()),
             "usage": self._usage(),
         }

@@ -138,6 +138,9 @@ def vitals(said: Mapping[str, Any], now: float) -> Vitals | None:
         return None
     in_flight, waiting, finished, rejected, busy = (number or 0.0 for number in numbers)
     memory, most = _number(used.get("memory_bytes")), _number(used.get("memory_limit_bytes"))
+    parts = [memory / most] if memory is not None and most is not None and most >= 1 else []
+    cache = _number(said.get("kv_cache"))  # what a model runs out of first is its memory
+    parts += [cache] if cache else []
     return Vitals(
         now,
         int(in_flight),
@@ -147,7 +150,7 @@ def vitals(said: Mapping[str, Any], now: float) -> Vitals | None:
         busy / 1e9,
         cpus=_number(used.get("cpus")),
         cpu_seconds=_number(used.get("cpu_seconds")),
-        memory=memory / most if memory is not None and most is not None and most >= 1 else None,
+        memory=max(parts, default=None),
         units_in_flight=_number(said.get("units_in_flight")) or 0.0,
     )
 

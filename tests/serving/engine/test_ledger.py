@@ -76,7 +76,9 @@ def test_reset_frees_slots_and_keeps_sums(path: Path) -> None:
     slot = ledger.claim(11)
     ledger.enter(slot)
     ledger.reject(slot)
-    ledger.beat(slot, 5, 6)
+    ledger.beat(slot, 5, 6, cache=0.25)
+    (claimed,) = ledger.slots()
+    assert (claimed.heartbeat_ns, claimed.progress, claimed.cache_micros) == (5, 6, 250_000)
     ledger.reset()
     assert ledger.slots() == []
     assert ledger.in_flight() == 0

@@ -25,6 +25,13 @@ def test_the_numbers() -> None:
     assert (found.busy_seconds, found.cpus, found.cpu_seconds, found.memory) == (4.0, 2.0, 1.5, 0.25)
 
 
+def test_a_kv_cache_is_memory_where_less_of_it_is_left() -> None:
+    for cache, memory in ((0.9, 0.9), (0.1, 0.25), (0.0, 0.25), ("x", 0.25)):
+        found = engineclient.vitals({**SAID, "kv_cache": cache}, 7.0)
+        assert found is not None
+        assert found.memory == memory
+
+
 def test_without_usage_the_requests_are_still_known() -> None:
     found = engineclient.vitals({**SAID, "usage": None}, 7.0)
     assert found is not None
