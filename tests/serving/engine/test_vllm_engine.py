@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.dataset
 import pytest
 
 from serving.engine import phases
@@ -143,6 +144,27 @@ def test_its_spans_are_children_of_the_callers(vllm: Engine) -> None:
     while not any(all(each in spans for each in found) for spans in Collector.received):
         assert time.monotonic() < until, f"{len(Collector.received)} exports, none with the caller's trace"
         time.sleep(0.05)
+
+
+def test_bodies_are_logged_by_both_server_processes_while_it_is_asked_for(
+    vllm: Engine, tmp_path: Path
+) -> None:
+    log = {"destination": str(tmp_path), "sample_rate": 1.0, "file_seconds": 0.2}
+    assert vllm.tell("POST", "/request-log", {"request_log": log})[0] == 200
+    found: list[dict[str, Any]] = []
+
+    def streamed() -> list[dict[str, Any]]:
+        assert complete(vllm, 3)[0] == 200
+        assert complete(vllm, 3, stream=True, stream_options={"include_usage": True})[0] == 200
+        read = pyarrow.dataset.dataset(tmp_path, partitioning="hive").to_table().to_pylist()
+        found[:] = [row for row in read if row["response_type"].startswith("text/event-stream")]
+        return found
+
+    running.until(streamed)
+    assert json.loads(found[0]["request_body"])["prompt"] == "import os"
+    assert found[0]["response_body"].endswith(b"data: [DONE]\n\n")
+    assert (found[0]["outcome"], found[0]["output_tokens"]) == ("whole", 3)
+    assert vllm.tell("POST", "/request-log", {"request_log": None})[0] == 200
 
 
 def test_two_server_processes_keep_one_limit(vllm: Engine) -> None:
