@@ -31,8 +31,12 @@ CELL_SECONDS = 60.0
 """The grain that is learned from."""
 FEATURES = 2 * len(FADES_SECONDS) + 8
 REACTIVE_DISPERSION = 1.0
-_PENALTY = 40.0
-_ROUNDS, _STEPS = 3, 8
+_PENALTY = 10.0
+_HALF_LIFE_SECONDS = 2 * 86_400.0
+"""What was two days ago counts half: how bursts go on changes from week to week."""
+_WINDOW = 1.5
+"""In lead times: a node that is asked for now is of use from one lead time on."""
+_ROUNDS, _STEPS = 3, 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,12 +47,17 @@ class Rhythm:
     rises: tuple[float, ...] = (0.0,) * len(FADES_SECONDS)
     falls: tuple[float, ...] = (0.0,) * len(FADES_SECONDS)
 
-    def after(self, at: float, rises: float, falls: float) -> Rhythm:
-        """At a later moment, with what came since. An earlier moment fades nothing."""
+    def after(self, at: float, rises: float, falls: float, unseen_rate: float = 0.0) -> Rhythm:
+        """At a later moment, with what came since; an earlier moment fades nothing. `unseen_rate` is how many
+        requests a second are thought to have come, where nobody looked."""
         fade = [math.exp(-max(0.0, at - self.at) / seconds) for seconds in FADES_SECONDS]
+        came = [
+            rises + unseen_rate * seconds * (1.0 - factor)
+            for seconds, factor in zip(FADES_SECONDS, fade, strict=True)
+        ]
         return Rhythm(
             at,
-            tuple(each * factor + rises for each, factor in zip(self.rises, fade, strict=True)),
+            tuple(each * factor + new for each, factor, new in zip(self.rises, fade, came, strict=True)),
             tuple(each * factor + falls for each, factor in zip(self.falls, fade, strict=True)),
         )
 
@@ -90,10 +99,11 @@ NOTHING_SAID = Outline(0.0, 1.0, ())
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fit:
-    """What was learned: requests within `lead_seconds` have mean `exp(weights . features)`, never more than
+    """What was learned: requests within `window_seconds` have mean `exp(weights . features)`, never more than
     `most`, and variance `mean + mean**2 / dispersion`."""
 
     lead_seconds: float
+    window_seconds: float
     weights: tuple[float, ...]
     dispersion: float
     most: float
@@ -101,7 +111,7 @@ class Fit:
     def rates(self, features: Floats) -> Floats:
         """Expected requests a second, for each row."""
         exponent = np.clip(features @ np.array(self.weights), -20.0, math.log(self.most))
-        return np.asarray(np.exp(exponent) / self.lead_seconds, float)
+        return np.asarray(np.exp(exponent) / self.window_seconds, float)
 
 
 def features(rises: Floats, falls: Floats, level: Floats, turns: tuple[Floats, Floats]) -> Floats:
@@ -125,7 +135,7 @@ def features(rises: Floats, falls: Floats, level: Floats, turns: tuple[Floats, F
 def fit(grid: Grid, outline: Outline, lead_seconds: float) -> Fit | None:
     """Learn from a record's cells; None if there is too little to learn from. `outline` must have been made
     without knowing the cells that it is about."""
-    ahead = max(1, round(lead_seconds / grid.cell_seconds))
+    ahead = max(1, round(_WINDOW * lead_seconds / grid.cell_seconds))
     count = len(grid.level) - ahead
     if count < 10 * ahead:
         return None
@@ -138,8 +148,10 @@ def fit(grid: Grid, outline: Outline, lead_seconds: float) -> Fit | None:
     ends: Floats = grid.begin + np.arange(1, count + 1, dtype=np.float64) * grid.cell_seconds
     level = np.nan_to_num(grid.level[:count])
     known = features(rises[:count], falls[:count], level, outline.turns(ends, lead_seconds))[rows]
-    weights, dispersion = _scored(known, came)
-    return Fit(ahead * grid.cell_seconds, tuple(weights.tolist()), dispersion, 4.0 * (1.0 + came.max()))
+    age = (grid.end - ends)[rows]
+    weights, dispersion = _scored(known, came, 0.5 ** (age / _HALF_LIFE_SECONDS))
+    window_seconds = ahead * grid.cell_seconds
+    return Fit(lead_seconds, window_seconds, tuple(weights.tolist()), dispersion, 4.0 * (1.0 + came.max()))
 
 
 def _usable(known: Bools, ahead: int) -> Bools:
@@ -148,10 +160,10 @@ def _usable(known: Bools, ahead: int) -> Bools:
     return np.asarray(unknown[1 + ahead :] - unknown[: len(known) - ahead] == 0)
 
 
-def _scored(rows: Floats, came: Floats) -> tuple[Floats, float]:
-    """Weights and dispersion of the negative binomial."""
+def _scored(rows: Floats, came: Floats, counts: Floats) -> tuple[Floats, float]:
+    """Weights and dispersion of the negative binomial, each row counting so much."""
     weights = np.zeros(rows.shape[1])
-    weights[0] = math.log(came.mean())
+    weights[0] = math.log(float(np.average(came, weights=counts)) + 1e-6)
     penalty = np.full(rows.shape[1], _PENALTY)
     penalty[0] = 0.0
     dispersion = 1.0
@@ -159,14 +171,15 @@ def _scored(rows: Floats, came: Floats) -> tuple[Floats, float]:
     for _ in range(_ROUNDS):
         for _ in range(_STEPS):
             mean = np.exp(np.clip(rows @ weights, -20.0, ceiling))
-            part = dispersion / (dispersion + mean)
+            part = counts * dispersion / (dispersion + mean)
             slope = rows.T @ ((came - mean) * part) - penalty * weights
             curve = (rows * (mean * part)[:, None]).T @ rows + np.diag(penalty + 1e-9)
             step = np.linalg.solve(curve, slope)
             weights = weights + step / max(1.0, float(np.abs(step).max()))
         mean = np.exp(np.clip(rows @ weights, -20.0, ceiling))
-        spread = float(((came - mean) ** 2 - mean).sum())
-        dispersion = min(100.0, max(0.05, float((mean**2).sum()) / spread)) if spread > 0 else 100.0
+        spread = float((counts * ((came - mean) ** 2 - mean)).sum())
+        squares = float((counts * mean**2).sum())
+        dispersion = min(100.0, max(0.05, squares / spread)) if spread > 0 else 100.0
     return weights, dispersion
 
 

@@ -194,11 +194,12 @@ def _decision(plan: _Plan, may_shrink: bool) -> PoolDecision:
         plan.clamps.append(Clamp("too large not for long enough", target, len(held)))
         target = len(held)
     surplus = sorted(held, key=lambda node: (_RELEASED_FIRST.index(node.state), -node.since, node.name))
+    lead_seconds = float(np.median(outlook.leads))
     explanation = Explanation(
         Mode.HOLD if plan.holds else outlook.mode,
         outlook.model,
-        float(np.median(outlook.leads)),
-        size.median(outlook.rate, outlook.dispersion, outlook.leads),
+        lead_seconds,
+        outlook.rate * lead_seconds,
         size.covered(outlook.rate, outlook.dispersion, outlook.leads, target),
         tuple(plan.clamps),
         outlook.breaker,

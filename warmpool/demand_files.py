@@ -86,10 +86,10 @@ def _seconds(path: Path, column: object) -> Floats:
         at = column.to_numpy(float)
     else:
         try:
-            dates = pd.to_datetime(column, utc=True)
+            dates = pd.to_datetime(column, utc=True, format="ISO8601")
         except (ValueError, TypeError, OverflowError) as exc:
             raise errors.InvalidInputError(
-                f"{path}: column {column.name}: neither seconds nor dates ({str(exc).splitlines()[0]})"
+                f"{path}: column {column.name}: neither seconds nor ISO 8601 ({str(exc).splitlines()[0]})"
             ) from exc
         at = (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy(float)
     rises = np.diff(at)

@@ -48,6 +48,7 @@ class _Outline(_Part):
 
 class _Fit(_Part):
     lead_seconds: _Number = pydantic.Field(gt=0)
+    window_seconds: _Number = pydantic.Field(gt=0)
     weights: tuple[_Number, ...] = pydantic.Field(min_length=arrivals.FEATURES, max_length=arrivals.FEATURES)
     dispersion: _Number = pydantic.Field(gt=0)
     most: _Number = pydantic.Field(gt=0)
@@ -145,6 +146,8 @@ def _fitted(kept: _Fitted) -> outlook.Fitted:
         kept.at,
         kept.model,
         arrivals.Outline(outline.begin, outline.step_seconds, outline.levels),
-        None if fit is None else arrivals.Fit(fit.lead_seconds, fit.weights, fit.dispersion, fit.most),
+        None
+        if fit is None
+        else arrivals.Fit(fit.lead_seconds, fit.window_seconds, fit.weights, fit.dispersion, fit.most),
         kept.losses,
     )

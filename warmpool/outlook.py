@@ -94,8 +94,8 @@ def learn(
         passed_seconds = max(0.0, now - memory.rhythm.at)
         known_seconds = 0.0 if wanted is None or before is None else passed_seconds
         # In a gap what was expected is taken for what came: quiet would be news that nobody had.
-        missed = memory.rate * (passed_seconds - known_seconds)
-        rhythm = memory.rhythm.after(now, max(0, change) + missed, max(0, -change))
+        unseen_rate = 0.0 if known_seconds else memory.rate
+        rhythm = memory.rhythm.after(now, max(0, change), max(0, -change), unseen_rate)
     trust = _judged(policy, memory, known_seconds, max(0, change), now)
     learned = memory.learned.seen(nodes)
     leads = leadtime.quantiles(learned, settings.lead_time, leadtime.ages(nodes, now), _LEAD_POINTS)
@@ -168,7 +168,7 @@ def _judged(policy: Policy, memory: Memory, known_seconds: float, rises: int, no
     """The breaker after this look, by what was expected since the last one."""
     breaker, trust = policy.breaker, memory.trust
     if trust.reason and now >= trust.open_until:
-        trust = Trust()
+        return Trust()
     if memory.fitted is None or memory.fitted.fit is None:
         return trust
     fade = float(np.exp(-known_seconds / breaker.window_seconds))

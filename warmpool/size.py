@@ -61,11 +61,3 @@ def covered(rate: float, dispersion: float, leads: Floats, size: int) -> float:
     """How probable it is that no more than `size` nodes are asked for within a lead time."""
     mean = np.maximum(rate * leads, 1e-12)[:, None]
     return float(_chances(mean, np.full((1, 1), dispersion), size + 1).sum(axis=1).mean())
-
-
-def median(rate: float, dispersion: float, leads: Floats) -> float:
-    """Requests that are expected within the median lead time: the median of the negative binomial."""
-    mean = max(rate * float(np.median(leads)), 1e-12)
-    most = int(4 * mean + 10)
-    chances = np.cumsum(_chances(np.full((1, 1), mean), np.full((1, 1), dispersion), most)[0])
-    return float(np.searchsorted(chances, 0.5))

@@ -26,7 +26,7 @@ import click
 @click.option("--boot", nargs=2, type=click.FloatRange(0), default=(60.0, 180.0), show_default=True,
               metavar="MIN MAX", help="Bounds of a node's boot, in seconds.")  # fmt: skip
 @click.option("--provisioning", nargs=3, type=click.FloatRange(0), default=(22.7, 42.0, 51.8),
-              show_default=True, metavar="P50 P90 P99", help="What comes on top of a boot, in seconds.")  # fmt: skip
+              show_default=True, metavar="P50 P90 P99", help="Seconds on top of a boot.")  # fmt: skip
 @click.option("--cap", type=click.IntRange(1, 1_000), default=64, show_default=True, help="The largest pool.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all draws.")
 @click.option("--json", "document", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
