@@ -1,12 +1,10 @@
 """One budget, several places where it is spent: who gets how much of it now. Pure.
 
-Called once a second by `rationing`, with what the replicas have charged and refused, and by the router, with
-what each Envoy has passed on. The rule, for each tenant: `EVEN` of the rate is shared out evenly, so that
-whoever gets that tenant's next request has something; the rest goes by demand, which is what was asked for,
-the refused part too, averaged over a few seconds. The shares add up to the rate. A holder that cannot be
-reached keeps its last share, and the others divide what is left: so even while the control plane is away, or
-half of the replicas are, no more than the rate is given out. What was saved in a bucket before a change is
-the one interval by which a tenant may exceed its rate.
+Called once a second by `rationing`, with what the replicas have charged and refused. Each tenant's rate is
+divided (`division`) by what was asked for, the refused part too, averaged over a few seconds. The shares add
+up to the rate. A holder that cannot be reached keeps its last share, and the others divide what is left: so
+even while the control plane is away, or half of the replicas are, no more than the rate is given out. What
+was saved in a bucket before a change is the one interval by which a tenant may exceed its rate.
 """
 
 from __future__ import annotations
@@ -14,17 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
+from serving import division
 from serving.autoscaler.units import Coefficients
 from serving.endpoint import Endpoint, Units
 from serving.engine.state import Measure, Ration, Rations, Spent
 from serving.service import Key
 
-EVEN = 0.1
-"""Of a rate, to all alike."""
 _WEIGHT = 0.5
 """Of the latest second in the demand."""
-_LEAST = 1e-9
-"""Of a rate: less than that is nothing, and no ration."""
 
 
 Place = tuple[str, str]
@@ -83,21 +78,8 @@ def coefficients(given: Units | None) -> Coefficients | None:
     )
 
 
-def divide(
-    total: float, demand: Mapping[str, float], kept: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """The share of each holder in `demand`, above 0. `kept` is what others have and do not give back."""
-    left = max(total - sum((kept or {}).values()), _LEAST * total)
-    asked = sum(demand.values())
-    even = left * (EVEN if asked > 0 else 1.0) / max(1, len(demand))
-    return {
-        holder: even + (left * (1.0 - EVEN) * each / asked if asked > 0 else 0.0)
-        for holder, each in demand.items()
-    }
-
-
 def rations(wanted: Budget, state: State, holders: Collection[str]) -> dict[str, Rations]:
-    """What each holder is to be told. Those who are silent are told again what they were told."""
+    """What each holder is to be told. Those who are silent are told again what they were told, or less."""
     given: dict[tuple[str, str], float] = {}
     for tenant, ration in wanted.tenants.items():
         if ration.per_second is None:
@@ -108,8 +90,8 @@ def rations(wanted: Budget, state: State, holders: Collection[str]) -> dict[str,
             if (holder, tenant) in state.given
         }
         demand = {holder: state.demand.get((holder, tenant), 0.0) for holder in holders if holder not in kept}
-        again = {holder: min(ration.per_second, state.told[holder, tenant]) for holder in kept}
-        for holder, share in (again | divide(ration.per_second, demand, kept)).items():
+        again = _again(ration.per_second, kept, {holder: state.told[holder, tenant] for holder in kept})
+        for holder, share in (again | division.divide(ration.per_second, demand, kept)).items():
             given[holder, tenant] = share
     return {
         holder: Rations(
@@ -122,6 +104,18 @@ def rations(wanted: Budget, state: State, holders: Collection[str]) -> dict[str,
         )
         for holder in holders
     }
+
+
+def _again(total: float, kept: Mapping[str, float], told: Mapping[str, float]) -> dict[str, float]:
+    """What the silent are told: as before, or less where all that they may have is more than there is."""
+    return {
+        holder: min(share, division.divide(total, {holder: 1.0}, _without(kept, holder))[holder])
+        for holder, share in told.items()
+    }
+
+
+def _without(kept: Mapping[str, float], holder: str) -> dict[str, float]:
+    return {name: share for name, share in kept.items() if name != holder}
 
 
 def heard(

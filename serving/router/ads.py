@@ -46,7 +46,7 @@ class Node:
 class Source(Protocol):
     """Where snapshots come from: `control.Router`."""
 
-    def snapshot(self, zone: str) -> versions.Snapshot | None: ...
+    def snapshot(self, node: str, zone: str) -> versions.Snapshot | None: ...
     def membership_changed(self) -> None: ...
 
 
@@ -77,11 +77,15 @@ class Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignor
         """The zone of each that is connected; an activator, or an Envoy that was not told, has none."""
         return [each.zone for each in self._connections if each.joined]
 
+    def ids(self) -> set[str]:
+        """Of all that are connected."""
+        return {each.id for each in self._connections if each.joined}
+
     def nodes(self) -> list[Node]:
         nodes = []
         for each in self._connections:
             if each.joined:
-                snapshot = self._source.snapshot(each.zone)
+                snapshot = self._source.snapshot(each.id, each.zone)
                 current = snapshot is not None and each.stream.settled(snapshot)
                 nodes.append(Node(each.id, each.zone, each.delta, current, each.stream.standing()))
         return sorted(nodes, key=lambda node: node.id)
@@ -105,7 +109,7 @@ class Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignor
                 connection.wake.clear()
                 if connection.closed:
                     break
-                snapshot = self._source.snapshot(connection.zone)
+                snapshot = self._source.snapshot(connection.id, connection.zone)
                 if snapshot is None or not connection.joined:
                     continue
                 for response in connection.stream.due(snapshot):

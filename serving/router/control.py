@@ -19,7 +19,7 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ from envoy.service.load_stats.v3 import lrs_pb2_grpc
 
 from serving import errors
 from serving import service as services
-from serving.router import ads, lrs, reports, resources, versions, weights
+from serving.router import ads, lrs, reports, resources, tenants, versions, weights
 
 _log = logging.getLogger(__name__)
 
@@ -126,18 +126,21 @@ class Router:
 
     # -- what ads and lrs call, in the loop --------------------------------------------------------
 
-    def snapshot(self, zone: str) -> versions.Snapshot | None:
-        return self._state.snapshot(zone, time.time())
+    def snapshot(self, node: str, zone: str) -> versions.Snapshot | None:
+        return self._state.snapshot(node, zone, time.time())
 
     def membership_changed(self) -> None:
         zones = collections.Counter(zone for zone in self._discovery.zones() if zone)
-        self._changed(self._state.set_zones(zones))
+        divided = self._state.divide(self._discovery.ids(), time.monotonic())
+        self._changed(self._state.set_zones(zones) or divided)
 
     def reporting(self, node: str) -> None:
         self._loads.joined(node, time.monotonic())
 
     def reported(self, report: reports.Report) -> None:
-        self._loads.record(report, time.monotonic())
+        now = time.monotonic()
+        self._loads.record(report, now)
+        self._changed(self._state.passed(report, self._discovery.ids(), now))
         if self._on_load is not None:
             self._on_load(report)
 
@@ -205,7 +208,11 @@ class _State:
         self._shared: resources.Resources = {}
         self._endpoints: dict[tuple[str, str], versions.Resource] = {}
         """By zone and service."""
-        self._snapshots: dict[str, versions.Snapshot] = {}
+        self._tenants = tenants.Tenants()
+        self._connected: frozenset[str] = frozenset()
+        self._routes: dict[str, dict[str, versions.Resource]] = {}
+        self._snapshots: dict[tuple[str, str], versions.Snapshot] = {}
+        """As the routes by node (nobody: with whole rates), and by zone."""
 
     def replace(self, found: Sequence[services.Service], now: float) -> bool:
         new = {service.name: service for service in found}
@@ -217,7 +224,9 @@ class _State:
         routed = {name: _routing(service) for name, service in new.items()}
         if not self._known or routed != {n: _routing(s) for n, s in self.services.items()}:
             self._shared = resources.of_listeners(found)
+            self._routes.clear()
         self.services, self._known = new, True
+        self.divide(self._connected, time.monotonic())
         self._limits = {name: limit for name, limit in self._limits.items() if name in new}
         for name in stale:
             self._forget_endpoints(name)
@@ -230,6 +239,20 @@ class _State:
         if self._limits.get(service) == limit:
             return False
         self._limits[service] = limit
+        self._snapshots.clear()
+        self._count += 1
+        return True
+
+    def passed(self, report: reports.Report, connected: Collection[str], now: float) -> bool:
+        self._tenants.passed(report)
+        return self.divide(connected, now)
+
+    def divide(self, connected: Collection[str], now: float) -> bool:
+        """Tenants' rates among the Envoys; `now` is monotonic."""
+        self._connected = frozenset(connected)
+        if not self._tenants.divide(self.services.values(), connected, now):
+            return False
+        self._routes.clear()
         self._snapshots.clear()
         self._count += 1
         return True
@@ -255,17 +278,21 @@ class _State:
         self._next(now)
         return True
 
-    def snapshot(self, zone: str, now: float) -> versions.Snapshot | None:
+    def snapshot(self, node: str, zone: str, now: float) -> versions.Snapshot | None:
         if not self._known:
             return None
-        made = self._snapshots.get(zone)
+        rates = self._tenants.of(node)
+        key = (node if rates else "", zone)
+        made = self._snapshots.get(key)
         if made is None:
-            made = self._snapshots[zone] = versions.Snapshot(
-                f"{self._start_milliseconds}.{self._count}", self._resources(zone, now)
+            if key[0] not in self._routes:
+                self._routes[key[0]] = resources.of_routes(self.services.values(), rates)
+            made = self._snapshots[key] = versions.Snapshot(
+                f"{self._start_milliseconds}.{self._count}", self._resources(key[0], zone, now)
             )
         return made
 
-    def _resources(self, zone: str, now: float) -> resources.Resources:
+    def _resources(self, node: str, zone: str, now: float) -> resources.Resources:
         clusters, endpoints = resources.collectors(self.services.values()), {}
         for name, service in self.services.items():
             clusters[name] = self._cluster(service)
@@ -276,6 +303,7 @@ class _State:
         runtime = resources.runtime(self.services.values(), self._limits)
         return {
             **self._shared,
+            versions.ROUTES: self._routes[node],
             versions.CLUSTER: clusters,
             versions.ENDPOINTS: endpoints,
             versions.RUNTIME: {runtime.name: runtime},

@@ -21,7 +21,7 @@ from google.protobuf import message
 
 from serving import errors
 from serving import service as services
-from serving.router import clusters, listeners, routes, tracing, versions, weights
+from serving.router import clusters, listeners, routes, tenants, tracing, versions, weights
 
 RUNTIME_LAYER = "glowplug"
 Resources = dict[str, dict[str, versions.Resource]]
@@ -66,19 +66,29 @@ def collectors(found: Iterable[services.Service]) -> dict[str, versions.Resource
     return result
 
 
-def of_listeners(found: Sequence[services.Service]) -> Resources:
-    """Listeners, their routes and secrets: what services share. Call `check` before."""
-    by_listen: dict[services.Listen, list[services.Service]] = {}
-    for service in found:
-        by_listen.setdefault(service.listen, []).append(service)
-    result: Resources = {versions.LISTENER: {}, versions.ROUTES: {}, versions.SECRET: {}}
-    for listen, there in by_listen.items():
-        name = listeners.name_of(listen)
+def of_listeners(found: Iterable[services.Service]) -> Resources:
+    """Listeners and secrets: what services share. Call `check` before."""
+    result: Resources = {versions.LISTENER: {}, versions.SECRET: {}}
+    for listen in _by_listen(found):
         result[versions.LISTENER] |= _named(listeners.listener(listen))
-        result[versions.ROUTES] |= _named(routes.routes(name, there))
         for secret in listeners.secrets(listen):
             result[versions.SECRET] |= _named(secret)
     return result
+
+
+def of_routes(found: Iterable[services.Service], rates: tenants.Rates) -> dict[str, versions.Resource]:
+    """The routes of every listener, as an Envoy with these shares of tenants' rates is to have them."""
+    result: dict[str, versions.Resource] = {}
+    for listen, there in _by_listen(found).items():
+        result |= _named(routes.routes(listeners.name_of(listen), there, rates))
+    return result
+
+
+def _by_listen(found: Iterable[services.Service]) -> dict[services.Listen, list[services.Service]]:
+    by_listen: dict[services.Listen, list[services.Service]] = {}
+    for service in found:
+        by_listen.setdefault(service.listen, []).append(service)
+    return by_listen
 
 
 def endpoints(

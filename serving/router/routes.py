@@ -9,6 +9,7 @@ its threat model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
 from google.protobuf import json_format
 
 from serving import service as services
-from serving.router import clusters
+from serving.router import clusters, tenants
 
 IN_ANY = (buffer_pb2, local_rate_limit_pb2, previous_hosts_pb2)
 """Named so that protobuf knows them when they stand in an Any."""
@@ -30,8 +31,11 @@ _TYPE = "type.googleapis.com/envoy.extensions."
 _FILTERS = f"{_TYPE}filters.http."
 
 
-def routes(name: str, there: Sequence[services.Service]) -> route_pb2.RouteConfiguration:
-    """One virtual host per host name; in it, longer prefixes first."""
+def routes(
+    name: str, there: Sequence[services.Service], rates: tenants.Rates
+) -> route_pb2.RouteConfiguration:
+    """One virtual host per host name; in it, longer prefixes first. `rates`: what tenants may have here,
+    where that is not all of their rate."""
     by_host: dict[str, list[services.Service]] = {}
     for service in there:
         for host in service.hosts:
@@ -45,7 +49,7 @@ def routes(name: str, there: Sequence[services.Service]) -> route_pb2.RouteConfi
                 for each in sorted(services_, key=lambda s: (-len(s.prefix), s.name))
                 for route in _routes_of(each)
             ],
-            "typed_per_filter_config": _shares(services_),
+            "typed_per_filter_config": _shares(services_, rates),
         }
         for host, services_ in sorted(by_host.items())
     ]
@@ -61,7 +65,7 @@ def _routes_of(service: services.Service) -> list[dict[str, Any]]:
     result = []
     for key in service.keys:
         tenant = {"header": {"key": services.TENANT_HEADER, "value": key.tenant}, "append_action": _OVERWRITE}
-        limited = {"actions": [{"generic_key": {"descriptor_value": _share_of(service, key)}}]}
+        limited = {"actions": [{"generic_key": {"descriptor_value": tenants.share_of(service, key)}}]}
         for header, value in (("authorization", f"Bearer {key.secret}"), ("x-api-key", key.secret)):
             admitted = {
                 "route": action | ({"rate_limits": [limited]} if key.requests_per_second else {}),
@@ -104,14 +108,15 @@ def _action(service: services.Service) -> dict[str, Any]:
     return action
 
 
-def _shares(there: Sequence[services.Service]) -> dict[str, Any]:
+def _shares(there: Sequence[services.Service], rates: tenants.Rates) -> dict[str, Any]:
     """The tenants' buckets of one virtual host, which all its routes draw from: a tenant with two keys, while
     they rotate, has one share."""
     limits = {
-        _share_of(service, key): key.requests_per_second
+        name: rates.get(name, key.requests_per_second)
         for service in there
         for key in service.keys
         if key.requests_per_second is not None
+        for name in [tenants.share_of(service, key)]
     }
     if not limits:
         return {}
@@ -131,15 +136,13 @@ def _shares(there: Sequence[services.Service]) -> dict[str, Any]:
     }
 
 
-def _share_of(service: services.Service, key: services.Key) -> str:
-    return f"{service.name}/{key.tenant}"
-
-
-def _bucket(requests_per_second: int) -> dict[str, Any]:
+def _bucket(requests_per_second: float) -> dict[str, Any]:
+    """Whole requests, exactly at the rate: one of below one a second is filled less often."""
+    tokens = max(1, math.floor(requests_per_second))
     return {
-        "max_tokens": requests_per_second,
-        "tokens_per_fill": requests_per_second,
-        "fill_interval": "1s",
+        "max_tokens": tokens,
+        "tokens_per_fill": tokens,
+        "fill_interval": clusters.seconds(tokens / requests_per_second),
     }
 
 

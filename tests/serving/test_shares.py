@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import endpoint, shares
+from serving import division, endpoint, shares
 from serving.autoscaler.units import Coefficients
 from serving.engine.state import Measure, Ration, Spent
 from serving.service import Key
@@ -21,7 +21,7 @@ def test_shares_add_up_to_what_there_is(
     total: float, demand: dict[str, float], kept: dict[str, float]
 ) -> None:
     kept = {name: part * total / 3 for name, part in kept.items()}
-    found = shares.divide(total, demand, kept)
+    found = division.divide(total, demand, kept)
     assert found.keys() == demand.keys()
     assert all(each > 0 for each in found.values())
     assert sum(found.values()) + sum(kept.values()) <= total * (1 + 1e-8)
@@ -31,7 +31,7 @@ def test_shares_add_up_to_what_there_is(
 
 @given(total=_RATES, demand=_DEMAND)
 def test_who_is_asked_more_gets_no_less(total: float, demand: dict[str, float]) -> None:
-    found = shares.divide(total, demand)
+    found = division.divide(total, demand)
     for one in demand:
         for other in demand:
             if demand[one] >= demand[other]:
