@@ -24,7 +24,7 @@ from warmpool.backoff import PROVIDER, Waits
 from warmpool.demand_sources import Source
 from warmpool.election import Election
 from warmpool.lifecycle import Roster
-from warmpool.observation import Observation, Pool
+from warmpool.observation import NodeState, Observation, Pool
 from warmpool.orders import Admit, Hold, Order, Replace, Serve
 from warmpool.provider import Machine, Provider, Stage
 from warmpool.report import Event, Report
@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _EVENTS = 200
 _SAVE_SECONDS = 60.0
+_BEFORE_UP = frozenset({NodeState.REQUESTED, NodeState.BOOTING})
 _ASKED = frozenset({Stage.UP, Stage.FREE})
 """Stages in which an agent can be asked."""
 
@@ -215,13 +216,15 @@ class Controller:
             self._asked = self._asked & (wanted | present)
 
     def _notice(self, machines: Sequence[Machine], now: float) -> None:
-        """A request that was refused is an error of its class; one machine that came is the end of it."""
+        """A request that was refused, or a machine that does not come up, is an error of its class; one that
+        came is the end of it."""
         for machine in machines:
             old = self._roster.records.get(machine.name)
             new = old is None or old.state is not lifecycle.state_of(machine)
-            if machine.stage is Stage.FAILED and machine.made_at is None and new:
-                self._failed(machine.node_class, errors.CapacityError(machine.reason), now)
-            elif machine.stage in _ASKED and new:
+            if machine.stage is Stage.FAILED and new:
+                kind = errors.CapacityError if machine.made_at is None else errors.UnavailableError
+                self._failed(machine.node_class, kind(f"{machine.name}: {machine.reason}"), now)
+            elif machine.stage in _ASKED and (old is None or old.state in _BEFORE_UP):
                 self._waits = backoff.succeeded(self._waits, machine.node_class)
 
     def _observation(self, wanted: Mapping[str, int | None], now: float) -> Observation:

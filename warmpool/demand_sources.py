@@ -192,7 +192,10 @@ def last_samples(text: str, where: str) -> dict[str, tuple[float, int]]:
     """The last sample of each class: its time, and the nodes wanted. A last line without its end is still
     being written, and is left out. InvalidInputError names the line, counted from the end of the file."""
     complete = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(io.StringIO(complete)))
+    try:
+        lines = list(csv.reader(io.StringIO(complete, newline="")))
+    except csv.Error as exc:
+        raise errors.InvalidInputError(f"{where}: not CSV: {exc}") from exc
     out: dict[str, tuple[float, int]] = {}
     for number, fields in enumerate(lines):
         from_end = len(lines) - number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -192,6 +194,17 @@ def test_no_capacity_holds_up_one_class_only() -> None:
     pool.world.refused.clear()
     pool.steps(20)
     assert len(pool.names()) == 2
+
+
+def test_machines_that_do_not_boot_are_replaced_less_and_less_often() -> None:
+    pool = Pool()
+    pool.world._natures["gpu"] = dataclasses.replace(pool.world.nature("gpu"), failure_share=1.0)
+    pool.steps(120)
+    assert 4 <= pool.world._count <= 30, "not one after another"
+    assert pool.controller.errors_total["gpu", "UnavailableError"] >= 3
+    pool.world._natures["gpu"] = dataclasses.replace(pool.world.nature("gpu"), failure_share=0.0)
+    pool.steps(40)
+    assert sum(each.admitted for each in pool.machines()) == 2
 
 
 def test_a_class_without_capacity_is_tried_elsewhere() -> None:
