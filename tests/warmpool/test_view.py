@@ -104,6 +104,12 @@ def test_alerts_and_docs_name_the_metrics_that_there_are(document: dict[str, Any
         asked = set(re.findall(r"\bglowplug_\w+", rule["expr"]))
         assert asked
         assert asked <= there, rule["alert"]
+    board = json.loads((_ROOT / "deploy/grafana/warmpool.json").read_text())
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            asked = set(re.findall(r"\bglowplug_\w+", target["expr"]))
+            assert asked
+            assert asked <= there, panel["title"]
     page = (_ROOT / "docs/warmpool.md").read_text()
     for name in there:
         assert f"`{name}" in page or f"`_{name.removeprefix('glowplug_warmpool_')}`" in page, name
