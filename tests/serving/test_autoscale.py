@@ -4,6 +4,7 @@ between them."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from serving import client
+from serving import client, unixhttp
 from tests.serving.served import GLOWPLUG, Load, Served, document, ready, serving
 from tests.serving.shortpaths import short_directory
 
@@ -46,6 +47,12 @@ async def while_asked(served: Served, clients: int, what: str, holds: Callable[[
     return [str(each.wrong) for each in load.failed]
 
 
+def max_requests(served: Served) -> int:
+    """Envoy's limit for the whole endpoint, as Envoy has it."""
+    _, body = unixhttp.ask(served.state / "chat/envoy/admin.sock", "GET", "/runtime", timeout_seconds=10)
+    return int(json.loads(body)["entries"]["circuit_breakers.chat.default.max_requests"]["final_value"])
+
+
 def three(status: Status) -> bool:
     return len(ready(status)) == 3
 
@@ -65,6 +72,11 @@ def test_one_saturated_replica_becomes_three_whatever_is_killed(directory: Path)
         assert asyncio.run(while_asked(served, 24, "three ready", three)) == []
         raised = [each["text"] for each in served.status()["events"] if "autoscaler: 1 -> " in each["text"]]
         assert any("in flight" in each for each in raised), raised
+        demand = served.status()["autoscaling"]["demand"]
+        assert demand["service_seconds"] >= 0.2, "the engines' own: queues are not in it"
+
+        follows = 1_000 + 3 * (4 + 64)  # what may be held, and what three admit and queue
+        served.until("Envoy's limit follows", lambda _: max_requests(served) == follows)
 
         victim = ready(served.status())[0]["name"]
         os.killpg(served.pid(victim), signal.SIGKILL)
@@ -97,7 +109,7 @@ def test_one_saturated_replica_becomes_three_whatever_is_killed(directory: Path)
 
 def test_from_zero_and_back_and_not_while_nothing_is_heard(directory: Path) -> None:
     """Envoy stands still: its last report was one of an idle endpoint, and must not end the replica."""
-    with serving(directory, scaled(0, idle_seconds=6)) as served:
+    with serving(directory, scaled(0, idle_seconds=5)) as served:
         served.until("the load is known", known)
         assert served.status()["replicas"] == []
         assert served.answer("/work")[0] == 200
@@ -108,7 +120,7 @@ def test_from_zero_and_back_and_not_while_nothing_is_heard(directory: Path) -> N
                 "decisions"
             ]
             status = served.until(
-                "it has been for long", lambda now: now["autoscaling"]["decisions"] >= before + 8
+                "it has been for long", lambda now: now["autoscaling"]["decisions"] >= before + 5
             )
             assert (status["wanted_replicas"], len(ready(status))) == (1, 1)
             assert "chat has not reported for" in status["autoscaling"]["because"]["note"]
