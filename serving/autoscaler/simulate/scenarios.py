@@ -131,7 +131,7 @@ def _ours(endpoint: Endpoint) -> list[Point]:
     made = [
         Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
     ]
-    for part, window_seconds, evidence in itertools.product(_PARTS, (60.0, 300.0), (3.0, 10.0)):
+    for part, (window_seconds, evidence) in itertools.product(_PARTS, _OURS_MANNERS):
         settings = dataclasses.replace(
             default,
             target=part * limit,
@@ -146,7 +146,11 @@ def _ours(endpoint: Endpoint) -> list[Point]:
 
 
 _OURS_DEFAULT_PART = 0.8
+_OURS_MANNERS = ((300.0, 3.0), (60.0, 10.0))
+"""Quick up and slow down; and the reverse."""
 _PARTS = (0.5, 0.7, 0.8, 1.0)
+_SPARE_PART = 1.25
+_CLAIRVOYANT_PART = 0.9
 _HPA_DEFAULT_PART = 0.8
 """Its default for CPU; a Pods metric has none."""
 
@@ -193,23 +197,21 @@ def _bounds(scenario: Scenario) -> list[Point]:
     peak = scenario.in_flight.max() / SLOTS
     ahead = math.ceil(scenario.endpoint.starts.p99_seconds) + 1
     known = scenario.in_flight.tolist()
-    constant = [
+    return [
         Point(
             "static peak",
             f"{part:.0%} of the peak",
             functools.partial(policies.Constant, max(1, math.ceil(part * peak))),
-            default=part == 1.25,
+            default=part == _SPARE_PART,
         )
-        for part in (0.8, 1.0, 1.25)
-    ]
-    return constant + [
+        for part in (1.0, _SPARE_PART)
+    ] + [
         Point(
             "clairvoyant",
-            f"target {part:.0%}",
-            functools.partial(policies.Clairvoyant, known, part * SLOTS, ahead),
-            default=part == 0.9,
+            f"target {_CLAIRVOYANT_PART:.0%}",
+            functools.partial(policies.Clairvoyant, known, _CLAIRVOYANT_PART * SLOTS, ahead),
+            default=True,
         )
-        for part in (0.9, 1.0)
     ]
 
 
