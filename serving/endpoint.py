@@ -254,6 +254,11 @@ class Routing(_Part):
     """The longest that a request may take, streams included."""
     idle_timeout_seconds: _Seconds = 300.0
     """The longest that a stream may say nothing."""
+    balancing: Literal["p2c", "full_scan", "sticky"] = "p2c"
+    """The less busy of two replicas; of all, for few of them; or the one that a session had, while that is
+    not too busy, so that what its prompts begin with is cached there."""
+    sticky_header: str = Field(default="x-session-id", pattern=r"^[a-z0-9-]{1,100}$")
+    """The request header that names the session."""
     retry_budget_percent: float = Field(default=20.0, gt=0, le=100, strict=False)
     """Retries, where a connection could not be made, as a part of the requests in flight."""
     max_requests: int | None = Field(default=None, ge=1, le=1_000_000)

@@ -15,7 +15,7 @@ from serving.activator import hold
 from serving.endpoint import Endpoint
 from serving.engine import settings as engine_settings
 from serving.replica import Replica, State
-from serving.service import Backend, Key, Listen, RouteSettings, Service, Tracing
+from serving.service import Backend, Balancing, Key, Listen, RouteSettings, Service, Tracing
 
 _ROUTED = (State.READY, State.DRAINING)
 
@@ -51,6 +51,8 @@ def service(
         keys=keys,
         activator=activator,
         settings=RouteSettings(
+            balancing=Balancing(routing.balancing),
+            sticky_header=routing.sticky_header,
             request_timeout_seconds=routing.request_timeout_seconds,
             stream_idle_seconds=routing.idle_timeout_seconds,
             retry_budget_percent=routing.retry_budget_percent,

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import endpoint, errors, routes
+from serving import endpoint, errors, routes, service
 from serving.replica import Replica, State
 from tests.serving.served import document
 
@@ -34,6 +34,9 @@ def test_what_the_document_limits_reaches_the_routes() -> None:
     settings = routes.service(wanted, [], {}, 9_000).settings
     assert settings.max_request_bytes == 4_096
     assert settings.request_timeout_seconds == 7
+    assert settings.balancing is service.Balancing.P2C
+    sticky = routes.service(_endpoint(routing={"balancing": "sticky", "port": 0}), [], {}, 9_000).settings
+    assert (sticky.balancing, sticky.sticky_header) == (service.Balancing.STICKY, "x-session-id")
     assert settings.max_requests == 2 * 8 * wanted.replicas.limit
 
 
