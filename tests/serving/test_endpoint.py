@@ -149,7 +149,8 @@ def test_scaling_on_units_needs_to_know_them() -> None:
 def test_the_published_schema_is_current() -> None:
     published = Path(__file__).parents[2] / "docs" / "endpoint-schema.json"
     assert json.loads(published.read_text()) == endpoint.json_schema(), (
-        "write it again: glowplug endpoint schema > docs/endpoint-schema.json"
+        "write it again: glowplug endpoint schema > docs/endpoint-schema.json; "
+        "glowplug operator crd > deploy/kustomize/serving/crd.yaml is made of it, too"
     )
 
 

@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+import pytest
+
 from serving.router import bootstrap, envoy
 from tests.fixtures.kubernetes_api import KubernetesApi
 from tests.fixtures.kubernetes_nodes import Processes, nodes
-from tests.serving.operator.running import operating, spec
+from tests.serving.operator.running import Operator, operating, spec
 from tests.serving.router.world import free_port
-from tests.serving.served import Load, answer
+from tests.serving.served import Load, answer, document, serving
 from tests.serving.shortpaths import short_directory
 
 
@@ -60,6 +62,29 @@ def test_an_update_over_a_killed_operator_fails_no_request(kubernetes_api: Kuber
         assert operator.stop() == 0
         assert answer(f"{url}/work")[0] == 200
         assert len(kubernetes_api.objects("v1/pods")) == 2
+
+
+@pytest.mark.soak
+def test_a_server_elsewhere_has_its_replicas_in_the_cluster(kubernetes_api: KubernetesApi) -> None:
+    """`glowplug serve` with the provider: its Envoy and its control plane, the cluster's pods."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(short_directory())
+        pods = stack.enter_context(short_directory())
+        stack.enter_context(nodes(kubernetes_api, Processes(kubernetes_api, pods)))
+        operator = Operator(kubernetes_api, directory)  # for its kubeconfig
+        wanted = document(
+            provider="kubernetes",
+            image="registry.example/team/engine:1",
+            kubernetes={
+                "supervisor": "registry.example/glowplug-serving:0.1",
+                "kubeconfig": str(operator.directory / "kubeconfig"),
+            },
+        )
+        served = stack.enter_context(serving(directory, wanted))
+        served.until_ready(2)
+        assert served.answer("/work")[0] == 200
+        assert served.stop() == 0
+        assert kubernetes_api.objects("v1/pods") == []
 
 
 def _answers(url: str) -> bool:

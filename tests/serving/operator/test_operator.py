@@ -156,6 +156,7 @@ def test_an_update_that_fails_is_rolled_back_once(world: World) -> None:
     assert "refused" not in operator.status()
 
 
+@pytest.mark.soak
 def test_an_operator_killed_in_an_update_is_succeeded_by_one_that_goes_on(world: World) -> None:
     operator = world.operator
     operator.start()
@@ -172,6 +173,7 @@ def test_an_operator_killed_in_an_update_is_succeeded_by_one_that_goes_on(world:
     assert world.replicas() == {old: 2, new: 2}, "the old version keeps its replicas until the last step"
 
 
+@pytest.mark.soak
 def test_one_leads_and_the_other_waits(world: World) -> None:
     operator = world.operator
     operator.start()
@@ -208,6 +210,7 @@ def test_an_operator_that_lost_its_lease_changes_nothing_and_ends(world: World) 
     assert world.replicas() == {world.version(): 2}
 
 
+@pytest.mark.soak
 def test_a_service_of_somebody_else_is_left_alone(world: World) -> None:
     operator = world.operator
     operator.api.create(objects.SERVICE, {"metadata": {"name": "chat"}, "spec": {"ports": []}})
