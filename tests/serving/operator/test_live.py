@@ -91,3 +91,43 @@ def _answers(url: str) -> bool:
     with contextlib.suppress(OSError):
         return answer(f"{url}/work")[0] == 200
     return False
+
+
+def test_load_makes_replicas(kubernetes_api: KubernetesApi) -> None:
+    """The autoscaler's decision goes through the scale subresource, and is an event that says why."""
+    port = free_port()
+    wanted = {
+        **spec("one"),
+        "routing": {"port": port},
+        "autoscaling": {"mode": "on"},
+        "replicas": {"min": 1, "max": 3, "target_concurrency": 2},
+    }
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(short_directory())
+        pods = stack.enter_context(short_directory())
+        stack.enter_context(nodes(kubernetes_api, Processes(kubernetes_api, pods)))
+        operator = stack.enter_context(operating(kubernetes_api, directory))
+        (directory / "envoy").mkdir(mode=0o700)
+        front = envoy.Envoy(
+            directory / "envoy",
+            bootstrap.Settings("test", str(operator.control), str(directory / "envoy" / "admin.sock")),
+            workers=1,
+        )
+        operator.start()
+        operator.put(wanted)
+        operator.until(lambda: operator.status().get("readyReplicas") == 1)
+        front.start()
+        stack.callback(front.stop)
+        url = f"http://127.0.0.1:{port}"
+        operator.until(lambda: _answers(url))
+
+        async def grow() -> None:
+            async with Load(url, clients=12, pause_seconds=0.0):
+                await asyncio.to_thread(operator.until, lambda: operator.status()["readyReplicas"] >= 2)
+
+        asyncio.run(grow())
+        assert any("replicas" in each for each in operator.events("Autoscaling"))
+        paths = {each.path for each in kubernetes_api.requests if each.method == "PATCH"}
+        assert (
+            f"/apis/apps/v1/namespaces/default/deployments/chat-{operator.status()['stable']}/scale" in paths
+        )
