@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from serving.autoscaler import horizontal, windows
+from serving.autoscaler import forecast, horizontal, windows
 from serving.autoscaler import limit as limits
 from serving.autoscaler.observation import Clamp, Demand, Explanation, Instance, Observation
 from serving.autoscaler.policy import Policy
@@ -56,6 +56,7 @@ class State:
     at: float | None = None
     seen_seconds: float = 0.0
     learned: limits.Learned = dataclasses.field(default_factory=limits.Learned)
+    season: forecast.Season = dataclasses.field(default_factory=forecast.Season)
     load: horizontal.Load = dataclasses.field(default_factory=horizontal.Load)
     steady: windows.Peak = dataclasses.field(default_factory=windows.Peak)
     ahead: windows.Peak = dataclasses.field(default_factory=windows.Peak)
@@ -94,6 +95,7 @@ class State:
                 **value,
                 "policy": policy,
                 "learned": limits.Learned.from_json(value["learned"]),
+                "season": forecast.Season.from_json(value["season"]),
                 "load": horizontal.Load(**{**load, "history": history}),
                 "steady": _peak(value["steady"]),
                 "ahead": _peak(value["ahead"]),
@@ -203,9 +205,36 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
         idle_seconds=state.idle_seconds + elapsed if quiet else 0.0,
         start_seconds=start_seconds,
     )
+    if policy.predict:
+        state = _foreseen(state, need, elapsed, now)
     state, relimited = _limited(state, there, elapsed, now)
-    because = Explanation("demand", need.level, need.window_seconds, need.formula, note=relimited)
+    resting = "" if state.season.trusted else "the forecast rests: for a day it cost and saved nothing"
+    note = "; ".join(filter(None, (relimited, resting)))
+    because = Explanation("demand", need.level, need.window_seconds, need.formula, note=note)
     return _moved(state, need, because, quiet)
+
+
+def _foreseen(state: State, need: horizontal.Need, elapsed: float, now: float) -> State:
+    """The time of day with what it brought now, and what it was good for."""
+    season = forecast.learned(state.season, need.level, elapsed, now)
+    without = math.ceil(max(state.steady.value, state.ahead.value) - 1e-9)
+    floor = _floor(state, now)
+    season = forecast.scored(season, need.steady, without, floor, elapsed, _start(state))
+    return dataclasses.replace(state, season=season)
+
+
+def _floor(state: State, now: float) -> int:
+    """The replicas that the time of day asks for, trusted or not."""
+    expected = forecast.expected(state.season, now, _start(state)) if math.isfinite(now) else None
+    if expected is None or expected < 1:  # less is no reason to keep an endpoint from going to zero
+        return 0
+    policy = state.policy
+    capacity = horizontal.Capacity(0, policy.target_at(state.limit), state.limit)
+    return math.ceil(horizontal.replicas(expected, policy.headroom, capacity) - 1e-9)
+
+
+def _start(state: State) -> float:
+    return state.policy.start_seconds if state.start_seconds is None else state.start_seconds
 
 
 def _limited(state: State, there: list[Instance], elapsed: float, now: float) -> tuple[State, str]:
@@ -288,6 +317,8 @@ def _clamped(
     provisioned = math.ceil(policy.provisioned / policy.target_at(state.limit))
     rule("provisioned concurrency", max(size, provisioned))
     rule("schedule", max([size, *(each.minimum for each in policy.schedules if each.holds(now))]))
+    if policy.predict and state.season.trusted:
+        rule("expected at this time of day", max(size, _floor(state, now)))
     rule("minimum", max(size, policy.minimum))
     patience = policy.start_patience_seconds
     if any(each.state is ReplicaState.STARTING and now - each.created_at <= patience for each in there):

@@ -118,8 +118,8 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
     backlog = _waiting(demand, capacity) + demand.held
     if service:
         backlog *= service / max(service, policy.drain_seconds, start_seconds)
-    steady = _replicas(level, deviation, capacity)
-    ahead = _replicas(coming, deviation, capacity) + backlog / capacity.target
+    steady = replicas(level, deviation, capacity)
+    ahead = replicas(coming, deviation, capacity) + backlog / capacity.target
     formula = (
         f"{coming:.4g} in flight"
         + (f" (now {level:.4g}, growing {100 * (factor - 1):.1f}%/s for {horizon:.3g} s)" * (factor > 1))
@@ -131,7 +131,8 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
     return Need(steady, ahead, level, window_seconds, formula)
 
 
-def _replicas(level: float, deviation: float, capacity: Capacity) -> float:
+def replicas(level: float, deviation: float, capacity: Capacity) -> float:
+    """For so many in flight; `deviation` is that of one, which must fit below the limits, too."""
     return max(level / capacity.target, (level + deviation * math.sqrt(level)) / capacity.limit)
 
 

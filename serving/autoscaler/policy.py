@@ -56,7 +56,7 @@ class Policy:
     """What a request should take at most; the limit is kept below what exceeds it."""
     headroom: float = 1.0
     """Standard deviations of the requests in flight that must fit below the limits."""
-    evidence: float = 3.0
+    evidence: float = 5.0
     """Standard deviations by which a short window must differ from chance before it counts."""
     level_seconds: float = 30.0
     """The window whose mean is the demand, where no shorter one shows that there is more; 64 at most."""
