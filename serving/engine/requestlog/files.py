@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from serving.engine.requestlog import columns
@@ -198,6 +199,18 @@ class Files:
             / time.strftime("date=%Y-%m-%d", moment)
             / f"{time.strftime('%H%M%S', moment)}-{writer}.parquet"
         )
+
+
+def whole(directory: Path) -> list[tuple[Path, int]]:
+    """The files that have their names, oldest first, and how many records each has. One that cannot be read
+    is removed: it would be in the way of every writer."""
+    found = []
+    for path in sorted(directory.glob("endpoint=*/date=*/*.parquet")):
+        try:
+            found.append((path, int(pq.read_metadata(path).num_rows)))
+        except (OSError, pa.ArrowInvalid):
+            path.unlink(missing_ok=True)
+    return found
 
 
 def _remove_parts(directory: Path) -> None:

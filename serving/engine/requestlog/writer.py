@@ -79,6 +79,8 @@ class Writer:
             directory = spool
             self._uploader = upload.Uploader(wanted.destination, spool, wanted.spool_bytes)
             settled = self._uploader.put
+            for path, records in files.whole(spool):  # of a writer before this one, which was killed
+                self._uploader.put(path, records)
         settings = files.Settings(directory, service, instance, wanted.file_bytes, wanted.file_seconds)
         self._files = files.Files(settings, self._totals, settled)
         self._sampling = record.Sampling(wanted.sample_rate, wanted.body_bytes, wanted.headers)

@@ -211,8 +211,13 @@ def test_files_go_to_a_bucket_and_wait_while_it_is_away(bucket: Any, tmp_path: P
 
         running.until(told)
         before = totals(engine)["written_records"]
+        waiting = set((engine.run / "spool").rglob("*.parquet"))
+        for writer in running.children(engine.process.pid, "requestlog.writer"):
+            os.kill(writer, signal.SIGKILL)
         bucket.create_bucket(Bucket="logs")
+        # What waited is the next writer's to upload.
         running.until(lambda: totals(engine)["written_records"] > before)
+        running.until(lambda: not waiting & set((engine.run / "spool").rglob("*.parquet")))
         assert totals(engine)["dropped_records"] == 0
         engine.end()
     for each in bucket.list_objects_v2(Bucket="logs")["Contents"]:
@@ -333,4 +338,7 @@ def test_files_are_closed_by_size_and_parts_of_the_living_are_left_alone(tmp_pat
     writing.close()
     assert counted.written == 10
     assert len(rows(tmp_path)) == 10
+    (next(tmp_path.glob("endpoint=*/date=*")) / "torn.parquet").write_bytes(b"PAR1")
+    assert sum(records for _, records in files.whole(tmp_path)) == 10
+    assert not list(tmp_path.rglob("torn.parquet"))
     assert RequestLog(destination=str(tmp_path)).sample_rate == 0.01
