@@ -125,7 +125,8 @@ def _pod(wanted: Endpoint, version: str) -> Body:
         {"name": "run", "emptyDir": {"medium": "Memory"}},
         {"name": "cache", "emptyDir": {}},
         {"name": "settings", "configMap": {"name": name(wanted, version)}},
-        {"name": "control", "secret": {"secretName": control_secret(wanted), "defaultMode": 0o400}},
+        # The image's user may be anybody; nobody else is in the pod.
+        {"name": "control", "secret": {"secretName": control_secret(wanted), "defaultMode": 0o444}},
     ]
     if _mounted(wanted):
         volumes.append({"name": "model", "hostPath": {"path": wanted.model, "type": "Directory"}})
