@@ -40,6 +40,7 @@ class Board:
     def publish(self, service: Service) -> bool:
         """Whether it has been told. DocumentError where it contradicts another one's."""
         with self._lock:
+            self._expected.discard(service.name)
             before = self._services.get(service.name)
             taken = [
                 each.name
@@ -51,7 +52,6 @@ class Board:
                     f"routing.port: {service.listen.port} is the endpoint {taken[0]}'s; choose another"
                 )
             self._services[service.name] = service
-            self._expected.discard(service.name)
             try:
                 return self._tell()
             except errors.DocumentError:

@@ -181,8 +181,9 @@ def test_who_is_late_is_not_waited_for_for_ever() -> None:
 
 def test_a_port_that_is_taken_is_refused_to_who_comes_second() -> None:
     router = _Router()
-    board = Board(router.update, [])
+    board = Board(router.update, ["a", "b"])
     board.publish(_service("a", 1))
+    assert router.told == []  # b has not spoken
     with pytest.raises(errors.DocumentError, match=r"routing\.port: 1 is the endpoint a's; choose another"):
         board.publish(_service("b", 1))
     board.publish(_service("a", 1))
