@@ -143,7 +143,8 @@ def run(settings: Settings, *, dry_run: bool) -> None:
         loop = _controller(settings, parts, dry_run)
         board = Board(settings)
         if settings.status.listen is not None:
-            stack.enter_context(serve(settings.status.listen, board))
+            port = stack.enter_context(serve(settings.status.listen, board))
+            _log.info("status on %s:%d", settings.status.listen.rpartition(":")[0], port)
         stack.enter_context(_until_signalled(stopping))
         parts.election.start()
         while not stopping.is_set():
