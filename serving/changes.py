@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from serving import errors
@@ -62,6 +62,16 @@ def plan(old: Endpoint | None, new: Endpoint) -> list[Change]:
                 effect = Effect.RESTART if restarts or key in _RESTARTING_KEYS else Effect.LIVE
                 found.append(Change(key, left.get(key), right.get(key), effect))
     return found
+
+
+def shown(found: Sequence[Change]) -> dict[str, Any]:
+    """Changes as JSON values, and whether any of them restarts replicas."""
+    return {
+        "changes": [
+            {"key": each.key, "old": each.old, "new": each.new, "effect": each.effect.value} for each in found
+        ],
+        "restarts": any(each.effect is Effect.RESTART for each in found),
+    }
 
 
 def version(endpoint: Endpoint) -> str:

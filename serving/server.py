@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serving import (
+    capacityfile,
     changes,
     client,
     controller,
@@ -94,6 +95,7 @@ class Server:
         self._weights: dict[str, int] = {}
         self._keys = KeyFile()
         self._trouble: str | None = None
+        self._share = capacityfile.Share(options.state_dir, document.name)
         self._autoscaler = shell.Autoscaler(self._directory, self._event)
         self._size = shell.Size(0, 1)
         self._provider: Provider
@@ -220,6 +222,7 @@ class Server:
             ended = dataclasses.replace(self._journal.state, rollout=controller.Rollout(), port=None)
             self._journal.write(ended)
             self._autoscaler.forget()
+        self._share.leave()
         self._journal.close()
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -252,18 +255,22 @@ class Server:
     def _sized(self) -> shell.Size:
         """How many replicas, and what each may have in flight: by the autoscaler, or else as was said."""
         state, wanted = self._journal.state, self._wanted
+        count = wanted.replicas.min if state.scaled is None else state.scaled
+        holds = sum(each.state is not State.FAILED for each in self._replicas)
+        asked = self._autoscaler.wanted
+        quota = self._share.turn(count if asked is None else asked, holds)
         look = shell.Look(
             pressure=lambda: self._router.pressure(self._name),
             replicas=self._replicas,
             version=state.rollout.stable or changes.version(wanted),
             activator=self._holding.ensure(),
+            quota=quota,
             reference_units=wanted.reference_units,
         )
         size = self._autoscaler.turn(shell.Mode.of(wanted), Policy.of(wanted), look)
         if size is not None:
             return size
-        count = wanted.replicas.min if state.scaled is None else state.scaled
-        return shell.Size(count, wanted.replicas.limit)
+        return shell.Size(count if quota is None else min(count, quota), wanted.replicas.limit)
 
     def _observe(self) -> None:
         before = {each.name: each for each in self._replicas}
@@ -332,7 +339,7 @@ class Server:
             self._keys.check(document.limits.keys_file, units=document.units is not None)
         moved = old is None or _place(old) != _place(document)
         if moved:
-            _require_free(*_place(document))
+            ports.require(*_place(document))
         self._provider.apply(document)
         if found:
             state = state.with_document(document, time.time())
@@ -348,7 +355,7 @@ class Server:
         it, also over a kill of ours."""
         state = self._journal.state
         if state.port is None:
-            port = _require_free(self._wanted.routing.address, self._wanted.routing.port)
+            port = ports.require(self._wanted.routing.address, self._wanted.routing.port)
             self._journal.write(dataclasses.replace(state, port=port))
 
     def _latency(self) -> dict[str, float]:
@@ -375,7 +382,7 @@ class Server:
     def plan(self, text: str, where: str) -> dict[str, Any]:
         """See statusapi.Actions."""
         document = load_document(text, where)
-        return self._ask(lambda: _shown_changes(changes.plan(self._wanted, document)))
+        return self._ask(lambda: changes.shown(changes.plan(self._wanted, document)))
 
     def apply(self, text: str, where: str) -> dict[str, Any]:
         """See statusapi.Actions."""
@@ -385,7 +392,7 @@ class Server:
             found = self._apply(document)
             if found:
                 self._event(f"revision {self._journal.state.wanted.number} applied")
-            return {"revision": self._journal.state.wanted.number, **_shown_changes(found)}
+            return {"revision": self._journal.state.wanted.number, **changes.shown(found)}
 
         return self._ask(act)
 
@@ -399,7 +406,7 @@ class Server:
                 if revision.document != current:
                     found = self._apply(revision.document)
                     self._event(f"back to the document of revision {revision.number}")
-                    return {"revision": self._journal.state.wanted.number, **_shown_changes(found)}
+                    return {"revision": self._journal.state.wanted.number, **changes.shown(found)}
             raise errors.ConflictError(
                 f"endpoint {self._name} has had one document only: nothing to go back to"
             )
@@ -488,23 +495,3 @@ class Server:
 
 def _place(document: Endpoint) -> tuple[str, int]:
     return document.routing.address, document.routing.port
-
-
-def _require_free(address: str, port: int) -> int:
-    """The port that can be listened on: this one, or any for 0. ConfigurationError."""
-    try:
-        return ports.probe(address, port)
-    except OSError as exc:
-        raise errors.ConfigurationError(
-            f"routing.port: cannot listen on {address}:{port}: {exc.strerror}; name another port, "
-            "or 0 for any that is free"
-        ) from exc
-
-
-def _shown_changes(found: list[changes.Change]) -> dict[str, Any]:
-    return {
-        "changes": [
-            {"key": each.key, "old": each.old, "new": each.new, "effect": each.effect.value} for each in found
-        ],
-        "restarts": any(each.effect is changes.Effect.RESTART for each in found),
-    }

@@ -135,6 +135,15 @@ class Autoscaler:
             return None
         return Size(self._last.replicas, self._last.limit)
 
+    @property
+    def wanted(self) -> int | None:
+        """How many replicas there would be without a quota; None where that is not the autoscaler's to
+        say."""
+        if self._last is None or self._mode is not Mode.ON:
+            return None
+        bounded = [each.before for each in self._last.because.clamps if each.rule == "quota"]
+        return max([self._last.replicas, *bounded])
+
     def forget(self) -> None:
         """Nothing of the endpoint runs any more: the next start begins with its document alone."""
         self._state_file.unlink(missing_ok=True)
