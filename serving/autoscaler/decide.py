@@ -41,14 +41,15 @@ _LARGEST = 1e12
 _EXTRA_STARTS = 2.0
 _EXTRA_SECONDS = 30.0
 """What was ordered ahead of demand is kept until it had so many starts' time, and no less, to be needed."""
-_STARTS = 20
-"""The latest starts, whose median is the start time."""
+_NEWEST_STARTS = 0.5
+"""What the latest starts count in the time that a start takes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class State:
-    """See the module. `at` is the `now` of the last decision, on whatever clock that was; every other stamp
-    is on the clock of observed time. `step_*` is the size that a second's step up is measured from."""
+    """See the module. `at` is the `now` of the last decision, on whatever clock that was, and `started_at`
+    when the newest replica was ready, on that of replicas; every other stamp is on the clock of observed
+    time. `step_*` is the size that a second's step up is measured from."""
 
     policy: Policy
     replicas: int
@@ -62,6 +63,7 @@ class State:
     ahead: windows.Peak = dataclasses.field(default_factory=windows.Peak)
     idle_seconds: float = 0.0
     start_seconds: float | None = None
+    started_at: float = 0.0
     step_from: int = 0
     step_seconds: float = 0.0
     lowered_at: float = 0.0
@@ -122,7 +124,11 @@ class Decision:
 def decide(state: State, observation: Observation, now: float) -> Decision:
     """The next state, and what is to be done. `now` is in seconds since the epoch (schedules are by it), and
     on the same clock as the observation's times."""
-    there = [each for each in observation.instances if each.state in _THERE]
+    there = [
+        each
+        for each in observation.instances
+        if each.state is ReplicaState.READY or each.state is ReplicaState.STARTING
+    ]
     if state.at is None:  # whoever decided before had reasons: what is there is the first size
         state = dataclasses.replace(state, replicas=max(state.replicas, len(there)))
     wrong = _unsound(state, observation, now)
@@ -139,9 +145,6 @@ def decide(state: State, observation: Observation, now: float) -> Decision:
         following = dataclasses.replace(following, lowered_at=following.seen_seconds)
     limit = following.limit
     return Decision(following, size, limit, state.policy.target_at(limit), because)
-
-
-_THERE = frozenset({ReplicaState.READY, ReplicaState.STARTING})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,12 +187,12 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
     """The size by demand, within the steps that are allowed."""
     policy = state.policy
     elapsed = now - state.at if state.at is not None else 0.0
-    start_seconds = _start_seconds(there) or state.start_seconds
+    state = _start_noted(state, there)
     ready = sum(each.state is ReplicaState.READY for each in there)
     target = policy.target_at(state.limit)
     capacity = horizontal.Capacity(ready, target, state.limit)
     load = horizontal.noted(state.load, demand, capacity, elapsed)
-    start = policy.start_seconds if start_seconds is None else start_seconds
+    start = _start(state)
     need = horizontal.need(load, demand, capacity, policy, start)
     seen = state.seen_seconds + elapsed
     steady = state.steady.pushed(seen, need.steady, policy.down_window_seconds)
@@ -203,7 +206,6 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
         steady=steady,
         ahead=ahead,
         idle_seconds=state.idle_seconds + elapsed if quiet else 0.0,
-        start_seconds=start_seconds,
     )
     if policy.predict:
         state = _foreseen(state, need, elapsed, now)
@@ -246,15 +248,18 @@ def _limited(state: State, there: list[Instance], elapsed: float, now: float) ->
     return dataclasses.replace(state, learned=learned, limit=limit), why
 
 
-def _start_seconds(there: list[Instance]) -> float | None:
-    """The median of the latest starts."""
-    starts = [
-        (each.ready_at, each.ready_at - each.created_at)
-        for each in there
-        if each.ready_at is not None and math.isfinite(each.ready_at - each.created_at)
-    ]
-    taken = sorted(seconds for _, seconds in sorted(starts)[-_STARTS:] if seconds >= 0)
-    return taken[len(taken) // 2] if taken else None
+def _start_noted(state: State, there: list[Instance]) -> State:
+    """With the starts that came to their end since: the median of these, and a part of what was known."""
+    ended = [each for each in there if each.ready_at is not None and each.ready_at > state.started_at]
+    seconds = sorted(each.ready_at - each.created_at for each in ended if each.ready_at is not None)
+    if not seconds or not 0 <= seconds[len(seconds) // 2] < math.inf:
+        return state
+    known, median = state.start_seconds, seconds[len(seconds) // 2]
+    return dataclasses.replace(
+        state,
+        start_seconds=median if known is None else known + _NEWEST_STARTS * (median - known),
+        started_at=max(each.ready_at for each in ended if each.ready_at is not None),
+    )
 
 
 def _step_noted(state: State, elapsed: float) -> State:

@@ -124,7 +124,7 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
         f"{coming:.4g} in flight"
         + (f" (now {level:.4g}, growing {100 * (factor - 1):.1f}%/s for {horizon:.3g} s)" * (factor > 1))
         + f"; max({coming:.4g} / target {capacity.target:.4g}, "
-        f"({coming:.4g} + {deviation:.3g} * sqrt) / limit {capacity.limit:.4g})"
+        f"({coming:.4g} + {deviation:.3g} * sqrt({coming:.4g})) / limit {capacity.limit:.4g})"
         + f" + backlog {backlog:.4g} / target" * (backlog > 0)
         + f" = {ahead:.4g} replicas"
     )

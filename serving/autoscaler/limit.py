@@ -56,7 +56,7 @@ _PAID_CELLS = 3
 _SETTLING_SECONDS = 5.0
 _EVIDENCE = 2.0
 """Standard deviations by which a latency must exceed its bound for a cut within a cycle."""
-_SAMPLED = 100
+_SAMPLED = 50
 """Replicas of which a decision takes samples: more tell nothing new, and take time."""
 _FULL: Mapping[str, float] = {"memory": 0.9, "cpu": 0.98, "gpu": 0.995}
 """Utilisations from which nothing is raised. A GPU calls itself busy when any part of it is."""
@@ -90,15 +90,22 @@ class Cell:
         """Seconds that a request took."""
         return self.in_service_seconds / self.completed if self.completed else math.inf
 
-    def added(self, seconds: float, in_service: float, completed: float) -> Cell:
-        """With a sample more; of the old ones no more than is remembered."""
-        kept = min(1.0, _REMEMBERED / self.completed) if self.completed else 1.0
+    def joined(self, other: Cell) -> Cell:
+        """Both."""
         return Cell(
             self.index,
-            self.seconds * kept + seconds,
-            self.in_service_seconds * kept + in_service * seconds,
-            self.completed * kept + completed,
+            self.seconds + other.seconds,
+            self.in_service_seconds + other.in_service_seconds,
+            self.completed + other.completed,
         )
+
+    def times(self, part: float) -> Cell:
+        """The same figures, resting on less."""
+        return Cell(self.index, self.seconds * part, self.in_service_seconds * part, self.completed * part)
+
+    def remembering(self, other: Cell) -> Cell:
+        """With what is newer; of the old no more than is remembered."""
+        return self.times(min(1.0, _REMEMBERED / max(1.0, self.completed))).joined(other)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,27 +147,30 @@ def noted(learned: Learned, limit: int, instances: Sequence[Instance], seconds: 
     since = learned.since_seconds + seconds
     if since < learned.settling_seconds or seconds <= 0:
         return dataclasses.replace(learned, since_seconds=since)
-    cells = {each.index: each for each in learned.cells}
-    pressed, usage = learned.pressed, learned.usage
+    sums: dict[int, Cell] = {}
+    pressed, usage = Cell(0), learned.usage
     stride = max(1, len(instances) // _SAMPLED)
     for instance in instances[int(now) % stride :: stride]:
-        sample = _sample(instance, now)
-        if sample is None:
+        found = _sample(instance, now)
+        if found is None:
             continue
-        in_service, rate = sample
+        in_service, rate = found
         if instance.queued is None:
             in_service = min(in_service, float(limit))
         elif in_service > limit + 1:  # requests of before the last cut
             continue
         index = _index(in_service)
-        cells[index] = cells.get(index, Cell(index)).added(seconds, in_service, rate * seconds)
+        sample = Cell(index, seconds, in_service * seconds, rate * seconds)
+        sums[index] = sums[index].joined(sample) if index in sums else sample
         if in_service >= _PRESSED * limit:
-            pressed = pressed.added(seconds, in_service, rate * seconds)
+            pressed = pressed.joined(sample)
             usage = _used(usage, instance, seconds)
+    cells = {each.index: each for each in learned.cells}
+    cells |= {each.index: cells.get(each.index, Cell(each.index)).remembering(each) for each in sums.values()}
     return dataclasses.replace(
         learned,
         cells=tuple(cells[index] for index in sorted(cells)),
-        pressed=pressed,
+        pressed=learned.pressed.joined(pressed),
         usage=usage,
         since_seconds=since,
     )
@@ -209,16 +219,12 @@ def adjusted(learned: Learned, limit: int, policy: Policy) -> tuple[Learned, int
     wanted, why = _wanted(learned, limit, policy)
     wanted = max(math.ceil(limit * _CUT), min(math.floor(limit * _RAISES[0][1]), wanted))
     wanted = max(policy.limit_least, min(wanted, policy.limit_most))
-    faded = (_faded(each) for each in learned.cells)
+    faded = (each.times(_KEPT) for each in learned.cells)
     cells = tuple(each for each in faded if each.completed >= 1)
     if wanted == limit:
         return Learned(cells, settling_seconds=0.0), limit, ""
     settling = min(max(_SETTLING_SECONDS, pressed.latency), CYCLE_SECONDS)
     return Learned(cells, settling_seconds=settling), wanted, f"limit {limit} -> {wanted}: {why}"
-
-
-def _faded(cell: Cell) -> Cell:
-    return Cell(cell.index, cell.seconds * _KEPT, cell.in_service_seconds * _KEPT, cell.completed * _KEPT)
 
 
 def _wanted(learned: Learned, limit: int, policy: Policy) -> tuple[int, str]:

@@ -148,4 +148,4 @@ def test_the_caps_hold() -> None:
 def test_a_thousand_replicas_are_sampled() -> None:
     seen = [instance(f"r{k}", 16, 16) for k in range(1_000)]
     learned = limit.noted(limit.Learned(since_seconds=60), 16, seen, 1.0, NOW)
-    assert learned.pressed.seconds == 100
+    assert learned.pressed.seconds == 50
