@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.warmpool.harness import TEXT, WARMTH, Pool
-from warmpool import errors, shell, view
+from warmpool import board, errors, view
 
 _ROOT = Path(__file__).parents[2]
 _needs_promtool = pytest.mark.skipif(
@@ -104,8 +104,8 @@ def test_alerts_and_docs_name_the_metrics_that_there_are(document: dict[str, Any
         asked = set(re.findall(r"\bglowplug_\w+", rule["expr"]))
         assert asked
         assert asked <= there, rule["alert"]
-    board = json.loads((_ROOT / "deploy/grafana/warmpool.json").read_text())
-    for panel in board["panels"]:
+    dashboard = json.loads((_ROOT / "deploy/grafana/warmpool.json").read_text())
+    for panel in dashboard["panels"]:
         for target in panel["targets"]:
             asked = set(re.findall(r"\bglowplug_\w+", target["expr"]))
             assert asked
@@ -117,9 +117,9 @@ def test_alerts_and_docs_name_the_metrics_that_there_are(document: dict[str, Any
 
 @pytest.fixture
 def address(document: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    board = shell.Board(Pool().settings)
-    board.put(document)
-    with shell.serve("127.0.0.1:0", board) as port:
+    shown = board.Board(Pool().settings)
+    shown.put(document)
+    with board.serve("127.0.0.1:0", shown) as port:
         yield "127.0.0.1", port
 
 
@@ -156,16 +156,16 @@ def test_connections_are_bounded(address: tuple[str, int]) -> None:
 
 
 def test_a_loop_that_hangs_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = shell.Board(Pool().settings)
-    assert board.healthy
-    monkeypatch.setattr(board, "_healthy_seconds", 0.0)
-    assert not board.healthy
+    shown = board.Board(Pool().settings)
+    assert shown.healthy
+    monkeypatch.setattr(shown, "_healthy_seconds", 0.0)
+    assert not shown.healthy
 
 
 @pytest.mark.parametrize("listen", ["nowhere", "127.0.0.1:x", "127.0.0.1:99999999", "256.0.0.1:1"])
 def test_an_address_that_cannot_be_had_is_the_settings_fault(listen: str) -> None:
     with (
         pytest.raises(errors.ConfigurationError, match=r"status\.listen"),
-        shell.serve(listen, shell.Board(Pool().settings)),
+        board.serve(listen, board.Board(Pool().settings)),
     ):
         pass
