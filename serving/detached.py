@@ -2,6 +2,10 @@
 
 Used by launchers (replicas) and by the server (its activator), by one thread each. A handle is `PID:STARTED`,
 the start time in the kernel's ticks, so that another process that got the same number is never taken for it.
+
+The handle stands in the program's environment, and so in that of whatever it starts: an engine is a session
+of its own, its workers hold the accelerator's memory, and when both their parents were killed it is all by
+which they are found.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from serving import errors
 
 GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
 """The command, of this very installation."""
-_GATE = ("sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
-"""Becomes the program once it is told to; ends when whoever would have told it ends."""
+MARK = "GLOWPLUG_SESSION"
+_GATE = ("sh", "-c", f'read -r {MARK} && export {MARK} && exec "$@" </dev/null', "sh")
+"""Becomes the program once it is told its handle; ends when whoever would have told it ends."""
 _STAT_STATE, _STAT_SESSION, _STAT_STARTED = 0, 3, 19
 """Fields of /proc/PID/stat, counted from behind the command's name."""
 
@@ -45,10 +50,11 @@ class Sessions:
         except OSError as exc:
             raise errors.ConfigurationError(f"{command[0]} cannot be started: {exc}") from exc
         self._children[child.pid] = child
-        known(f"{child.pid}:{_started(child.pid)}")
+        handle = f"{child.pid}:{_started(child.pid)}"
+        known(handle)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that is gone already has `ended`
-            child.stdin.write(b"\n")
+            child.stdin.write(f"{handle}\n".encode())
 
     def ended(self, handle: str) -> str | None:
         """Why it is no more; None while it is."""
@@ -68,7 +74,7 @@ class Sessions:
         self._signal(handle, number, whole=False)
 
     def kill(self, handle: str) -> None:
-        """End the program, and all of its session."""
+        """End the program, all of its session, and whatever any of them started."""
         self._signal(handle, signal.SIGKILL, whole=True)
 
     def _signal(self, handle: str, number: signal.Signals, *, whole: bool) -> None:
@@ -80,6 +86,8 @@ class Sessions:
         if whole and now in (started, None):
             # A leader that is gone keeps its number for as long as there are members.
             targets += [each for each in _session(int(pid)) if each not in targets]
+        if whole:
+            targets += [each for each in _marked(handle) if each not in targets]
         for target in targets:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(target, number)
@@ -109,4 +117,14 @@ def _session(leader: int) -> list[int]:
         fields = _stat(int(each))
         if fields is not None and fields[_STAT_SESSION] == str(leader) and fields[_STAT_STATE] not in "ZX":
             found.append(int(each))
+    return found
+
+
+def _marked(handle: str) -> list[int]:
+    """The processes with that handle in their environment."""
+    found, mark = [], f"{MARK}={handle}".encode()
+    for each in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone, or somebody else's
+            if mark in Path(f"/proc/{each}/environ").read_bytes().split(b"\0"):
+                found.append(int(each))
     return found
