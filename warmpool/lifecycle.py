@@ -8,7 +8,8 @@ nothing looks younger than it is.
 admitted.
 * It is FAILED when the provider says so, when its agent has not been heard for too long, or when it does not
 become
-  warm in time. A controller that was away itself has heard nobody: a look after a pause counts as hearing.
+  warm in time. A controller that was away itself has heard nobody and made nothing warm: both times begin
+  anew after a pause, and for a machine that is seen for the first time.
 * A node past its time is left out of what `decide` sees, so that a successor is asked for; it goes when its
 class
   has as many warm nodes without it as there should be (`retire`), and is to be had until then. One at a time.
@@ -32,7 +33,8 @@ from warmpool.warmth import Reading, Verdict
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """What is remembered of a machine. Times are seconds since the epoch."""
+    """What is remembered of a machine. Times are seconds since the epoch. `tended_at`: since when somebody
+    has been there without a pause to have it made warm."""
 
     node_class: str
     state: NodeState
@@ -40,6 +42,7 @@ class Record:
     up_at: float | None = None
     warm_at: float | None = None
     heard_at: float | None = None
+    tended_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,16 +138,26 @@ def _record(
         None if not up else old.up_at if old is not None and old.up_at is not None else _began(machine, now)
     )
     heard_at = now if old is None or old.heard_at is None or rested else old.heard_at
+    tended_at = now if old is None or old.tended_at is None or rested else old.tended_at
     if reading is not None and not reading.error:
         heard_at = now
     state, reason = _STATES.get(machine.stage), machine.reason
     if state is None:
-        state, reason = _warmth(machine, reading, verdict, up_at or now, heard_at, settings, now)
+        state, reason = _warmth(machine, reading, verdict, tended_at, heard_at, settings, now)
     warm_at = old.warm_at if old is not None else None
     if state is NodeState.WARM and warm_at is None:
         warm_at = now
     since = old.since if old is not None and old.state is state else _began(machine, now)
-    return Record(machine.node_class, state, since, up_at, warm_at, heard_at if up else None), reason
+    record = Record(
+        machine.node_class,
+        state,
+        since,
+        up_at,
+        warm_at,
+        heard_at if up else None,
+        tended_at if up else None,
+    )
+    return record, reason
 
 
 def _began(machine: Machine, now: float) -> float:
@@ -155,7 +168,7 @@ def _warmth(
     machine: Machine,
     reading: Reading | None,
     verdict: Verdict | None,
-    up_at: float,
+    tended_at: float,
     heard_at: float,
     settings: Warmth,
     now: float,
@@ -169,8 +182,8 @@ def _warmth(
         return NodeState.WARM, ""
     lack = reading.error if reading is not None and reading.error else ""
     lack = lack or "; ".join(verdict.missing if verdict is not None else ()) or "not asked yet"
-    if now - up_at > settings.warm_within_seconds:
-        return NodeState.FAILED, f"not warm {now - up_at:.0f} s after it was up: {lack}"
+    if now - tended_at > settings.warm_within_seconds:
+        return NodeState.FAILED, f"not warm after {now - tended_at:.0f} s: {lack}"
     return NodeState.WARMING, lack
 
 
@@ -217,6 +230,8 @@ def _tally(before: Roster, records: Mapping[str, Record]) -> Tally:
     return Tally(hits, misses)
 
 
+_TIMES = ("up_at", "warm_at", "heard_at", "tended_at")
+
 # -- as JSON -------------------------------------------------------------------------------------------
 
 
@@ -243,10 +258,7 @@ def from_json(document: Mapping[str, Any]) -> Roster:
                     str(each["node_class"]),
                     NodeState(each["state"]),
                     float(each["since"]),
-                    *(
-                        None if each[key] is None else float(each[key])
-                        for key in ("up_at", "warm_at", "heard_at")
-                    ),
+                    *(None if each[key] is None else float(each[key]) for key in _TIMES),
                 )
                 for name, each in document["records"].items()
             },

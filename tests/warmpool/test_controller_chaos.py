@@ -113,4 +113,4 @@ TestChaos.settings = settings(max_examples=12, stateful_step_count=15, deadline=
 
 @pytest.mark.soak
 class TestChaosForLong(Chaos.TestCase):  # type: ignore[misc]
-    settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -29,6 +29,7 @@ _records = st.builds(
     st.none() | _times,
     st.none() | _times,
     st.none() | _times,
+    st.none() | _times,
 )
 _kept = st.builds(
     journal.Kept,

@@ -76,6 +76,17 @@ def test_a_controller_that_was_away_itself_blames_nobody() -> None:
     assert state(roster) is not NodeState.FAILED
 
 
+def test_who_just_came_gives_a_cold_node_its_time() -> None:
+    old = machine(made_at=1.0)
+    roster = advanced(Roster(), 90_000.0, old, verdict=_COLD)
+    assert state(roster) is NodeState.WARMING
+    for now in (90_090.0, 90_180.0, 91_001.0):
+        roster = advanced(dataclasses.replace(roster, at=now - 15.0), now, old, verdict=_COLD)
+    assert state(roster) is NodeState.FAILED
+    roster = advanced(roster, 99_000.0, old, verdict=_COLD)
+    assert state(roster) is NodeState.WARMING, "the controller was away itself"
+
+
 def test_handed_over_at_the_first_look_counts_for_nothing() -> None:
     roster = advanced(Roster(), 10.0, machine(stage=Stage.HANDED), verdict=None)
     assert (roster.tally.hits, roster.tally.misses) == ({}, {})
