@@ -93,6 +93,7 @@ def _answers(url: str) -> bool:
     return False
 
 
+@pytest.mark.soak
 def test_load_makes_replicas(kubernetes_api: KubernetesApi) -> None:
     """The autoscaler's decision goes through the scale subresource, and is an event that says why."""
     port = free_port()
