@@ -128,8 +128,9 @@ def _pod(wanted: Endpoint, version: str) -> Body:
         # The image's user may be anybody; nobody else is in the pod.
         {"name": "control", "secret": {"secretName": control_secret(wanted), "defaultMode": 0o444}},
     ]
-    if _mounted(wanted):
-        volumes.append({"name": "model", "hostPath": {"path": wanted.model, "type": "Directory"}})
+    if wanted.model is not None:
+        local = {"hostPath": {"path": wanted.model, "type": "Directory"}}
+        volumes.append({"name": "model", **(local if _is_local(wanted.model) else {"emptyDir": {}})})
     pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": grace,
         "automountServiceAccountToken": place.service_account is not None,
@@ -165,8 +166,10 @@ def _engine(wanted: Endpoint) -> Body:
         {"name": "settings", "mountPath": str(_SETTINGS), "readOnly": True},
         {"name": "control", "mountPath": str(_CONTROL), "readOnly": True},
     ]
-    if _mounted(wanted):
-        mounts.append({"name": "model", "mountPath": wanted.model, "readOnly": True})
+    if wanted.model is not None:
+        local = _is_local(wanted.model)
+        place_of_model = wanted.model if local else wanted.model_cache.directory
+        mounts.append({"name": "model", "mountPath": place_of_model, "readOnly": local})
     starts = math.ceil(enginecommand.start_timeout_seconds(wanted) / _PROBE_SECONDS)
     return {
         "name": ENGINE,
@@ -203,9 +206,9 @@ def _resources(wanted: Endpoint) -> Body:
     return {"requests": found, "limits": found} if found else {}
 
 
-def _mounted(wanted: Endpoint) -> bool:
-    """Whether the model is a directory of the node."""
-    return wanted.model is not None and wanted.model.startswith("/")
+def _is_local(model: str) -> bool:
+    """Whether it is a directory of the node; else it is brought to the pod."""
+    return model.startswith("/")
 
 
 def _owned(wanted: Endpoint, version: str, owner: Owner) -> Body:

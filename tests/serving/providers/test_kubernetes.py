@@ -139,6 +139,15 @@ def test_what_a_pod_has_of_the_document() -> None:
     assert changes.version(_FULL) != changes.version(_wanted())
 
 
+def test_a_model_in_a_bucket_has_room_in_the_pod() -> None:
+    wanted = _wanted(engine={"kind": "vllm"}, model="s3://models/chat")
+    spec = manifests.deployment(wanted, "v", None)["spec"]["template"]["spec"]
+    (volume,) = (each for each in spec["volumes"] if each["name"] == "model")
+    (mount,) = (each for each in spec["containers"][0]["volumeMounts"] if each["name"] == "model")
+    assert "emptyDir" in volume
+    assert (mount["mountPath"], mount["readOnly"]) == (wanted.model_cache.directory, False)
+
+
 def test_a_pod_selector_restarts_and_a_place_is_fixed() -> None:
     place = {"supervisor": "glowplug-serving:0.1"}
     old = _wanted(kubernetes=place)
