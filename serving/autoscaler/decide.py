@@ -39,7 +39,7 @@ GAP_SECONDS = 30.0
 _LARGEST = 1e12
 """Of anything that is counted. More is a mistake."""
 _EXTRA_STARTS = 2.0
-_EXTRA_SECONDS = 30.0
+_EXTRA_SECONDS = 10.0
 """What was ordered ahead of demand is kept until it had so many starts' time, and no less, to be needed."""
 _NEWEST_STARTS = 0.5
 """What the latest starts count in the time that a start takes."""

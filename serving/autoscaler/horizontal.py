@@ -27,6 +27,8 @@ from serving.autoscaler import windows
 from serving.autoscaler.observation import Demand
 from serving.autoscaler.policy import Policy
 
+_LOOK_SECONDS = 1.0
+"""Between two looks, on top of a start: what is decided now is next decided then."""
 _MIN_SERVED = 5.0
 """Requests whose time in service makes a mean."""
 
@@ -111,7 +113,7 @@ def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_s
     spread = windows.spread(load.history)
     level, window_seconds = _level(load.history, service, spread, policy)
     factor, going_seconds = windows.growth(load.history, policy.evidence, spread)
-    horizon = min(start_seconds, going_seconds)
+    horizon = min(start_seconds + _LOOK_SECONDS, going_seconds)
     coming = level * factor**horizon
     # Arrivals in bursts of b are requests in flight in bursts of less: they end one by one.
     deviation = policy.headroom * math.sqrt((1 + spread.over(service)) / 2)

@@ -165,3 +165,79 @@ def test_schedules_and_quota() -> None:
     assert [each.rule for each in short.because.clamps] == ["schedule", "quota"]
     noon = midnight + 12 * 3600
     assert decide(State.initial(policy), Observation(noon, Demand(0), ()), noon).replicas == 1
+
+
+@given(st.lists(st.floats(0, 30), min_size=1, max_size=40), st.floats(1, 8), st.floats(0.1, 10))
+@settings(max_examples=60, deadline=None)
+def test_more_of_the_same_demand_never_gives_fewer(rates: list[float], times: float, service: float) -> None:
+    policy = dataclasses.replace(POLICY, maximum=100_000)
+    less, more = State.initial(policy), State.initial(policy)
+    ready = instances(200)
+    for second, rate in enumerate(rates):
+        now = START + second
+        less = decide(less, Observation(now, flowing(rate, service), ready), now).state
+        more = decide(more, Observation(now, flowing(times * rate, service), ready), now).state
+        assert more.replicas >= less.replicas
+
+
+@given(st.floats(0, 100), st.floats(0.05, 20), st.sampled_from([0.5, 1.0, 5.0]))
+@settings(max_examples=8, deadline=None)
+def test_constant_demand_gives_a_constant_size_at_any_cadence(
+    rate: float, service: float, every: float
+) -> None:
+    policy = dataclasses.replace(POLICY, maximum=100_000, down_window_seconds=30)
+    state, now, sizes = State.initial(policy), START, []
+    for _ in range(round(120 / every)):
+        now += every
+        seen = Observation(now, flowing(rate, service), instances(state.replicas))
+        state = decide(state, seen, now).state
+        sizes.append(state.replicas)
+    assert len(set(sizes[len(sizes) // 2 :])) == 1
+
+
+def test_an_exponential_ramp_is_met_a_start_ahead() -> None:
+    """10 to 10,000 a second in a minute, a start takes 5 s: from a thousand a second on, what is asked for is
+    what will be needed when it is ready, but for a tenth; what is too much at the end is soon given back."""
+    policy = dataclasses.replace(POLICY, maximum=10_000, target=16, down_window_seconds=30)
+
+    def rate(second: int) -> float:
+        return float(10 * 1_000 ** min(1.0, max(0, second - 60) / 60))
+
+    sizes = [each.replicas for each in run(State.initial(policy), lambda at: flowing(rate(at)), 180)]
+    assert all(16 * sizes[second] >= 0.9 * rate(second + 5) for second in range(100, 180))
+    assert max(sizes) < 2.1 * 10_000 / 16
+    assert sizes[-1] < 1.3 * 10_000 / 16
+
+
+def test_a_replica_that_starts_keeps_the_size_until_patience_ends() -> None:
+    policy = dataclasses.replace(POLICY, down_window_seconds=30, start_patience_seconds=300)
+    state = run(State.initial(policy), lambda _: flowing(800), 60)[-1].state
+    large, now, created = state.replicas, state.at or START, state.at or START
+    kept: list[int] = []
+    later: list[int] = []
+    for second in range(600):
+        now += 1
+        stuck = Instance("stuck", ReplicaState.STARTING, created_at=created)
+        seen = Observation(now, flowing(80), (*instances(state.replicas), stuck))
+        state = decide(state, seen, now).state
+        (kept if second < 299 else later).append(state.replicas)
+    assert set(kept) == {large}
+    assert later[-1] < large
+
+
+def test_what_nobody_saw_empties_no_window() -> None:
+    policy = dataclasses.replace(POLICY, down_window_seconds=60)
+    state = run(State.initial(policy), lambda _: flowing(800), 100)[-1].state
+    large = state.replicas
+    blind = run(state, lambda _: None, 300)
+    assert {each.replicas for each in blind} == {large}
+    assert blind[-1].because.note == "no load report came in time"
+    seeing = run(blind[-1].state, lambda _: flowing(80), 50)
+    assert {each.replicas for each in seeing} == {large}
+    assert run(seeing[-1].state, lambda _: flowing(80), 100)[-1].replicas < large
+
+
+def test_a_restart_goes_on_with_the_same_decisions() -> None:
+    half = run(State.initial(POLICY), lambda second: flowing(50 + second), 60)[-1].state
+    again = State.from_json(json.loads(json.dumps(half.to_json())), POLICY)
+    assert run(half, lambda _: flowing(300), 60) == run(again, lambda _: flowing(300), 60)
