@@ -146,8 +146,8 @@ def _ours(endpoint: Endpoint) -> list[Point]:
 
 
 _OURS_DEFAULT_PART = 0.8
-_OURS_MANNERS = ((300.0, 3.0), (60.0, 10.0))
-"""Quick up and slow down; and the reverse."""
+_OURS_MANNERS = ((300.0, 3.0), (60.0, 3.0), (60.0, 10.0))
+"""Windows down, and evidence: quick up and slow down, quick both ways, slow up and quick down."""
 _PARTS = (0.5, 0.7, 0.8, 1.0)
 _SPARE_PART = 1.25
 _CLAIRVOYANT_PART = 0.9
