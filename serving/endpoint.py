@@ -165,6 +165,9 @@ class LearnedLimit(_Part):
     """A quarter of `replicas.concurrency_limit` if left out."""
     max: int | None = Field(default=None, ge=1, le=100_000)
     """Four times `replicas.concurrency_limit` if left out."""
+    latency_seconds: _Seconds | None = None
+    """The mean time in service up to which a replica is filled. Half of `objectives.p99_seconds` if left out;
+    None of both: throughput alone decides."""
 
 
 class Autoscaling(_Part):

@@ -53,7 +53,7 @@ class Policy:
     limit_least: int = 1
     limit_most: int = 1_000
     latency_seconds: float | None = None
-    """What a request should take at most; the limit is kept below what exceeds it."""
+    """What a request should take in service, in the mean; the limit is kept below what exceeds it."""
     headroom: float = 1.0
     """Standard deviations of the requests in flight that must fit below the limits."""
     evidence: float = 5.0
@@ -115,7 +115,7 @@ class Policy:
             learn_limit=settings.limit.enabled,
             limit_least=limit_least,
             limit_most=limit_most,
-            latency_seconds=endpoint.objectives.p99_seconds,
+            latency_seconds=_latency_seconds(endpoint),
             headroom=settings.headroom,
             level_seconds=settings.level_seconds,
             start_seconds=settings.start_seconds,
@@ -132,6 +132,12 @@ class Policy:
     def target_at(self, limit: float) -> float:
         """The target beside a limit: their ratio is the document's."""
         return self.target * limit / self.limit
+
+
+def _latency_seconds(endpoint: Endpoint) -> float | None:
+    """The mean that a limit is held to. Of a 99th percentile, half: requests differ in length."""
+    given, p99 = endpoint.autoscaling.limit.latency_seconds, endpoint.objectives.p99_seconds
+    return given if given is not None or p99 is None else p99 / 2
 
 
 def _schedule(given: document.Schedule) -> Schedule:

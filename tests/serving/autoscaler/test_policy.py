@@ -31,7 +31,7 @@ def test_a_document_gives_its_policy() -> None:
     policy = Policy.of(endpoint.load(DOCUMENT, "e.yaml"))
     assert (policy.minimum, policy.maximum, policy.target, policy.limit) == (0, 20, 10, 20)
     assert (policy.limit_least, policy.limit_most, policy.learn_limit) == (5, 50, True)
-    assert (policy.tolerance, policy.latency_seconds, policy.start_patience_seconds) == (0.2, 2, 90)
+    assert (policy.tolerance, policy.latency_seconds, policy.start_patience_seconds) == (0.2, 1, 90)
     assert policy.schedules == (Schedule(frozenset({0, 4}), 22 * 3600, 6.5 * 3600, 4),)
 
 
