@@ -305,6 +305,7 @@ def _paid(passage: toll.Passage, send: _Send) -> _Send:
             more = message.get("more_body", False)
             if not more:
                 piece += passage.end()
+                passage.close()  # before its client, who has the answer then, asks for something else
             elif not piece:
                 return
             message = {**message, "body": piece}

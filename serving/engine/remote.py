@@ -13,7 +13,8 @@ from pathlib import Path
 from aiohttp import web
 
 _MAX_TOKEN_BYTES = 4_096
-_MAX_BODY_BYTES = 1 << 16
+_MAX_BODY_BYTES = 1 << 20
+"""As on the control socket: the rations of as many tenants as a budget has places for."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -112,7 +112,7 @@ class Passage:
         self.units = _cost(by, self._expected) if by else 0.0
         self._output_charged = self._expected.output
         self._meter: tokens.Meter | None = None
-        self._free = False
+        self._free = self._closed = False
 
     @property
     def alters(self) -> bool:
@@ -145,10 +145,11 @@ class Passage:
         return b"" if self._meter is None else self._meter.end()
 
     def close(self) -> None:
-        """Settle. A client that went away pays for what it got, or, before it got anything, what was
+        """Settle, once. A client that went away pays for what it got, or, before it got anything, what was
         expected: the engine has worked."""
-        if not self.measured:
+        if not self.measured or self._closed:
             return
+        self._closed = True
         said, done = None, self.units
         if self._free:
             done = 0.0
