@@ -194,6 +194,9 @@ def _decision(plan: _Plan, may_shrink: bool) -> PoolDecision:
         plan.clamps.append(Clamp("too large not for long enough", target, len(held)))
         target = len(held)
     surplus = sorted(held, key=lambda node: (_RELEASED_FIRST.index(node.state), -node.since, node.name))
+    if outlook.losses:
+        ranked = sorted(outlook.losses.items(), key=lambda each: each[1])
+        plan.notes.append("models by their loss: " + ", ".join(f"{name} {loss:.2f}" for name, loss in ranked))
     lead_seconds = float(np.median(outlook.leads))
     explanation = Explanation(
         Mode.HOLD if plan.holds else outlook.mode,

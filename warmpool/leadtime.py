@@ -1,9 +1,9 @@
 """How long a node takes from its request until it is warm: learned, from every node that comes. Pure.
 
-Called by `warmpool.decide` at each look. Provisioning, boot and prefetch are one time here, because the pool
-can only wait for all of them; `phases` tells them apart, for people. Until enough nodes have come, what the
-policy says makes up for those that lack. A node that is on its way for longer than nearly all did counts with
-its age: what never comes would otherwise never be learned from.
+Called by `warmpool.outlook` at each look. Provisioning, boot and prefetch are one time here, because the pool
+can only wait for all of them. Until enough nodes have come, what the policy says makes up for those that
+lack. A node that is on its way for longer than nearly all did counts with its age: what never comes would
+otherwise never be learned from.
 """
 
 from __future__ import annotations
@@ -67,13 +67,3 @@ def ages(nodes: Iterable[Node], now: float) -> list[float]:
     return [
         now - node.requested_at for node in nodes if node.state in COMING and node.requested_at is not None
     ]
-
-
-def phases(nodes: Iterable[Node]) -> tuple[list[float], list[float]]:
-    """Seconds from request to boot, and from boot to warm, of the nodes that are both."""
-    told = [
-        (node.booted_at - node.requested_at, node.warm_at - node.booted_at)
-        for node in nodes
-        if node.requested_at is not None and node.booted_at is not None and node.warm_at is not None
-    ]
-    return [boot for boot, _ in told], [warming for _, warming in told]

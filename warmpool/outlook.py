@@ -10,6 +10,7 @@ window, and goes on judging while it is open.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Memory:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outlook:
     """Requests a second, how uncertain that is (the dispersion of a negative binomial), and lead times that
-    are equally likely."""
+    are equally likely. `losses` are what the models lost in the back-test that chose this one."""
 
     mode: Mode
     model: str
@@ -75,6 +76,7 @@ class Outlook:
     dispersion: float
     leads: Floats
     breaker: str = ""
+    losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def learn(
@@ -161,7 +163,7 @@ def _by_forecast(
         fitted.outline.turns(np.array([now]), fit.lead_seconds),
     )
     rate = float(fit.rates(rows)[0])
-    return Outlook(Mode.FORECAST, fitted.model, rate, fit.dispersion, leads)
+    return Outlook(Mode.FORECAST, fitted.model, rate, fit.dispersion, leads, losses=fitted.losses)
 
 
 def _judged(policy: Policy, memory: Memory, known_seconds: float, rises: int, now: float) -> Trust:

@@ -170,6 +170,7 @@ def test_a_controller_with_history_forecasts_and_a_successor_decides_the_same() 
     assert ours == theirs
     assert ours.explanation.mode is Mode.FORECAST
     assert ours.explanation.quantile > 0.5
+    assert f"models by their loss: {ours.explanation.model} " in ours.explanation.note
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,3 @@ def test_nodes_that_do_not_come_lengthen_the_time() -> None:
     assert np.median(leadtime.quantiles(learned, _PRIOR, leadtime.ages(waiting, 30.0), 6)) == 60.0
     late = leadtime.quantiles(learned, _PRIOR, leadtime.ages(waiting, 600.0), 6)
     assert late[-1] > 400.0
-
-
-def test_phases_are_told_apart() -> None:
-    assert leadtime.phases([_warm(0, 40.0), Node("x", NodeState.BOOTING, 0.0)]) == ([20.0], [20.0])
