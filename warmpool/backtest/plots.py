@@ -34,7 +34,7 @@ def frontiers(case: Case) -> str:
         axes.axvline(1 - rate, color="0.85", zorder=1)
     axes.set(xscale="log", yscale="log", xlabel="part of requests that missed", ylabel="idle node-hours")
     axes.set_title(report.title(case))
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left")
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg") :]
