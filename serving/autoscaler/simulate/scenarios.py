@@ -131,23 +131,25 @@ def _ours(endpoint: Endpoint) -> list[Point]:
     made = [
         Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
     ]
-    for part, (window_seconds, evidence) in itertools.product(_PARTS, _OURS_MANNERS):
+    for part, (down_seconds, evidence, level_seconds) in itertools.product(_PARTS, _OURS_MANNERS):
         settings = dataclasses.replace(
             default,
             target=part * limit,
-            down_window_seconds=window_seconds,
-            evidence=evidence,
             headroom=0.5,
             tolerance=0.0,
+            down_window_seconds=down_seconds,
+            evidence=evidence,
+            level_seconds=level_seconds,
         )
-        label = f"{part:.0%}, down {window_seconds:.0f} s, evidence {evidence:.0f}"
+        label = f"{part:.0%}, down {down_seconds:.0f}, evidence {evidence:.0f}, level {level_seconds:.0f}"
         made.append(Point("ours", label, functools.partial(policies.Ours, settings)))
     return made
 
 
 _OURS_DEFAULT_PART = 0.8
-_OURS_MANNERS = ((300.0, 3.0), (60.0, 3.0), (60.0, 10.0))
-"""Windows down, and evidence: quick up and slow down, quick both ways, slow up and quick down."""
+_OURS_MANNERS = ((300.0, 3.0, 30.0), (300.0, 3.0, 8.0), (60.0, 3.0, 30.0), (60.0, 10.0, 30.0))
+"""The window down, the evidence, the window of the level: quick up and slow down; the same, for bursts that
+come back; quick both ways; slow up and quick down."""
 _PARTS = (0.5, 0.7, 0.8, 1.0)
 _SPARE_PART = 1.25
 _CLAIRVOYANT_PART = 0.9
