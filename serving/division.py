@@ -23,6 +23,6 @@ def divide(
     asked = sum(demand.values())
     even = left * (EVEN if asked > 0 else 1.0) / max(1, len(demand))
     return {
-        holder: even + (left * (1.0 - EVEN) * each / asked if asked > 0 else 0.0)
+        holder: even + (left * (1.0 - EVEN) * (each / asked) if asked > 0 else 0.0)
         for holder, each in demand.items()
     }

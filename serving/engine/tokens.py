@@ -34,7 +34,8 @@ _UNSAID: Mapping[str, str] = {
 }
 """Where a request that names no bound would get the model's."""
 _WITH_STREAM_OPTIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r(?!\Z))")
+"""A blank line. A carriage return at the end of what has come may be half of one."""
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
