@@ -241,3 +241,21 @@ def test_a_restart_goes_on_with_the_same_decisions() -> None:
     half = run(State.initial(POLICY), lambda second: flowing(50 + second), 60)[-1].state
     again = State.from_json(json.loads(json.dumps(half.to_json())), POLICY)
     assert run(half, lambda _: flowing(300), 60) == run(again, lambda _: flowing(300), 60)
+
+
+def test_a_learned_limit_moves_the_target_with_it_and_says_so() -> None:
+    policy = dataclasses.replace(POLICY, maximum=2, learn_limit=True, limit_most=64)
+    state, notes = State.initial(policy), set()
+    for second in range(60):
+        now = START + second
+        full = [
+            dataclasses.replace(each, in_flight=state.limit, queued=0.0, completed_per_second=state.limit)
+            for each in instances(2)
+        ]
+        demand = Demand(in_flight=2 * state.limit, issued_per_second=2 * state.limit, service_seconds=1.0)
+        decision = decide(state, Observation(now, demand, tuple(full)), now)
+        state = decision.state
+        notes.add(decision.because.note)
+    assert decision.limit > 16
+    assert decision.target == decision.limit / 2
+    assert any(note.startswith("limit 16 -> 24: ") for note in notes)
