@@ -26,6 +26,8 @@ from serving.autoscaler.units import Coefficients
 
 LEAST_POINTS = 5
 """One more than there are coefficients: without one to spare, nothing can be held out."""
+_LEAST_TOKENS = 1e-9
+"""Of a mean that is not 0: less is no count, and a number to divide by that has no digits left."""
 _RIDGE = 1e-12
 """Of the diagonal: columns that depend on one another share their weight, not cancel."""
 _FIELDS = ("request", "input", "cached", "output")
@@ -63,6 +65,8 @@ def fit(points: Sequence[Point]) -> Fit:
         numbers = dataclasses.astuple(each)
         if not all(math.isfinite(number) and number >= 0 for number in numbers) or each.seconds <= 0:
             raise errors.DocumentError(f"no cost can be fitted to {each}")
+        if any(0 < number < _LEAST_TOKENS for number in numbers[:3]):
+            raise errors.DocumentError(f"{each} is no mean of counts")
     found = _solve(points)
     predicted = [_cost(_solve([*points[:at], *points[at + 1 :]]), point) for at, point in enumerate(points)]
     off = [abs(guess / point.seconds - 1.0) for guess, point in zip(predicted, points, strict=True)]

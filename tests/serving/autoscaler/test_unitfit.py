@@ -14,6 +14,7 @@ from serving.autoscaler import unitfit, units
 from serving.autoscaler.unitfit import Point
 from serving.autoscaler.units import Coefficients
 
+_TOKENS = st.just(0.0) | st.floats(1e-3, 1e6)
 _COEFFICIENT = st.sampled_from([0.0, 1e-6, 3e-5, 1e-3, 0.02])
 _SHAPES = [
     (given_, given_ * part // 4, made)
@@ -52,7 +53,7 @@ def test_noise_is_the_error_that_is_reported() -> None:
 
 @given(
     st.lists(
-        st.builds(Point, st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 1e4), st.floats(1e-6, 1e3)),
+        st.builds(Point, _TOKENS, _TOKENS, _TOKENS, st.floats(1e-6, 1e3)),
         min_size=unitfit.LEAST_POINTS,
         max_size=12,
     )
@@ -70,7 +71,14 @@ def test_what_a_line_cannot_say_has_a_large_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [[], [Point(1, 0, 1, 1)] * 4, [Point(1, 0, 1, 0)] * 9, [Point(1, 0, 1, float("nan"))] * 9]
+    "points",
+    [
+        [],
+        [Point(1, 0, 1, 1)] * 4,
+        [Point(1, 0, 1, 0)] * 9,
+        [Point(1, 0, 1, float("nan"))] * 9,
+        [Point(5e-324, 0, 1, 1)] * 9,
+    ],
 )
 def test_points_that_say_nothing_are_refused(points: list[Point]) -> None:
     with pytest.raises(errors.DocumentError):
