@@ -22,6 +22,8 @@ _MEDIAN_OF_CHI_SQUARED = 0.455
 _GROWTH_EVIDENCE = 4.5
 """Standard deviations that growth must be worth at the least: several lengths of windows are tried each
 second. At 3, steady Poisson load gave three false alarms in nine hours, at 4.5 none."""
+_LEAST_RATE = 1e-6
+"""A second, from which on ratios of rates mean something, and are numbers."""
 _LEAST_RATIOS = 3
 """That a median is taken of."""
 
@@ -133,7 +135,7 @@ def growth(history: History, evidence: float, spread: Spread) -> tuple[float, fl
         counts = [sum(each.arrivals for each in one) for one in parts]
         seconds = [sum(each.seconds for each in one) for one in parts]
         rates = [count / span for count, span in zip(counts, seconds, strict=True)]
-        if min(rates) <= 0:
+        if min(rates) < _LEAST_RATE:
             continue
         chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[3]))
         if math.log(rates[3] / rates[0]) < max(_GROWTH_EVIDENCE, evidence) * chance:

@@ -54,3 +54,8 @@ def test_a_ramp_is_growth_and_a_step_is_none() -> None:
     for after in range(1, 40):
         step = buckets([100.0] * (40 - after) + [1_000.0] * after)
         assert windows.growth(step, 3.0, windows.spread(step)) == (1.0, 0.0)
+
+
+def test_next_to_nothing_is_no_basis_for_growth() -> None:
+    history = buckets([2.0, 1.0, 1.0, 5e-324, 1e-300, 1e12])
+    assert windows.growth(history, 3.0, windows.spread(history)) == (1.0, 0.0)
