@@ -192,7 +192,7 @@ class Ledger:
             return self._next()
 
     def beat(self, slot: int, now_ns: int, progress: int, cache: float = 0.0) -> None:
-        """The process's event loop runs, this is how far it has got, and so much of the KV cache is in use."""
+        """The process's event loop runs, this is how far it is, and so much of the KV cache is in use."""
         start = self._slot(slot)
         self._words[start + _PROGRESS] = progress
         self._words[start + _CACHE] = round(min(max(cache, 0.0), 1.0) * _MICRO)
