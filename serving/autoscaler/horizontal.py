@@ -8,9 +8,8 @@ The first is what is true; the second comes sooner, by the length of a request, 
 rejected requests and those that wait are arrivals too. The time in service is learned while replicas have
 room, because under overload it is a time in the queue.
 
-    level   what is proven: the mean of `level_seconds` (of two requests' time, if that is longer), or more
-            where a shorter window, down to a second or half a request, exceeds it by `evidence` standard
-            deviations: a burst that is over before a request is asks for little
+    level   the mean of the last half minute; but where a shorter window, down to a second, exceeds that by
+            `evidence` standard deviations, what it shows, less two of its own
     ahead   the level times the growth that is proven, for as long as a start takes, but no further ahead
             than the growth has been going on
     room    replicas hold their target in the mean, and `headroom` standard deviations more below their limit:
@@ -29,6 +28,8 @@ from serving.autoscaler.policy import Policy
 
 _LOOK_SECONDS = 1.0
 """Between two looks, on top of a start: what is decided now is next decided then."""
+_DOUBT = 2.0
+"""Standard deviations that are taken off what a short window shows."""
 _MIN_SERVED = 5.0
 """Requests whose time in service makes a mean."""
 
@@ -141,22 +142,39 @@ def replicas(level: float, deviation: float, capacity: Capacity) -> float:
 def _level(
     history: windows.History, service: float, spread: windows.Spread, policy: Policy
 ) -> tuple[float, float]:
-    """Requests in flight that are proven, and the window that proves them."""
-    evidence = policy.evidence
+    """Requests in flight, and the window that says so: the mean of `level_seconds`; but where a shorter
+    window has more than the longer ones say, beyond chance, what it shows."""
     enough_seconds = windows.GRAIN_SECONDS * max(policy.level_seconds, 2 * service)
-    best, best_seconds = 0.0, 0.0
-    mean, mean_seconds = 0.0, 0.0
+    looked = []
     for window in windows.newest(history):
-        seconds = window.seconds
-        if mean_seconds >= enough_seconds:
+        looked.append(window)
+        if window.seconds >= enough_seconds:
             break
-        variance = spread.over(seconds)
-        arriving = max(0.0, window.arrivals - evidence * math.sqrt(variance * window.arrivals))
-        # Samples of what is in flight are alike for as long as a request takes.
-        samples = 1 + seconds / (2 * service) if service else 1.0
-        flying = max(0.0, window.in_service - evidence * math.sqrt(variance * window.in_service / samples))
-        proven = max(arriving / seconds * service if seconds >= service / 2 else 0.0, flying)
-        if proven > best:
-            best, best_seconds = proven, seconds
-        mean, mean_seconds = max(window.arrivals / seconds * service, window.in_service), seconds
-    return max((best, best_seconds), (mean, mean_seconds))
+    if not looked:
+        return 0.0, 0.0
+    longest = looked.pop()
+    level = max(longest.arrivals / longest.seconds * service, longest.in_service)
+    level_seconds = longest.seconds
+    for window in reversed(looked):
+        shown = _shown(window, level, service, spread.over(window.seconds), policy.evidence)
+        if shown > level:
+            level, level_seconds = shown, window.seconds
+    return level, level_seconds
+
+
+def _shown(window: windows.Bucket, level: float, service: float, variance: float, evidence: float) -> float:
+    """Requests in flight that a window shows where it exceeds `level` by `evidence` standard deviations of
+    chance: its mean less a few of its own. Less than they are it says nothing, because the largest of several
+    windows is mostly large by chance, too."""
+    shown = 0.0
+    if service and window.seconds >= service / 2:
+        expected = max(1.0, level / service * window.seconds)
+        if window.arrivals - expected > evidence * math.sqrt(variance * expected):
+            arrivals = window.arrivals - _DOUBT * math.sqrt(variance * window.arrivals)
+            shown = arrivals / window.seconds * service
+    # Samples of what is in flight are alike for as long as a request takes.
+    samples = 1 + window.seconds / (2 * service) if service else 1.0
+    if window.in_service - level > evidence * math.sqrt(variance * max(1.0, level) / samples):
+        in_service = window.in_service - _DOUBT * math.sqrt(variance * window.in_service / samples)
+        shown = max(shown, in_service)
+    return shown
