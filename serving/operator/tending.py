@@ -257,6 +257,7 @@ class Tender:
             pressure=lambda: self._router.pressure(self._name),
             replicas=self._replicas,
             version=self._memory.rollout.stable or changes.version(document),
+            reference_units=document.reference_units,
         )
         size = self._autoscaler.turn(mode, Policy.of(document), look)
         if size is None:
