@@ -14,7 +14,9 @@ Invariants, whatever the observation:
 - The size is never above the quota, nor above the maximum, nor below the minimum but for these two.
 - It is lowered only by a sound observation, after a window of sound ones, while no replica is starting
   (Kubernetes deletes those that are not ready first), in steps.
-- More demand never gives fewer replicas; constant demand gives a constant size.
+- Constant demand gives a constant size; the same demand, times more, never fewer replicas. Not so for more
+  demand in the past alone: a rise that is beyond chance above little may not be beyond it above more, and is
+  then believed later.
 - What is wrong with an observation is said in the explanation. A clock that jumps ages nothing: windows are
   kept on a clock of observed time (`seen_seconds`).
 """

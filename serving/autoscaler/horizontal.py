@@ -8,8 +8,9 @@ The first is what is true; the second comes sooner, by the length of a request, 
 rejected requests and those that wait are arrivals too. The time in service is learned while replicas have
 room, because under overload it is a time in the queue.
 
-    level   the mean of the last half minute; but where a shorter window, down to a second, exceeds that by
-            `evidence` standard deviations, what it shows, less two of its own
+    level   the mean of `level_seconds` (of two requests' time, if that is longer); but where a shorter
+            window, down to a second, exceeds it by `evidence` standard deviations, what that one shows, less
+            two of its own
     ahead   the level times the growth that is proven, for as long as a start takes, but no further ahead
             than the growth has been going on
     room    replicas hold their target in the mean, and `headroom` standard deviations more below their limit:
