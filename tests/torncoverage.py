@@ -1,8 +1,8 @@
 """Removes what `coverage combine` cannot take in: data files of processes that were killed while they wrote.
 
 `make test` runs it before `coverage combine`. The fault tests end servers and agents with SIGKILL, and
-coverage writes its SQLite files without a journal, so now and then one is torn. `combine` passes by a file that
-it cannot open, but not by one that opens and holds nonsense: it fails, and with it a run whose every test
+coverage writes its SQLite files without a journal, so now and then one is torn. `combine` passes by a file
+that it cannot open, but not by one that opens and holds nonsense: it fails, and with it a run whose every test
 passed. So each file is combined alone first, into memory; what fails is named and removed, and the rest is
 reported.
 """
