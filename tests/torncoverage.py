@@ -2,9 +2,9 @@
 
 `make test` runs it before `coverage combine`. The fault tests end servers and agents with SIGKILL, and
 coverage writes its SQLite files without a journal, so now and then one is torn. `combine` passes by a file
-that it cannot open, but not by one that opens and holds nonsense: it fails, and with it a run whose every test
-passed. So each file is combined alone first, into memory; what fails is named and removed, and the rest is
-reported.
+that it cannot open, but not by one that opens and holds nonsense: it fails, and with it a run whose every
+test passed. So each file is combined alone first, into memory; what fails is named and removed, and the
+rest is reported.
 """
 
 from __future__ import annotations
