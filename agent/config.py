@@ -37,8 +37,8 @@ class Cache:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reads:
     """`deadline_seconds`: how long a read waits for an origin that does not answer, before it gets EIO.
-    `connections`: parallel requests to one origin. `workers`: FUSE processes, 0 for one per processor, two to
-    four."""
+    `connections`: parallel requests to one origin. `workers`: FUSE processes, 0 for the device
+    server's default."""
 
     deadline_seconds: float = 60.0
     connections: int = 8

@@ -54,7 +54,6 @@ from imagefs.origin import agentcredentials, connect
 
 DEVICE_OWNER = "agent"
 """The agent's hold on the device server: a `glowplug umount` in its state directory must not end that."""
-MAX_WORKERS = 4
 _LOCK = "agent.lock"
 _KEPT = {
     "cache.directory": "cache_dir",
@@ -274,7 +273,7 @@ def server_settings(settings: config.Settings, origins: connect.Options) -> cont
         free_floor_bytes=control.free_floor_bytes(
             settings.cache.directory, settings.cache.free_floor_percent
         ),
-        workers=settings.reads.workers or max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
+        workers=settings.reads.workers or control.WORKERS,
         read_deadline_seconds=settings.reads.deadline_seconds,
         connections=settings.reads.connections,
         origins=origins,

@@ -32,8 +32,6 @@ READ_DEADLINE_SECONDS = 60.0
 """How long a read waits for an origin that does not answer, before it gets EIO."""
 CONNECTIONS = 8
 """Parallel requests to one origin."""
-MAX_WORKERS = 4
-"""FUSE worker processes: one per processor up to this, at least two."""
 
 
 class SizeType(click.ParamType[int]):
@@ -246,7 +244,6 @@ def server_settings(storage: Storage, origins: Options) -> ServerSettings:
         cache_dir=storage.cache_dir,
         cache_quota_bytes=storage.cache_quota_bytes,
         free_floor_bytes=free_floor_bytes(storage),
-        workers=max(2, min(MAX_WORKERS, os.cpu_count() or 1)),
         read_deadline_seconds=storage.read_deadline_seconds,
         connections=CONNECTIONS,
         origins=origins,

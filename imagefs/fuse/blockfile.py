@@ -10,8 +10,9 @@ that it takes to fill and to drop it.
 * A small read goes through the page cache, because many small files lie side by side, and because a fault on
   a mapped library comes as a burst of reads of 64 KiB, in order. One that finds nothing there has the whole
   window of `_WINDOW_BYTES` around it read at once, without waiting for more than its own part, so that the
-  rest of the burst comes from memory. The kernel's own read-ahead is off: on top of the windows it read 382
-  instead of 340 MB for one `import torch`, and slower (docs/benchmarks.md).
+  rest of the burst comes from memory. One that goes on where the window before ended has the next window read
+  as well: small files lie in the order in which they are found. The kernel's own read-ahead is off: on top of
+  the windows it read 382 instead of 340 MB for one `import torch`, and slower (docs/benchmarks.md).
   The pages are dropped with the block, all at once: POSIX_FADV_DONTNEED after every small read made `import
   torch` 0.1 s (6%) slower, as it may have to empty every processor's list of new pages.
 * A large read from the page cache drops everything before its end, not only its own part: of a block that has
@@ -38,6 +39,7 @@ class BlockFile:
         self._direct_fd = -1
         self._direct = True
         self._leaves_pages = False
+        self._window = -2
         status = os.fstat(fd)
         # A memfd never had a name; a cache file has one when it is sent.
         self.in_memory = status.st_nlink == 0
@@ -53,6 +55,7 @@ class BlockFile:
         """Read exactly `view` from byte `offset`. False if the file is shorter, or the disk fails."""
         try:
             if len(view) < _LARGE_BYTES:
+                self._read_ahead(offset // _WINDOW_BYTES)
                 if self._read_cached(view, offset):
                     return True
                 start = offset - offset % _WINDOW_BYTES
@@ -76,6 +79,12 @@ class BlockFile:
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
         os.close(self._fd)
+
+    def _read_ahead(self, window: int) -> None:
+        """Have the window behind `window` read, when that follows the one of the last small read."""
+        if window == self._window + 1:
+            os.posix_fadvise(self._fd, (window + 1) * _WINDOW_BYTES, _WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
+        self._window = window
 
     def _read_cached(self, view: memoryview, offset: int) -> bool:
         """False where a part of the bytes is not in memory."""

@@ -48,6 +48,10 @@ _LOG_TAIL_BYTES = 2000
 _UNKNOWN_OPERATION = "control: unknown operation"
 _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
+WORKERS = 4
+"""FUSE processes. More than two processors, so that the disk has a next request while an answer is copied: by
+four on two cores a library of 434 MB came in 0.95 of local EROFS' time, by two in 1.06 (docs/benchmarks.md)."""
+
 
 class StoppingError(errors.UnavailableError):
     """The server was stopping when the request came; the next one will take it."""
@@ -63,7 +67,7 @@ class ServerSettings:
     cache_dir: Path
     cache_quota_bytes: int
     free_floor_bytes: int
-    workers: int = dataclasses.field(default_factory=lambda: max(2, min(4, os.cpu_count() or 1)))
+    workers: int = WORKERS
     read_deadline_seconds: float = 60.0
     connections: int = 8
     origins: Options = dataclasses.field(default_factory=Options)

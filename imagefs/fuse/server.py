@@ -50,6 +50,7 @@ _STUCK_SECONDS = 10
 """A worker that takes no answer for so long is killed and replaced, before it holds up the fetcher."""
 _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
+_FIRST_WORKERS = 2
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 60.0
 _ACCEPT_PAUSE_SECONDS = 0.1
@@ -175,6 +176,8 @@ class Server:
 
     def _tend_worker(self, slot: int, clone: int, left: list[protocol.Read]) -> None:
         """One worker after another on one clone. The first answers what was `left` there."""
+        if slot >= _FIRST_WORKERS and not left:
+            self._loaded.wait()  # a mount waits for that and reads little before: the processors' time is its
         failures = 0
         while not (self._stopping or self._finishing):
             started = time.monotonic()
