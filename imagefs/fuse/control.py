@@ -49,7 +49,7 @@ _UNKNOWN_OPERATION = "control: unknown operation"
 _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
 WORKERS = 4
-"""FUSE processes. More than two processors, so that the disk has a next request while an answer is copied: by
+"""FUSE processes. More than processors, so that the disk has a next request while an answer is copied: by
 four on two cores a library of 434 MB came in 0.95 of local EROFS' time, by two in 1.06 (docs/benchmarks.md)."""
 
 
