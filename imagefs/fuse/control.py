@@ -50,7 +50,8 @@ _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "
 
 WORKERS = 4
 """FUSE processes: more than processors, so that the disk has a next request while an answer is copied. By
-four on two cores a library of 434 MB came in 0.95 of local EROFS' time, by two in 1.06 (docs/benchmarks.md)."""
+four on two cores a library of 434 MB came in 0.95 of the time of local EROFS, by two in 1.06
+(docs/benchmarks.md)."""
 
 
 class StoppingError(errors.UnavailableError):
