@@ -31,8 +31,8 @@ class State(enum.Enum):
 class Vitals:
     """What an engine says of itself, at a time (`at`, seconds since the epoch). `finished`, `rejected` (429)
     and `busy_seconds` (time in flight, of all requests) are sums since its supervisor began; so are
-    `cpu_seconds`, which fall when a process of it ends. `memory` is a part of what it may use. None is what
-    nobody could say."""
+    `cpu_seconds`, which fall when a process of it ends. `memory` is a part of what it may use, `gpu` of the
+    last moments in which its busiest GPU did anything. None is what nobody could say."""
 
     at: float
     in_flight: int
@@ -43,6 +43,7 @@ class Vitals:
     cpus: float | None = None
     cpu_seconds: float | None = None
     memory: float | None = None
+    gpu: float | None = None
     units_in_flight: float = 0.0
     """Model units of the requests in flight and in its queue; 0 where they are not counted."""
 

@@ -4,8 +4,8 @@ Owned by one `shell.Autoscaler` a scaled endpoint, which calls `observe` about o
 two ways. Load reports are pushed, within a second, and are what demand is made of: in flight by replica,
 issued, turned away by the router. Engines are asked when they are probed, and say what Envoys cannot know:
 how much waits in their queues, what they turned away themselves, how long requests took without waiting,
-processor and memory. Where they are silent the rest still holds: the time that requests take is then what is
-in flight by what is issued (Little's law), waiting included.
+processor, GPU and memory. Where they are silent the rest still holds: the time that requests take is then
+what is in flight by what is issued (Little's law), waiting included.
 
 Invariants: an endpoint that no report names, while all reports are in, has a demand of zeros; where they are
 not all in (`Pressure.unknown`) demand is None, whatever was read. A number that is not finite or is negative
@@ -201,6 +201,7 @@ class Signals:
             latency_seconds=rates.latency_seconds,
             queued=float(vitals.queued) if vitals is not None else None,
             cpu=rates.cpu,
+            gpu=vitals.gpu if vitals is not None else None,
             memory=vitals.memory if vitals is not None else None,
         )
 

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.engine.gpus import Reading
 from serving.engine.requestlog.keeper import Totals
 from serving.engine.state import Counters, Limits, State
 
@@ -31,6 +32,7 @@ class Facts:
     phases: Mapping[str, float]
     logged: Totals
     dropped_spans: int
+    gpus: Reading | None
 
 
 def render(facts: Facts) -> bytes:
@@ -57,7 +59,7 @@ class _Facts(Collector):
             ("limit_requests", "Requests that may be in flight.", facts.limits.in_flight),
             ("queue_limit_requests", "Requests that may wait.", facts.limits.queue_requests),
         )
-        for name, words, value in gauges:
+        for name, words, value in (*gauges, *_of_gpus(facts.gpus)):
             yield GaugeMetricFamily(f"glowplug_engine_{name}", words, value)
         counters: tuple[tuple[str, str, float], ...] = (
             ("admitted_requests", "Requests let in.", facts.counters.admitted),
@@ -88,3 +90,14 @@ class _Facts(Collector):
         for phase, seconds in facts.phases.items():
             phases.add_metric([phase], seconds)
         yield phases
+
+
+def _of_gpus(read: Reading | None) -> Iterator[tuple[str, str, float]]:
+    """What is not known is left out."""
+    if read is None:
+        return
+    if read.busy is not None:
+        yield "gpu_busy_ratio", "Part of the last moments in which the busiest GPU did anything.", read.busy
+    yield "gpus", "GPUs of the engine.", read.count
+    yield "gpu_memory_bytes", "Memory in use on the engine's GPUs.", read.memory_bytes
+    yield "gpu_memory_limit_bytes", "Memory of the engine's GPUs.", read.memory_limit_bytes

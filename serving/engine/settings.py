@@ -111,6 +111,9 @@ class Settings(_Part):
     """Memory that the engine may use; the machine's, if left out. What is used is shown as a part of it."""
     cgroup: str | None = None
     """The control group that the engine runs in, where that is not its process tree: a container's."""
+    gpus: tuple[str, ...] | None = Field(None, max_length=64, strict=False)
+    """The GPUs that the engine has, by the machine's numbers or by UUID, where its own environment does not
+    tell: a container's. How busy they are is shown."""
     stream_weights: int | None = Field(None, ge=1, le=1_024)
     """Read weights by that many parallel requests (run:ai streamer)."""
     traces_endpoint: str | None = None

@@ -18,18 +18,32 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from serving import errors
 from serving.endpoint import VllmEngine
-from serving.engine import front, gate, health, kinds, limiter, metrics, phases, processors, usage, watch
+from serving.engine import (
+    front,
+    gate,
+    gpus,
+    health,
+    kinds,
+    limiter,
+    metrics,
+    nvml,
+    phases,
+    processors,
+    usage,
+    watch,
+)
 from serving.engine.budget import Budget
 from serving.engine.child import Child
 from serving.engine.ledger import Ledger
@@ -69,6 +83,7 @@ class Supervisor:
         self._child: Child | None = None
         self._tracer: Tracer | None = None
         self._cpus = settings.cpus or processors.available()
+        self._gpus: nvml.Reader | None = None
 
     async def run(self) -> None:
         """Until it is drained. ConfigurationError, UnavailableError where the engine does not start."""
@@ -107,6 +122,8 @@ class Supervisor:
                 await proxy.start()
                 self._kind = kinds.Command(settings, settings.engine, self._model, proxy)
             self._front = front.Front(self, self._ledger, proxy)
+            self._gpus = nvml.Reader(self._own_gpus, lambda text: self._say("gpus", text=text))
+            stack.callback(self._gpus.close)
             control = Path(settings.control) if settings.control else directory / "engine.sock"
             writing = asyncio.create_task(self._write_metrics()) if proxy is None else None
             loop = asyncio.get_running_loop()
@@ -163,7 +180,19 @@ class Supervisor:
         if used is None:
             return None
         memory_bytes = settings.memory_bytes or usage.machine_memory_bytes()
-        return {**dataclasses.asdict(used), "cpus": self._cpus, "memory_limit_bytes": memory_bytes}
+        reading = self._gpus_read()
+        return {
+            **dataclasses.asdict(used),
+            "cpus": self._cpus,
+            "memory_limit_bytes": memory_bytes,
+            "gpus": None if reading is None else dataclasses.asdict(reading),
+        }
+
+    def _own_gpus(self, machine: Sequence[str]) -> Sequence[str]:
+        return gpus.visible(machine, self._settings.gpus, {**os.environ, **self._settings.engine.environment})
+
+    def _gpus_read(self) -> gpus.Reading | None:
+        return None if self._gpus is None else self._gpus.last()
 
     def set_limits(self, limits: Limits) -> None:
         self._ledger.set_limits(limits)
@@ -203,6 +232,7 @@ class Supervisor:
             phases=self._took,
             logged=self._log.totals,
             dropped_spans=self._tracer.dropped if self._tracer is not None else 0,
+            gpus=self._gpus_read(),
         )
         return metrics.render(facts)
 

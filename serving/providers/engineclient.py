@@ -151,8 +151,15 @@ def vitals(said: Mapping[str, Any], now: float) -> Vitals | None:
         cpus=_number(used.get("cpus")),
         cpu_seconds=_number(used.get("cpu_seconds")),
         memory=max(parts, default=None),
+        gpu=_busy(used.get("gpus")),
         units_in_flight=_number(said.get("units_in_flight")) or 0.0,
     )
+
+
+def _busy(said: Any) -> float | None:
+    """A GPU's memory is not counted: engines and their allocators take it whole, and keep what they took."""
+    busy = _number(said.get("busy")) if isinstance(said, dict) else None
+    return busy if busy is not None and busy <= 1 else None
 
 
 def _number(value: Any) -> float | None:

@@ -50,6 +50,7 @@ def settings(
         "cgroup": f"/{wanted.containerd.namespace}/{container(wanted.name, folder.name)}"
         if wanted.provider == "containerd"
         else None,
+        "gpus": None if image is None else _gpus(wanted),
         "service": wanted.name,
         "instance": folder.name,
         "request_log": request_log(wanted),
@@ -76,8 +77,8 @@ def _container(wanted: Endpoint, replica: str, image: str) -> dict[str, Any]:
         options += ["--cpus", f"{resources.cpus:g}"]
     if resources.memory_bytes is not None:
         options += ["--memory-limit", str(resources.memory_bytes)]
-    for number in range(resources.gpus):
-        options += ["--gpus", str(number)]
+    for number in _gpus(wanted):
+        options += ["--gpus", number]
     return {
         "ctr": ctr(wanted.containerd),
         "name": container(wanted.name, replica),
@@ -85,6 +86,11 @@ def _container(wanted: Endpoint, replica: str, image: str) -> dict[str, Any]:
         "snapshotter": wanted.containerd.snapshotter,
         "options": options,
     }
+
+
+def _gpus(wanted: Endpoint) -> list[str]:
+    """Of the machine, by number."""
+    return [str(number) for number in range(wanted.resources.gpus)]
 
 
 def container(name: str, replica: str) -> str:

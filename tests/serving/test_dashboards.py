@@ -13,6 +13,7 @@ import yaml
 
 from serving import statusdocument
 from serving.engine import metrics
+from serving.engine.gpus import Reading
 from serving.engine.requestlog import keeper
 from serving.engine.state import Counters, Limits, State
 from tests.serving.test_statuspage import made_status
@@ -44,6 +45,7 @@ def _engine() -> bytes:
         phases={},
         logged=keeper.Totals(),
         dropped_spans=0,
+        gpus=Reading(1, 0.5, 1, 2),
     )
     return metrics.render(facts)
 
