@@ -104,8 +104,8 @@ def _waiting(demand: Demand, capacity: Capacity) -> float:
 
 
 def _service_seconds(history: windows.History, known: float | None) -> float | None:
-    served = sum(bucket.served for bucket in history)
-    busy = sum(bucket.busy_seconds for bucket in history)
+    served = sum([bucket.served for bucket in history])
+    busy = sum([bucket.busy_seconds for bucket in history])
     return busy / served if served >= _MIN_SERVED and busy > 0 else known
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 GRAIN_SECONDS = 0.9
 """Of a bucket. Below the usual second between decisions, so that each has its own."""
@@ -70,15 +70,21 @@ def appended(history: History, bucket: Bucket) -> History:
 
 def newest(history: History) -> Iterator[Bucket]:
     """The last second or so, the last two, four, ..., all: each as one bucket."""
-    whole = Bucket(0.0, 0.0, 0.0, 0.0, 0.0)
+    # As `Bucket.joined` would, without a bucket for each step: this is most of a decision.
+    seconds = arrivals = in_service = served = busy_seconds = 0.0
     wanted, said = GRAIN_SECONDS, True
     for bucket in reversed(history):
-        whole, said = bucket.joined(whole), False
-        if whole.seconds >= wanted:
-            yield whole
-            wanted, said = 2 * whole.seconds, True
+        both = bucket.seconds + seconds
+        in_service = (bucket.in_service * bucket.seconds + in_service * seconds) / both if both else 0.0
+        seconds, said = both, False
+        arrivals = bucket.arrivals + arrivals
+        served = bucket.served + served
+        busy_seconds = bucket.busy_seconds + busy_seconds
+        if seconds >= wanted:
+            yield Bucket(seconds, arrivals, in_service, served, busy_seconds)
+            wanted, said = 2 * seconds, True
     if not said:
-        yield whole
+        yield Bucket(seconds, arrivals, in_service, served, busy_seconds)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,21 +105,22 @@ class Spread:
 def spread(history: History) -> Spread:
     """From what three neighbouring windows of a scale differ by beyond a straight line, so that a trend is no
     variance, and by the median, so that a step is none either."""
-    sums = list(itertools.accumulate((bucket.arrivals for bucket in history), initial=0.0))
+    sums = list(itertools.accumulate([bucket.arrivals for bucket in history], initial=0.0))
     found: list[float] = []
     length = 1
     while True:
-        counts = [sums[first + length] - sums[first] for first in range(len(sums) - length)]
+        counts = [after - before for before, after in zip(sums, sums[length:], strict=False)]
         # Windows that overlap by half: more of them, at hardly less information each.
-        ratios = sorted(
+        step = max(1, length // 2)
+        ones, others, thirds = counts[::step], counts[length::step], counts[2 * length :: step]
+        ratios = [
             (one - 2 * other + third) ** 2 / total
-            for one, other, third in zip(
-                *(counts[first :: max(1, length // 2)] for first in (0, length, 2 * length)), strict=False
-            )
+            for one, other, third in zip(ones, others, thirds, strict=False)
             if (total := one + 4 * other + third) > 0
-        )
+        ]
         if len(ratios) < _LEAST_RATIOS:
             break
+        ratios.sort()
         found.append(max([1.0, *found[-1:], ratios[len(ratios) // 2] / _MEDIAN_OF_CHI_SQUARED]))
         length *= 2
     return Spread((*found[1:], found[-1]) if found else (1.0,))
@@ -128,14 +135,17 @@ def growth(history: History, evidence: float, spread: Spread) -> tuple[float, fl
     grows.
     """
     best, best_seconds = 1.0, 0.0
+    arrivals = [bucket.arrivals for bucket in history]
+    lasted = [bucket.seconds for bucket in history]
     for part in (1, 2, 4, 8, 16):
-        if 4 * part > len(history):
+        first = len(history) - 4 * part
+        if first < 0:
             break
-        parts = [history[-(k + 1) * part : len(history) - k * part] for k in (3, 2, 1, 0)]
-        counts = [sum(each.arrivals for each in one) for one in parts]
-        seconds = [sum(each.seconds for each in one) for one in parts]
+        cuts = range(first, len(history), part)
+        counts = [sum(arrivals[cut : cut + part]) for cut in cuts]
+        seconds = [sum(lasted[cut : cut + part]) for cut in cuts]
         rates = [count / span for count, span in zip(counts, seconds, strict=True)]
-        if min(rates) < _LEAST_RATE:
+        if min(rates) < _LEAST_RATE or rates[3] <= rates[0]:
             continue
         chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[3]))
         if math.log(rates[3] / rates[0]) < max(_GROWTH_EVIDENCE, evidence) * chance:
@@ -160,14 +170,12 @@ class Peak:
 
     def pushed(self, stamp: float, value: float, window_seconds: float) -> Peak:
         """With a value more, and without what is older than the window."""
-        kept: Sequence[tuple[float, float]] = self.entries
-        while kept and kept[-1][1] <= value:
-            kept = kept[:-1]
-        grain = window_seconds / _PEAKS
-        # A smaller value soon after a larger one adds nothing until that one is forgotten, a grain from now.
-        if not kept or stamp - kept[-1][0] >= grain:
-            kept = (*kept, (stamp, value))
-        first = 0
-        while kept[first][0] < stamp - window_seconds:
+        entries, last, first = self.entries, len(self.entries), 0
+        while last and entries[last - 1][1] <= value:
+            last -= 1
+        while first < last and entries[first][0] < stamp - window_seconds:
             first += 1
-        return Peak(tuple(kept[first:]))
+        # A smaller value soon after a larger one adds nothing until that one is forgotten, a grain from now.
+        if last and stamp - entries[last - 1][0] < window_seconds / _PEAKS:
+            return self if (first, last) == (0, len(entries)) else Peak(entries[first:last])
+        return Peak((*entries[first:last], (stamp, value)))
