@@ -58,8 +58,13 @@ _EVIDENCE = 2.0
 """Standard deviations by which a latency must exceed its bound for a cut within a cycle."""
 _SAMPLED = 50
 """Replicas of which a decision takes samples: more tell nothing new, and take time."""
-_FULL: Mapping[str, float] = {"memory": 0.9, "cpu": 0.98, "gpu": 0.995}
-"""Utilisations from which nothing is raised. A GPU calls itself busy when any part of it is."""
+_BUSY: Mapping[str, float] = {"cpu": 0.98, "gpu": 0.995}
+"""Utilisations from which a limit is raised only where the last raise paid. A GPU calls itself busy when any
+part of it is, and an engine that batches keeps one so with a single request, as it does its processors."""
+_PAID = 0.1
+"""What of itself a raise brought in throughput, at the least, where it paid."""
+_MEMORY_FULL = 0.9
+"""From which nothing is raised."""
 _MEMORY_SHORT = 0.95
 """From which the limit is cut."""
 _SHORT_OF_MEMORY = 0.8
@@ -249,10 +254,24 @@ def _wanted(learned: Learned, limit: int, policy: Policy) -> tuple[int, str]:
     above = [each for each in known if each.index > here]
     if knee.index > here:
         return math.ceil(knee.in_service), f"{knee.rate:.3g} a second at {knee.in_service:.3g}"
-    full = any(getattr(usage, name) >= threshold * usage.seconds for name, threshold in _FULL.items())
-    if not above and not full and limit < policy.limit_most:
+    held = _held(usage, _paid(current, below), _index(limit) - _index(policy.limit_least))
+    if not above and not held and limit < policy.limit_most:
         return _raised(limit, current, below)
-    return _between(limit, current, below, above)
+    wanted, why = _between(limit, current, below, above)
+    return wanted, f"{held}; {why}" if held and why else why
+
+
+def _held(usage: Usage, paid: float | None, cells_below: int) -> str:
+    """What speaks against more: nothing, or how much of it is in use. Where there is no going down to see
+    what the way up brings, up is the way to see it."""
+    if usage.memory >= _MEMORY_FULL * usage.seconds:
+        return f"memory {usage.memory / usage.seconds:.0%}"
+    for name, threshold in _BUSY.items():
+        used = getattr(usage, name)
+        dear = cells_below >= _PAID_CELLS if paid is None else paid < _PAID
+        if used >= threshold * usage.seconds and dear:
+            return f"{name} {used / usage.seconds:.0%}"
+    return ""
 
 
 def _within(bound: float, below: Sequence[Cell], pressed: Cell) -> int:
@@ -265,9 +284,14 @@ def _within(bound: float, below: Sequence[Cell], pressed: Cell) -> int:
     return math.floor(last.in_service + part * (pressed.in_service - last.in_service))
 
 
-def _raised(limit: int, current: Cell, below: Sequence[Cell]) -> tuple[int, str]:
+def _paid(current: Cell, below: Sequence[Cell]) -> float | None:
+    """What the way up to here brought in throughput, as a part of itself; None where that is not known."""
     lower = [each for each in below if each.index <= current.index - _PAID_CELLS]
-    paid = _elasticity(lower[-1], current) if lower else 0.0
+    return _elasticity(lower[-1], current) if lower else None
+
+
+def _raised(limit: int, current: Cell, below: Sequence[Cell]) -> tuple[int, str]:
+    paid = _paid(current, below) or 0.0
     factor = next((factor for least, factor in _RAISES if paid >= least), _RAISES[-1][1])
     return max(limit + 1, round(limit * factor)), f"{current.rate:.3g} a second and rising"
 

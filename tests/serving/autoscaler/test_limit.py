@@ -34,7 +34,7 @@ def instance(name: str, in_service: float, rate: float, **more: float) -> Instan
     return dataclasses.replace(ready, **more)  # type: ignore[arg-type]
 
 
-def loop(profile: Profile, policy: Policy, seconds: int, seed: int) -> list[int]:
+def loop(profile: Profile, policy: Policy, seconds: int, seed: int, **usage: float) -> list[int]:
     """The limits of a second each, of replicas that have always more to do than they may. What is completed
     in a second is as much by chance as Poisson's."""
     chance = random.Random(seed)
@@ -42,7 +42,7 @@ def loop(profile: Profile, policy: Policy, seconds: int, seed: int) -> list[int]
     for second in range(seconds):
         mean = profile.rate(now_limit)
         seen = [
-            instance(f"r{k}", now_limit, max(0.0, chance.gauss(mean, math.sqrt(mean))))
+            instance(f"r{k}", now_limit, max(0.0, chance.gauss(mean, math.sqrt(mean))), **usage)
             for k in range(REPLICAS)
         ]
         learned = limit.noted(learned, now_limit, seen, 1.0, NOW + second)
@@ -78,6 +78,27 @@ def test_within_a_tenth_of_the_best_fixed_limit_in_five_minutes_from_any_start(
     settled = [goodput(profile, each, latency) for each in limits[300:]]
     assert sum(settled) / len(settled) >= 0.9 * best
     assert all(0.5 * before <= after <= 2 * before for before, after in itertools.pairwise(limits))
+
+
+@pytest.mark.parametrize("start", [1, 4, 16, 64, MOST])
+@pytest.mark.parametrize("usage", [{"gpu": 1.0}, {"cpu": 1.0}], ids=lambda each: next(iter(each)))
+@pytest.mark.parametrize(
+    "profile",
+    [
+        profiles.cpu_bound(cores=10, service_seconds=0.2),
+        profiles.batch_friendly(step_seconds=0.02, request_seconds=0.0005, steps=50),
+        profiles.memory_bound(fits=32, service_seconds=0.5, thrashing=3),
+    ],
+    ids=lambda each: each.name,
+)
+def test_what_always_calls_itself_busy_does_not_hide_what_a_batch_brings(
+    profile: Profile, usage: dict[str, float], start: int
+) -> None:
+    policy = Policy(target=1, limit=start, limit_most=MOST, learn_limit=True)
+    best = max(goodput(profile, fixed, None) for fixed in range(1, MOST + 1))
+    limits = loop(profile, policy, 900, 7, **usage)
+    settled = [goodput(profile, each, None) for each in limits[300:]]
+    assert sum(settled) / len(settled) >= 0.9 * best
 
 
 def fed(policy: Policy, seconds: int, seen: Instance) -> tuple[int, str]:
@@ -129,6 +150,12 @@ def test_samples_that_say_nothing_change_nothing(changes: dict[str, float]) -> N
 )
 def test_utilisation_holds_and_cuts(usage: dict[str, float], expected: int) -> None:
     assert fed(POLICY, 31, instance("r", 16, 16, **usage))[0] == expected
+
+
+def test_a_limit_that_is_lowered_says_what_was_in_use() -> None:
+    assert fed(POLICY, 31, instance("r", 16, 16, gpu=1.0))[1] == (
+        "limit 16 -> 9: gpu 100%; no more above; is it less below?"
+    )
 
 
 def test_a_latency_that_is_far_too_long_is_cut_before_the_cycle_ends() -> None:
