@@ -45,6 +45,8 @@ _EXTRA_SECONDS = 10.0
 """What was ordered ahead of demand is kept until it had so many starts' time, and no less, to be needed."""
 _NEWEST_STARTS = 0.5
 """What the latest starts count in the time that a start takes."""
+_READY, _STARTING = ReplicaState.READY, ReplicaState.STARTING
+"""By names of our own: to take a member out of its class takes longer than to compare it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,11 +128,7 @@ class Decision:
 def decide(state: State, observation: Observation, now: float) -> Decision:
     """The next state, and what is to be done. `now` is in seconds since the epoch (schedules are by it), and
     on the same clock as the observation's times."""
-    there = [
-        each
-        for each in observation.instances
-        if each.state is ReplicaState.READY or each.state is ReplicaState.STARTING
-    ]
+    there = [each for each in observation.instances if each.state is _READY or each.state is _STARTING]
     if state.at is None:  # whoever decided before had reasons: what is there is the first size
         state = dataclasses.replace(state, replicas=max(state.replicas, len(there)))
     wrong = _unsound(state, observation, now)
@@ -140,11 +138,15 @@ def decide(state: State, observation: Observation, now: float) -> Decision:
     else:
         settled = _sized(state, demand, there, now)
     size, clamps = _clamped(state, settled, observation, there, now)
-    because = dataclasses.replace(settled.because, clamps=settled.because.clamps + tuple(clamps))
-    at = now if math.isfinite(now) else state.at
-    following = dataclasses.replace(settled.state, replicas=size, at=at)
-    if size < state.replicas:
-        following = dataclasses.replace(following, lowered_at=following.seen_seconds)
+    because = settled.because
+    if clamps:
+        because = dataclasses.replace(because, clamps=(*because.clamps, *clamps))
+    following = dataclasses.replace(
+        settled.state,
+        replicas=size,
+        at=now if math.isfinite(now) else state.at,
+        lowered_at=settled.state.seen_seconds if size < state.replicas else settled.state.lowered_at,
+    )
     limit = following.limit
     return Decision(following, size, limit, state.policy.target_at(limit), because)
 
@@ -189,51 +191,64 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
     """The size by demand, within the steps that are allowed."""
     policy = state.policy
     elapsed = now - state.at if state.at is not None else 0.0
-    state = _start_noted(state, there)
-    ready = sum(each.state is ReplicaState.READY for each in there)
-    target = policy.target_at(state.limit)
-    capacity = horizontal.Capacity(ready, target, state.limit)
+    start_seconds, started_at = _start_noted(state, there)
+    start = policy.start_seconds if start_seconds is None else start_seconds
+    ready = sum([each.state is _READY for each in there])
+    capacity = horizontal.Capacity(ready, policy.target_at(state.limit), state.limit)
     load = horizontal.noted(state.load, demand, capacity, elapsed)
-    start = _start(state)
     need = horizontal.need(load, demand, capacity, policy, start)
     seen = state.seen_seconds + elapsed
     steady = state.steady.pushed(seen, need.steady, policy.down_window_seconds)
     ahead = state.ahead.pushed(seen, need.ahead, max(_EXTRA_SECONDS, _EXTRA_STARTS * start))
     quiet = demand.in_flight == demand.held == demand.issued_per_second == demand.rejected_per_second == 0
-    state = _step_noted(state, elapsed)
+    season = state.season
+    if policy.predict:
+        without = math.ceil(max(steady.value, ahead.value) - 1e-9)
+        season = _foreseen(state, season, need, without, start, elapsed, now)
+    learned, limit, relimited = _limited(state, there, elapsed, now)
+    step_from, step_seconds = _step_noted(state, elapsed)
     state = dataclasses.replace(
         state,
+        limit=limit,
         seen_seconds=seen,
+        learned=learned,
+        season=season,
         load=load,
         steady=steady,
         ahead=ahead,
         idle_seconds=state.idle_seconds + elapsed if quiet else 0.0,
+        start_seconds=start_seconds,
+        started_at=started_at,
+        step_from=step_from,
+        step_seconds=step_seconds,
     )
-    if policy.predict:
-        state = _foreseen(state, need, elapsed, now)
-    state, relimited = _limited(state, there, elapsed, now)
-    resting = "" if state.season.trusted else "the forecast rests: for a day it cost and saved nothing"
+    resting = "" if season.trusted else "the forecast rests: for a day it cost and saved nothing"
     note = "; ".join(filter(None, (relimited, resting)))
     because = Explanation("demand", need.level, need.window_seconds, need.formula, note=note)
     return _moved(state, need, because, quiet)
 
 
-def _foreseen(state: State, need: horizontal.Need, elapsed: float, now: float) -> State:
-    """The time of day with what it brought now, and what it was good for."""
-    season = forecast.learned(state.season, need.level, elapsed, now)
-    without = math.ceil(max(state.steady.value, state.ahead.value) - 1e-9)
-    floor = _floor(state, now)
-    season = forecast.scored(season, need.steady, without, floor, elapsed, _start(state))
-    return dataclasses.replace(state, season=season)
+def _foreseen(
+    state: State,
+    season: forecast.Season,
+    need: horizontal.Need,
+    without: int,
+    start_seconds: float,
+    elapsed: float,
+    now: float,
+) -> forecast.Season:
+    """The time of day with what it brought now, and what it was good for; `without` it the size would be."""
+    season = forecast.learned(season, need.level, elapsed, now)
+    floor = _floor(season, state.policy, state.limit, start_seconds, now)
+    return forecast.scored(season, need.steady, without, floor, elapsed, start_seconds)
 
 
-def _floor(state: State, now: float) -> int:
+def _floor(season: forecast.Season, policy: Policy, limit: int, start_seconds: float, now: float) -> int:
     """The replicas that the time of day asks for, trusted or not."""
-    expected = forecast.expected(state.season, now, _start(state)) if math.isfinite(now) else None
+    expected = forecast.expected(season, now, start_seconds) if math.isfinite(now) else None
     if expected is None or expected < 1:  # less is no reason to keep an endpoint from going to zero
         return 0
-    policy = state.policy
-    capacity = horizontal.Capacity(0, policy.target_at(state.limit), state.limit)
+    capacity = horizontal.Capacity(0, policy.target_at(limit), limit)
     return math.ceil(horizontal.replicas(expected, policy.headroom, capacity) - 1e-9)
 
 
@@ -241,35 +256,36 @@ def _start(state: State) -> float:
     return state.policy.start_seconds if state.start_seconds is None else state.start_seconds
 
 
-def _limited(state: State, there: list[Instance], elapsed: float, now: float) -> tuple[State, str]:
+def _limited(
+    state: State, there: list[Instance], elapsed: float, now: float
+) -> tuple[limits.Learned, int, str]:
     """The limit of a replica, where it is learned, and why it is another one."""
     if not state.policy.learn_limit:
-        return state, ""
+        return state.learned, state.limit, ""
     learned = limits.noted(state.learned, state.limit, there, elapsed, now)
-    learned, limit, why = limits.adjusted(learned, state.limit, state.policy)
-    return dataclasses.replace(state, learned=learned, limit=limit), why
+    return limits.adjusted(learned, state.limit, state.policy)
 
 
-def _start_noted(state: State, there: list[Instance]) -> State:
-    """With the starts that came to their end since: the median of these, and a part of what was known."""
-    ended = [each for each in there if each.ready_at is not None and each.ready_at > state.started_at]
-    seconds = sorted(each.ready_at - each.created_at for each in ended if each.ready_at is not None)
+def _start_noted(state: State, there: list[Instance]) -> tuple[float | None, float]:
+    """`start_seconds` and `started_at` with the starts that came to their end since: the median of these, and
+    a part of what was known."""
+    since = state.started_at
+    ended = [(at, each) for each in there if (at := each.ready_at) is not None and at > since]
+    seconds = sorted([at - each.created_at for at, each in ended])
     if not seconds or not 0 <= seconds[len(seconds) // 2] < math.inf:
-        return state
+        return state.start_seconds, since
     known, median = state.start_seconds, seconds[len(seconds) // 2]
-    return dataclasses.replace(
-        state,
-        start_seconds=median if known is None else known + _NEWEST_STARTS * (median - known),
-        started_at=max(each.ready_at for each in ended if each.ready_at is not None),
-    )
+    mixed = median if known is None else known + _NEWEST_STARTS * (median - known)
+    return mixed, max([at for at, _ in ended])
 
 
-def _step_noted(state: State, elapsed: float) -> State:
-    """A second's step is measured from the size at its beginning, however often it is asked."""
+def _step_noted(state: State, elapsed: float) -> tuple[int, float]:
+    """`step_from` and `step_seconds`: a second's step is measured from the size at its beginning, however
+    often it is asked."""
     seconds = state.step_seconds + elapsed
     if seconds < windows.GRAIN_SECONDS and state.step_from:
-        return dataclasses.replace(state, step_seconds=seconds)
-    return dataclasses.replace(state, step_seconds=0.0, step_from=state.replicas)
+        return state.step_from, seconds
+    return state.replicas, 0.0
 
 
 def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: bool) -> _Settled:
@@ -282,9 +298,8 @@ def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: boo
         most = math.ceil(max(state.step_from, 1) * policy.up_factor) + policy.up_step
         if wanted > most:
             clamps.append(Clamp("a second's step up", wanted, max(size, most)))
-        return _Settled(
-            state, max(size, min(wanted, most)), dataclasses.replace(because, clamps=tuple(clamps))
-        )
+            because = dataclasses.replace(because, clamps=tuple(clamps))
+        return _Settled(state, max(size, min(wanted, most)), because)
     kept = max(state.steady.value, state.ahead.value)
     lower = math.ceil(kept * (1 + policy.tolerance) - 1e-9)
     idle = policy.minimum == 0 and state.idle_seconds >= policy.idle_seconds
@@ -325,10 +340,11 @@ def _clamped(
     rule("provisioned concurrency", max(size, provisioned))
     rule("schedule", max([size, *(each.minimum for each in policy.schedules if each.holds(now))]))
     if policy.predict and state.season.trusted:
-        rule("expected at this time of day", max(size, _floor(state, now)))
+        floor = _floor(state.season, policy, state.limit, _start(state), now)
+        rule("expected at this time of day", max(size, floor))
     rule("minimum", max(size, policy.minimum))
     patience = policy.start_patience_seconds
-    if any(each.state is ReplicaState.STARTING and now - each.created_at <= patience for each in there):
+    if [each for each in there if each.state is _STARTING and now - each.created_at <= patience]:
         rule("a replica is starting", max(size, state.replicas))
     rule("maximum", min(size, policy.maximum))
     if observation.quota is not None:

@@ -59,8 +59,9 @@ def expected(season: Season, now: float, ahead_seconds: float) -> float | None:
     """The most in flight from now until `ahead_seconds` from now; None where no bin knows."""
     first = math.floor(now / BIN_SECONDS)
     last = math.floor((now + min(ahead_seconds, DAY_SECONDS)) / BIN_SECONDS)
-    known = [season.levels[each % _BINS] for each in range(first, min(last, first + _BINS - 1) + 1)]
-    most = max(known)
+    most = season.levels[first % _BINS]
+    for each in range(first + 1, min(last, first + _BINS - 1) + 1):
+        most = max(most, season.levels[each % _BINS])
     return most if most != _UNKNOWN else None
 
 
@@ -84,13 +85,14 @@ def scored(
 ) -> Season:
     """With `seconds` more in its account: replicas `needed` now, what the size would be `without` the
     forecast, and the `floor` that this asks for (0 for none)."""
-    stamp = season.scored_seconds + seconds
-    past = [each for each in season.recent if each[0] <= stamp - start_seconds]
-    saved = 0.0
+    stamp, recent, saved = season.scored_seconds + seconds, season.recent, 0.0
+    past = 0  # entries that are a start's time old
+    while past < len(recent) and recent[past][0] <= stamp - start_seconds:
+        past += 1
     if past:
-        _, was_without, was_with = past[-1]
+        _, was_without, was_with = recent[past - 1]
         saved = seconds if needed > was_without and was_with > was_without else 0.0
-    recent = (*past[-1:], *season.recent[len(past) :])
+        recent = recent[past - 1 :]
     if not recent or stamp - recent[-1][0] >= start_seconds / _RECENT:
         recent = (*recent, (stamp, without, max(without, floor)))
     following = dataclasses.replace(

@@ -141,14 +141,19 @@ def growth(history: History, evidence: float, spread: Spread) -> tuple[float, fl
         first = len(history) - 4 * part
         if first < 0:
             break
-        cuts = range(first, len(history), part)
-        counts = [sum(arrivals[cut : cut + part]) for cut in cuts]
-        seconds = [sum(lasted[cut : cut + part]) for cut in cuts]
+        # The outer two first: mostly they say that nothing grows.
+        counts = [sum(arrivals[cut : cut + part]) for cut in (first, len(history) - part)]
+        seconds = [sum(lasted[cut : cut + part]) for cut in (first, len(history) - part)]
         rates = [count / span for count, span in zip(counts, seconds, strict=True)]
-        if min(rates) < _LEAST_RATE or rates[3] <= rates[0]:
+        if rates[0] < _LEAST_RATE or rates[1] <= rates[0]:
             continue
-        chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[3]))
-        if math.log(rates[3] / rates[0]) < max(_GROWTH_EVIDENCE, evidence) * chance:
+        chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[1]))
+        if math.log(rates[1] / rates[0]) < max(_GROWTH_EVIDENCE, evidence) * chance:
+            continue
+        for place, cut in ((1, first + part), (2, first + 2 * part)):
+            seconds.insert(place, sum(lasted[cut : cut + part]))
+            rates.insert(place, sum(arrivals[cut : cut + part]) / seconds[place])
+        if min(rates) < _LEAST_RATE:
             continue
         least = min(later / earlier for earlier, later in itertools.pairwise(rates))
         factor = least ** (1 / (sum(seconds) / 4))
