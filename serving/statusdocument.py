@@ -65,6 +65,7 @@ def make(view: View) -> dict[str, Any]:
         "url": f"http://{view.address[0]}:{view.address[1]}",
         "engine": document.engine.kind,
         "model": document.model,
+        "model_name": document.model_name or document.name,
         "revision": wanted.number,
         "note": wanted.note,
         "version": changes.version(document),
@@ -205,6 +206,10 @@ def _autoscaler_lines(endpoint: str, said: Mapping[str, Any]) -> Iterator[str]:
             yield f"# HELP glowplug_autoscaler_{name} {text}"
             yield f"# TYPE glowplug_autoscaler_{name} gauge"
             yield f"glowplug_autoscaler_{name}{{{endpoint}}} {value:.9g}"
+    yield "# HELP glowplug_autoscaler_utilization_ratio In use at the ready replica that uses most of it."
+    yield "# TYPE glowplug_autoscaler_utilization_ratio gauge"
+    for resource, used in said["utilization"].items():
+        yield f'glowplug_autoscaler_utilization_ratio{{{endpoint},resource="{resource}"}} {used:.4g}'
     yield "# HELP glowplug_autoscaler_clamped 1 for each rule that changed the last decision."
     yield "# TYPE glowplug_autoscaler_clamped gauge"
     for clamp in {each["rule"]: each for each in said["because"]["clamps"]}.values():

@@ -71,7 +71,7 @@ def stress(
         status["url"],
         path,
         None if body is None else body.read_bytes(),
-        status["model"] or "",
+        status["model_name"],
         None if key_file is None else key_file.read_text().strip(),
         duration.parse(timeout, "--timeout"),
     )

@@ -107,7 +107,7 @@ def _target(target: str, state_dir: Path, model: str | None, key: str | None) ->
         raise click.UsageError(
             f"endpoint {target} has no ready replica: see `glowplug endpoint status {target}`"
         )
-    return calibration.Target(status["url"], model or status["model"] or "", ready, key)
+    return calibration.Target(status["url"], model or status["model_name"], ready, key)
 
 
 def _numbers(text: str, option: str, least: int, most: int) -> list[int]:

@@ -21,6 +21,9 @@ def lines(name: str, explained: Mapping[str, Any], since_seconds: float) -> Iter
         yield f"{name}: autoscaling.mode is off; replicas are what the document or `endpoint scale` says"
     elif mode == "dry-run":
         yield f"{name}: autoscaling.mode is dry-run; nothing of this is done"
+    if used := explained.get("utilization"):
+        parts = ", ".join(f"{resource} {part:.0%}" for resource, part in used.items())
+        yield f"{name}: in use now, at the ready replica that uses most of it: {parts}"
     now = explained["now"]
     runs = [each for each in explained["runs"] if now - each["ended_at"] <= since_seconds]
     if not runs:

@@ -257,6 +257,7 @@ class Autoscaler:
             "decisions": self._count,
             "changes": dict(self._changes),
             "decision_seconds": self._took_seconds,
+            "utilization": _utilization(self._observed),
             "series": self._series(),
         }
 
@@ -330,6 +331,14 @@ def _heard(pressure: Callable[[], Pressure]) -> Pressure:
         return pressure()
     except errors.ServingError as exc:
         return Pressure((), {}, str(exc))
+
+
+def _utilization(observation: Observation) -> dict[str, float]:
+    """By resource, at the ready replica that uses most of it; what nobody said is left out."""
+    ready = [each for each in observation.instances if each.state is State.READY]
+    said = {name: [getattr(each, name) for each in ready] for name in ("cpu", "gpu", "memory")}
+    known = {name: [each for each in values if each is not None] for name, values in said.items()}
+    return {name: max(values) for name, values in known.items() if values}
 
 
 def _sample(made: decide.Decision, observation: Observation) -> Sample:

@@ -35,6 +35,7 @@ def _autoscaling(reason: str) -> dict[str, Any]:
         "decisions": 2,
         "changes": {"up": 1, "down": 0},
         "decision_seconds": 0.0004,
+        "utilization": {"gpu": 0.97},
         "series": [dataclasses.asdict(dataclasses.replace(sample, at=at)) for at in (1.0, 2.0)],
     }
 
@@ -66,6 +67,10 @@ def made_status(reason: str = "", phases: dict[str, float] | None = None) -> dic
         autoscaling=_autoscaling(reason),
     )
     return statusdocument.make(view)
+
+
+def test_clients_are_told_what_the_model_is_called() -> None:
+    assert made_status()["model_name"] == "chat"  # no model_name: the endpoint's own
 
 
 def test_requests_are_summed_by_replica_and_version() -> None:

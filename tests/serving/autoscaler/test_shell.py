@@ -15,7 +15,7 @@ from serving.autoscaler import decisions, explanation, shell
 from serving.autoscaler.observation import Clamp, Explanation
 from serving.autoscaler.policy import Policy
 from serving.autoscaler.shell import Mode
-from serving.replica import Replica, State
+from serving.replica import Replica, State, Vitals
 from serving.router.reports import Pressure, Total
 from serving.service import Load
 
@@ -88,6 +88,24 @@ def test_load_raises_the_size_and_says_why(world: World) -> None:
     sizes = world.run(20)
     assert sizes[-1] >= 6
     assert any("1 -> " in each and "in flight" in each for each in world.said)
+
+
+def test_what_is_in_use_is_said_of_the_busiest_replica_that_is_ready(world: World) -> None:
+    def replica(number: int, state: State, gpu: float | None) -> Replica:
+        vitals = Vitals(world.now, 1, 0, 9, 0, 1.0, memory=0.5, gpu=gpu)
+        return Replica(f"r{number}", "v", ("127.0.0.1", number), state, 1.0, 2.0, vitals=vitals)
+
+    world.replicas = [
+        replica(0, State.READY, 0.25),
+        replica(1, State.READY, None),
+        replica(2, State.DRAINING, 1.0),
+    ]
+    world.turn(Mode.DRY_RUN)
+    explained = world.autoscaler.explained()
+    assert explained["utilization"] == {"gpu": 0.25, "memory": 0.5}
+    assert "chat: in use now, at the ready replica that uses most of it: gpu 25%, memory 50%" in (
+        explanation.lines("chat", explained, 60.0)
+    )
 
 
 def test_a_restart_makes_no_blip_and_remembers_why(world: World) -> None:
