@@ -3,8 +3,8 @@ remedy.
 
 Called by the verbs (`glowplug serve`, `glowplug endpoint validate`) and by the server for what `apply` sends.
 Pure: no file is opened here; whether a model directory exists is the provider's to say, when it is applied.
-What contradicts itself (min over max) is an error at the key that is to be changed; `documenttext` says what
-is wrong, and where.
+What contradicts itself (min over max) is an error at the key that is to be changed; `documents` says what is
+wrong, and where.
 
 The JSON schema of `Endpoint` is the reference (docs/endpoint-schema.json, written by `glowplug endpoint
 schema`), and is what a Kubernetes custom resource carries as its `spec`.
@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from serving import documenttext, errors
+from documents import lines, reading, wording
+from serving import errors
 from serving.models import place
 from serving.models.settings import ModelCache
 from serving.observability import RequestLog, Tracing
@@ -417,11 +418,23 @@ def load(text: str, where: str) -> Endpoint:
         raise errors.DocumentError(
             f"{where}: over {MAX_DOCUMENT_BYTES >> 20} MiB, which is no endpoint document"
         )
-    document, lines = documenttext.parse(text, where)
     try:
-        return Endpoint.model_validate(document)
-    except pydantic.ValidationError as exc:
-        raise documenttext.explained(exc, lines, where, Endpoint) from exc
+        return reading.load(
+            text, where, Endpoint, called="an endpoint document", example="name: chat", words=_words
+        )
+    except reading.InvalidError as exc:
+        raise errors.DocumentError(str(exc)) from exc
+
+
+def _words(path: lines.Path, found: wording.Found) -> str | None:
+    match found["type"]:
+        case "string_pattern_mismatch" if path == ("name",):
+            return f"{found['input']!r} is no name; use up to 40 lower-case letters, digits and inner dashes"
+        case "union_tag_invalid":
+            return f"{found['ctx']['tag']!r} is no engine; use vllm or command"
+        case "union_tag_not_found":
+            return "is required: vllm or command"
+    return None
 
 
 def from_json(text: str) -> Endpoint:
