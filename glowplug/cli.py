@@ -49,6 +49,25 @@ VERBS = {
     "warmpool": "Hold nodes ready before they are needed.",
 }
 
+EXTRAS = {
+    "imagefs": "to mount and run images",
+    "agent": "on a node",
+    "converter": "where images are converted",
+    "serving": "where endpoints are served",
+    "request-log": "where requests are sampled",
+    "simulate": "where autoscaling policies are compared",
+    "operator": "where endpoints are custom resources",
+    "warmpool": "where nodes are held ready",
+    "cluster": "for the Kubernetes API alone",
+    "s3": "for buckets",
+    "docker-daemon": "for images of a Docker daemon",
+    "fuse-files": "for --mode fuse",
+    "all": "for all of it",
+}
+"""What pip installs, and for what: a package that is missing is in one of them."""
+
+_OURS = ("", "agent", "cluster", "converter", "documents", "glowplug", "imagefs", "serving", "warmpool")
+
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidInputError, 3),
     (errors.NotFoundError, 4),
@@ -135,12 +154,12 @@ def main() -> None:
         _leave(130)
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
-        if missing in ("", "agent", "converter", "glowplug", "imagefs", "serving", "warmpool"):
+        if missing in _OURS:
             raise
+        choice = ", ".join(f"'glowplug[{extra}]' {purpose}" for extra, purpose in EXTRAS.items())
         click.echo(
             f"glowplug: this needs the Python package {missing!r}, which is not installed: "
-            "pip install 'glowplug[agent]' on a node, 'glowplug[converter]' where images are converted, "
-            "'glowplug[serving]' where endpoints are served, 'glowplug[warmpool]' where nodes are held ready",
+            f"pip install {choice}",
             err=True,
         )
         sys.exit(8)

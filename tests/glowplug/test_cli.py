@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from glowplug import cli
 
 _WITHOUT = """
 import sys
@@ -34,5 +37,10 @@ def test_a_package_that_is_not_installed_is_named(package: str, verb: list[str],
     )
     assert result.returncode == 8, result.stderr
     assert f"needs the Python package '{package}'" in result.stderr
-    assert "pip install 'glowplug[" in result.stderr
+    assert all(f"'glowplug[{extra}]'" in result.stderr for extra in cli.EXTRAS)
     assert "Traceback" not in result.stderr
+
+
+def test_every_extra_is_named() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert cli.EXTRAS.keys() == project["optional-dependencies"].keys() - {"dev"}
