@@ -3,12 +3,13 @@
 Pure. Called by the device server (fuse/packs.py). The fetcher, the cache and the workers know blocks of
 layers and nothing else, so that a frame is fetched once however many wait for it, verified, written, kept,
 evicted and handed out as any block. What is said here: which block map a table amounts to, where a layer's
-pages lie in it, and which frames are worth fetching.
+pages lie in it, which frames have superblocks, and which are worth fetching.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -44,6 +45,28 @@ def positions(table: bootpack.Table) -> Iterator[tuple[bootpack.Record, int]]:
     """Each record, and where in the page sequence it begins."""
     ends = itertools.accumulate((record.pages for record in table.records), initial=0)
     return zip(table.records, ends, strict=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FirstPage:
+    """The first page of a layer image of `image_bytes`, `within` bytes into a frame."""
+
+    within: int
+    image_bytes: int
+
+
+def first_pages(
+    table: bootpack.Table, block_maps: Mapping[str, blockmap.BlockMap]
+) -> Mapping[int, Sequence[FirstPage]]:
+    """Frame -> the first pages, which have the superblocks, of the layer images whose first pages it has."""
+    frame_bytes = table.frames[0].uncompressed_bytes
+    out: dict[int, list[FirstPage]] = {}
+    for record, position in positions(table):
+        if record.first_page == 0:
+            frame, within = divmod(position * bootpack.PAGE_BYTES, frame_bytes)
+            image_bytes = block_maps[table.map_digests[record.layer]].image_bytes
+            out.setdefault(frame, []).append(FirstPage(within, image_bytes))
+    return out
 
 
 class Worth:

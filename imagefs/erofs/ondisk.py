@@ -147,6 +147,16 @@ def check_superblock(first_4k: bytes) -> Superblock:
     return Superblock(root_nid, inodes, blocks, metadata_block, uuid)
 
 
+def check_superblock_of(first_4k: bytes, image_bytes: int) -> Superblock:
+    """As `check_superblock`, of an image whose size is known from elsewhere."""
+    superblock = check_superblock(first_4k)
+    if superblock.blocks * BLOCK_BYTES != image_bytes:
+        raise errors.InvalidInputError(
+            f"EROFS superblock: of {superblock.blocks * BLOCK_BYTES} bytes in an image of {image_bytes}"
+        )
+    return superblock
+
+
 def _crc32c_table() -> tuple[int, ...]:
     table = []
     for value in range(256):

@@ -22,7 +22,7 @@ from imagefs import blockmap, bootpack, bootstream, errors, eviction, frames, pe
 from imagefs.arrival import Part
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
-from imagefs.fuse import control, coverage, peering, statedirectory, wire
+from imagefs.fuse import control, coverage, peering, statedirectory, superblocks, wire
 from imagefs.fuse.devices import (
     DeviceTable,
     LayerSpec,
@@ -176,6 +176,8 @@ class Layers:
             return
 
         def arrived(result: int | Part | Exception) -> None:
+            if index == 0 and served.record.table_digest is not None:
+                result = superblocks.checked_block(result, layer.block_map)
             if isinstance(result, Exception) and not self._ended:
                 self._note_failure(key, result)
             done(result)

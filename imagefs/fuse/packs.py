@@ -5,7 +5,8 @@ in fetcher threads. A pack is a layer to fetcher and cache (bootstream.py); what
 frames are asked for, and when they are not.
 
 * A pack's pages are what its author says, and not checked against the block maps: they appear in the devices
-  of those who brought that pack, and in no others (devices.py).
+  of those who brought that pack, and in no others (devices.py). Of what the kernel parses, the superblocks
+  among them are checked (superblocks.py).
 * All frames that bring something new are wanted, in order of first read, at Priority.BOOT, from the moment
   that the pack is attached: before the first reader. A demand overtakes; a reader of an expected page waits
   for its frame, which goes to the front.
@@ -24,13 +25,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagefs import blockmap, bootpack, bootstream, errors
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, Priority
-from imagefs.fuse import packlayout, wire
+from imagefs.fuse import packlayout, superblocks, wire
 from imagefs.fuse.devices import LayerSpec, PackSpec, device_name
 from imagefs.fuse.packlayout import Extent
 from imagefs.lazylayer import LazyLayer
@@ -62,6 +63,7 @@ class _Pack:
     spec: LayerSpec
     worth: bootstream.Worth
     extents: Mapping[str, list[Extent]]
+    first_pages: Mapping[int, Sequence[bootstream.FirstPage]]
     owners: set[str]
     failed: set[int]
     asked: set[int]
@@ -190,6 +192,7 @@ class Packs:
             return
 
         def arrived(result: int | Exception) -> None:
+            result = superblocks.checked_frame(result, pack.first_pages.get(index, ()))
             if isinstance(result, Exception):
                 self._note_failure(pack, index, result)
             done(result)
@@ -221,6 +224,7 @@ class Packs:
                 for map_digest, records in bootstream.records_by_layer(table).items()
                 if records
             },
+            first_pages=bootstream.first_pages(table, block_maps),
             owners=set(),
             failed=set(),
             asked=set(),

@@ -78,3 +78,20 @@ def test_positions_count_pages() -> None:
         (Record(0, 0, 1), 5),
     ]
     assert isinstance(bootstream.block_map(table), blockmap.BlockMap)
+
+
+@given(_records())
+def test_first_pages_are_where_the_frames_have_them(runs: list[tuple[int, int, int]]) -> None:
+    table = packing.make(_LAYERS, runs).table
+    pages = [
+        (frame, number * bootpack.PAGE_BYTES, piece.first_page + page, piece.layer)
+        for frame, pieces in enumerate(table.pieces())
+        for number, (piece, page) in enumerate((p, n) for p in pieces for n in range(p.pages))
+    ]
+    found = [
+        (frame, page.within, page.image_bytes)
+        for frame, listed in bootstream.first_pages(table, _MAPS).items()
+        for page in listed
+    ]
+    expected = [(frame, within, 8 * _BLOCK) for frame, within, page, _ in pages if page == 0]
+    assert sorted(found) == sorted(expected)

@@ -192,7 +192,7 @@ def test_a_superblock_of_another_size_is_refused(
 ) -> None:
     superblock = erofs.check_superblock(devices[0].read_bytes()[: ondisk.BLOCK_BYTES])
     damage(devices[0], ondisk.SUPERBLOCK_OFFSET + 36, struct.pack("<I", superblock.blocks + 1))
-    with pytest.raises(errors.InvalidInputError, match="refused before mounting: superblock of"):
+    with pytest.raises(errors.InvalidInputError, match="refused before mounting: EROFS superblock: of"):
         assembly.prepare(opened, devices)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import zstandard
 
 from imagefs import blockmap
+from imagefs.erofs import ondisk
 from imagefs.fuse import control, statedirectory
 from imagefs.origin import connect
 
@@ -58,6 +59,14 @@ def random_image(size: int, seed: int, *, zero_blocks: tuple[int, ...] = (), blo
     for index in zero_blocks:
         data[index * block_bytes : (index + 1) * block_bytes] = bytes(block_bytes)
     return bytes(data[:size])
+
+
+def layer_image(size: int, seed: int) -> bytes:
+    """Random bytes behind a superblock: a boot pack shows the kernel no first page without one."""
+    superblock = ondisk.encode_superblock(ondisk.Superblock(1, 1, size // ondisk.BLOCK_BYTES, 1, bytes(16)))
+    data = bytearray(random_image(size, seed))
+    data[ondisk.SUPERBLOCK_OFFSET : ondisk.BLOCK_BYTES] = superblock
+    return bytes(data)
 
 
 def make_layer(image: bytes, block_bytes: int = 65536, frame_bytes: int | None = None) -> Layer:

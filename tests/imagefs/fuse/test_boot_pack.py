@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import os
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imagefs.erofs import ondisk
 from imagefs.fuse import control
 from tests.imagefs.fuse import packing, stack
 from tests.imagefs.fuse.stack import Reader, eventually
@@ -26,7 +28,7 @@ _SCATTERED = [(0, page, 2) for page in range(0, _PAGES, 16)]
 
 
 def _layer(seed: int = 1) -> stack.Layer:
-    return stack.make_layer(stack.random_image(_PAGES * 4096, seed), _BLOCK)
+    return stack.make_layer(stack.layer_image(_PAGES * 4096, seed), _BLOCK)
 
 
 def _pack_status(client: stack.Client) -> dict[str, Any]:
@@ -161,6 +163,51 @@ def test_what_a_pack_makes_of_a_layer_nobody_sees_who_did_not_bring_it(
         assert device["victim"].read_bytes() == layer.image
 
 
+def _with_features(layer: stack.Layer, features: int, frame_bytes: int = _BLOCK) -> stack.Layer:
+    """A layer whose superblock says that it has them, with the right checksum."""
+    image = bytearray(layer.image)
+    struct.pack_into("<I", image, ondisk.SUPERBLOCK_OFFSET + 80, features)
+    superblock = memoryview(image)[ondisk.SUPERBLOCK_OFFSET : ondisk.BLOCK_BYTES]
+    struct.pack_into("<I", superblock, 4, 0)
+    struct.pack_into("<I", superblock, 4, ondisk.crc32c(bytes(superblock)))
+    return stack.make_layer(bytes(image), _BLOCK, frame_bytes)
+
+
+def test_a_superblock_that_the_kernel_must_not_parse_is_not_shown_by_a_pack(
+    tmp_path: Path, blobs: stack.BlobServer
+) -> None:
+    """It is the frame that is wrong: the layer's own page comes instead, whatever was cached."""
+    layer = _layer()
+    forged = packing.make([dataclasses.replace(layer, image=_with_features(layer, 1).image)], _SCATTERED)
+    with stack.running(stack.settings(tmp_path)) as client:
+        (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, forged))
+        eventually(lambda: _streamed(client), "the whole pack is here")
+        for _ in range(2):
+            assert _read_scattered(device) == _scattered(layer)
+            os.kill(client.status()["processes"]["server"], signal.SIGKILL)
+        assert "incompatible features 0x1" in (tmp_path / "state/server.log").read_text()
+
+
+@pytest.mark.parametrize("frame_bytes", [_BLOCK, _BLOCK // 4])
+def test_a_superblock_that_the_kernel_must_not_parse_is_not_shown_beside_a_pack(
+    tmp_path: Path, blobs: stack.BlobServer, frame_bytes: int
+) -> None:
+    """The check before the mount saw the pack's page; the mount may come when that cannot be had."""
+    honest = _layer()
+    layer = _with_features(honest, 1, frame_bytes)
+    pack = packing.make([dataclasses.replace(layer, image=honest.image)], _SCATTERED)
+    spec, pack_spec = blobs.add(layer), packing.add(blobs, pack)
+    with stack.running(stack.settings(tmp_path / "with")) as client:
+        (device,) = client.attach("owner", [spec], stack.OPTIONS, pack_spec)
+        assert Reader(device, 0, 4096, direct=True).outcome() == stack.digest(honest.image[:4096])
+    del blobs.blobs[pack.table.data_digest]
+    with stack.running(stack.settings(tmp_path / "without")) as client:
+        (device,) = client.attach("owner", [spec], stack.OPTIONS, pack_spec)
+        assert Reader(device, 0, 4096, direct=True).outcome() == "EIO"
+        assert Reader(device, _BLOCK, _BLOCK).outcome() == stack.digest(layer.image[_BLOCK : 2 * _BLOCK])
+        assert "incompatible features 0x1" in client.status()["devices"][0]["last_error"]["message"]
+
+
 def _table_missing(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
     spec = pack.spec(blobs.ref(), with_table=False)
     return dataclasses.replace(spec, table_digest=stack.digest(b"nobody has this"))
@@ -184,10 +231,12 @@ def _data_corrupt(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSp
 def _frame_corrupt(blobs: stack.BlobServer, pack: packing.Pack) -> control.PackSpec:
     """One frame is another one of the same size: a whole frame, of wrong bytes."""
     spec = packing.add(blobs, pack)
-    first, second = pack.table.frames[:2]
+    first, second = pack.table.frames[1:3]
     assert first.compressed_bytes == second.compressed_bytes
     data = bytearray(pack.data)
-    data[: first.compressed_bytes] = data[second.offset : second.offset + second.compressed_bytes]
+    data[first.offset : first.offset + first.compressed_bytes] = data[
+        second.offset : second.offset + second.compressed_bytes
+    ]
     blobs.blobs[pack.table.data_digest] = bytes(data)
     return spec
 
