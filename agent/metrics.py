@@ -161,6 +161,7 @@ _FETCH_COUNTERS = {
     "served_blocks": ("glowplug_peer_served_blocks", "Blocks given to other nodes."),
     "served_bytes": ("glowplug_peer_served_bytes", "Bytes given to other nodes."),
     "boot_bytes": ("glowplug_boot_pack_bytes", "Of the origin's bytes, those of boot packs."),
+    "frame_answers": ("glowplug_frame_answers", "Reads answered by frames, before their block was whole."),
     "boot_waits": ("glowplug_boot_pack_waits", "Reads that waited for a part of a boot pack on its way."),
     "expired_reads": ("glowplug_reads_expired", "Readers whose origin did not answer in time."),
 }

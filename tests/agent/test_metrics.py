@@ -67,12 +67,19 @@ def test_what_happened_is_counted_and_timed() -> None:
 
 def test_what_the_device_server_and_the_store_say() -> None:
     status = server_status(
-        fetched_bytes=1000, boot_bytes=600, peer_bytes=200, cache_bytes=30, cache_hits=4, failed_reads=2
+        fetched_bytes=1000,
+        boot_bytes=600,
+        frame_answers=5,
+        peer_bytes=200,
+        cache_bytes=30,
+        cache_hits=4,
+        failed_reads=2,
     )
     made, _ = _made(Look(status, None), _INVENTORY)
     found = _samples(made)
     assert _value(found, "glowplug_device_server_up") == 1
     assert _value(found, "glowplug_read_bytes_total", source="origin") == 1000
+    assert _value(found, "glowplug_frame_answers_total") == 5
     assert _value(found, "glowplug_boot_pack_bytes_total") == 600
     assert _value(found, "glowplug_read_bytes_total", source="peer") == 200
     assert _value(found, "glowplug_read_bytes_total", source="cache") == 30
