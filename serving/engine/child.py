@@ -3,7 +3,9 @@
 Owned by the supervisor, on its event loop. The group is what is killed: engines have children, and one that
 hangs must not leave them behind with the port and the accelerator. The supervisor is their subreaper, so that
 it can wait until the last of them is gone, before the next start wants their memory. When the supervisor
-itself is killed the kernel kills the child (PR_SET_PDEATHSIG).
+itself is killed the kernel kills the child (PR_SET_PDEATHSIG), and a guard what the child has started: vLLM's
+engine core notices nothing, keeps its memory, and has written its title over the environment by which
+`detached` would find it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 _AFTER_KILL_SECONDS = 20.0
 _REAP_SECONDS = 0.02
 
+_GUARD = (sys.executable, "-I", "-S", "-c", "import os, sys; os.read(0, 1); os.killpg(int(sys.argv[1]), 9)")
+"""Reads from a pipe of the supervisor's, which ends when that does. By Python, because an image need not have
+a shell."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,6 +41,14 @@ class Child:
 
     def __init__(self, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
         self._process = process
+        self._guard = subprocess.Popen(
+            [*_GUARD, str(process.pid)],
+            env={},  # nor is it found by ours, and ended before it has done its work
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._ended = False
         self._reading = asyncio.create_task(self._read(on_line))
@@ -109,6 +123,8 @@ class Child:
             async with asyncio.timeout(_AFTER_KILL_SECONDS):
                 await self._process.wait()
                 await self._all_gone()
+        self._guard.kill()
+        self._guard.communicate()
         # A grandchild that left the group may hold the pipe: what it says is not waited for.
         self._reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -8,6 +8,7 @@ import gzip
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -373,3 +374,13 @@ def test_the_engine_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
         pid = engine.wait_for("ready")["pid"]
         engine.process.kill()
         assert running.gone(pid)
+
+
+def test_nor_does_what_the_engine_has_started(tmp_path: Path) -> None:
+    written = tmp_path / "pid"
+    command = f"sleep 600 & echo $! >{written}; exec {shlex.join(stub()['command'])}"
+    document = {"kind": "command", "command": ["sh", "-c", command]}
+    with running.engine(tmp_path, engine=document) as engine:
+        engine.wait_for("ready")
+        engine.process.kill()
+        assert running.gone(int(written.read_text()))
