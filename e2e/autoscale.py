@@ -8,6 +8,10 @@ service time (`setengine`), or vLLM; the load is open-loop Poisson (`serving.str
 `glowplug autoscale simulate` from what was seen (replicas, latencies, cost), and writes the numbers of each
 phase to live.json: what was late (over twice the service time, and 0.25 s), refused, lost; how long the
 replicas took to be enough after a ramp, a jump, a kill. Nothing is asserted. Three minutes and a start.
+
+vLLM is measured before it is loaded, because what two processors can do, and how long a start takes there,
+depends on who else is at them: rates are parts of what its first replica answers when it is full, and phases
+are as long as that one's start makes them. Seven minutes, with starts of one.
 """
 
 from __future__ import annotations
@@ -41,17 +45,24 @@ from serving.stress.judgement import Sample
 
 _GLOWPLUG = (sys.executable, "-c", "from glowplug.cli import main; main()")
 _NAME = "live"
-_READY_SECONDS = 600.0
+_READY_SECONDS = 900.0
 _SLOTS = 4
 _SERVICE_SECONDS = 0.25
 _START_SECONDS = 3.0
 _TOKENS = arrivals.Tokens(20, 20)
+_PROBE_SECONDS = 8.0
+_QUIET_SECONDS = 10.0
+"""From what was sent to measure to what is counted: load reports are a second old."""
+_TOP_PART = 0.8
+"""Of what a full replica answers: more than its target, and no more than the processors can do, since a
+second replica adds none."""
+_LONGEST_PLATEAU_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of load; the rate goes from one to the other exponentially. `kill`: a replica, at half of
-    it."""
+    """A stretch of load; the rate goes from one to the other exponentially. `kill`: a replica, from half of
+    it on, once there are two."""
 
     name: str
     seconds: float
@@ -61,16 +72,24 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """With how much an endpoint is loaded: `scale` multiplies every rate of the phases. `service_seconds`: of
+    a request on a full replica."""
+
+    service_seconds: float
+    scale: float
+    phases: tuple[Phase, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """What is served, and with how much it is loaded: `scale` multiplies every rate."""
+    """What is served. Without a plan, one is made by what the first replica can do."""
 
     document: dict[str, Any]
     path: str
     body: bytes | None
-    service_seconds: float
-    scale: float
     start_seconds: float
-    phases: tuple[Phase, ...]
+    plan: Plan | None
 
 
 PHASES = (
@@ -81,11 +100,17 @@ PHASES = (
     Phase("spike", 20, 40, 40),
     Phase("after", 30, 3, 3),
 )
-VLLM_PHASES = tuple(
-    dataclasses.replace(each, seconds=seconds)
-    for each, seconds in zip(PHASES, (15, 45, 60, 40, 10, 20), strict=True)
-)
-"""Its starts take most of a minute."""
+
+
+def slow_phases(start_seconds: float) -> tuple[Phase, ...]:
+    """For replicas that start so slowly: on the plateau there is time for one that was asked for on the ramp,
+    and for one more after the kill."""
+    plateau = min(3 * start_seconds, _LONGEST_PLATEAU_SECONDS)
+    seconds = (15.0, max(30.0, start_seconds / 2), plateau, 60.0, 20.0, 40.0)
+    return tuple(
+        dataclasses.replace(each, seconds=float(round(length)))
+        for each, length in zip(PHASES, seconds, strict=True)
+    )
 
 
 def schedule(phases: Sequence[Phase], scale: float, draw: random.Random) -> list[arrivals.Arrival]:
@@ -118,11 +143,11 @@ def small_engines(folder: Path) -> Target:
         },
         "replicas": {"min": 1, "max": 10, "target_concurrency": 3, "concurrency_limit": _SLOTS},
     }
-    return Target(document, "/work", b"{}", _SERVICE_SECONDS, 1.0, _START_SECONDS, PHASES)
+    return Target(document, "/work", b"{}", _START_SECONDS, Plan(_SERVICE_SECONDS, 1.0, PHASES))
 
 
 def vllm_engines(folder: Path, python: str, model: str) -> Target:
-    """vLLM on this machine's processors: two replicas at the most, and rates that they can serve."""
+    """vLLM on this machine's processors: two replicas at the most."""
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     document = {
         "name": _NAME,
@@ -133,22 +158,43 @@ def vllm_engines(folder: Path, python: str, model: str) -> Target:
             "environment": environment,
         },
         "model": model,
-        "replicas": {"min": 1, "max": 2, "target_concurrency": 2, "concurrency_limit": 4},
+        "replicas": {"min": 1, "max": 2, "target_concurrency": 2, "concurrency_limit": _SLOTS},
     }
-    return Target(document, "/v1/completions", None, 0.3, 0.5, 30.0, VLLM_PHASES)
+    return Target(document, "/v1/completions", None, 60.0, None)
+
+
+def planned(sender: load.Sender, start_seconds: float) -> Plan:
+    """By what the only replica answers with all its places taken."""
+    asyncio.run(_closed_loop(sender, _PROBE_SECONDS / 4))  # the first requests of a process are its slowest
+    began = time.monotonic()
+    answered = asyncio.run(_closed_loop(sender, _PROBE_SECONDS))
+    if not answered:
+        raise RuntimeError(f"no request was answered with 200 in {_PROBE_SECONDS:g} s")
+    rate = answered / (time.monotonic() - began)
+    top = max(each.last_per_second for each in PHASES)
+    return Plan(_SLOTS / rate, _TOP_PART * rate / top, slow_phases(start_seconds))
+
+
+async def _closed_loop(sender: load.Sender, seconds: float) -> int:
+    """How many requests were answered, one after the other in each of a replica's places."""
+    until = time.monotonic() + seconds
+
+    async def client() -> int:
+        good = 0
+        while time.monotonic() < until:
+            (answer,) = await sender.send([arrivals.Arrival(0.0, _TOKENS)])
+            good += answer.status == 200
+        return good
+
+    return sum(await asyncio.gather(*(client() for _ in range(_SLOTS))))
 
 
 @contextlib.contextmanager
 def served(folder: Path, target: Target) -> Iterator[tuple[str, client.Client]]:
-    """Its address, and who to ask about it."""
+    """Its address, and who to ask about it. It scales itself from the beginning where there is a plan: one
+    replica is to be measured else."""
     file = folder / "endpoint.yaml"
-    settings = {
-        "start_seconds": target.start_seconds,
-        "down_window_seconds": 30,
-        **target.document.get("autoscaling", {}),
-    }
-    document = {**target.document, "autoscaling": settings, "routing": {"port": 0}}
-    file.write_text(yaml.safe_dump(document))
+    file.write_text(_document(target, "off" if target.plan is None else "on"))
     state = folder / "s"
     command = [*_GLOWPLUG, "serve", str(file), "--state", str(state), "--status", "none", "--plain"]
     with (folder / "log").open("w") as log:
@@ -171,16 +217,34 @@ def served(folder: Path, target: Target) -> Iterator[tuple[str, client.Client]]:
         server.communicate()
 
 
+def _document(target: Target, mode: str) -> str:
+    settings = {"mode": mode, "start_seconds": target.start_seconds, "down_window_seconds": 30}
+    return yaml.safe_dump({**target.document, "autoscaling": settings, "routing": {"port": 0}})
+
+
 def _ready(status: dict[str, Any]) -> list[str]:
     return [each["name"] for each in status["replicas"] if each["state"] == "ready"]
 
 
-class Watcher:
-    """Asks once a second what there is, on a thread of its own, and kills a replica when it is time."""
+def _start_seconds(status: dict[str, Any]) -> list[float]:
+    """Of the replicas that are ready."""
+    there = [each for each in status["replicas"] if each["state"] == "ready"]
+    return [each["ready_at"] - each["created_at"] for each in there]
 
-    def __init__(self, folder: Path, asked: client.Client, began: float, kills: Sequence[float]) -> None:
+
+class Watcher:
+    """Asks once a second what there is, on a thread of its own, and kills a replica when it is time and two
+    are ready. `kills`: from when to when."""
+
+    def __init__(
+        self, folder: Path, asked: client.Client, began: float, kills: Sequence[tuple[float, float]]
+    ) -> None:
         self._folder, self._asked, self._began = folder, asked, began
         self._kills = list(kills)
+        self.killed: list[int] = []
+        """The seconds in which one was."""
+        self.starts: dict[str, float] = {}
+        """The seconds that each replica's start took."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.seen: list[dict[str, Any]] = []
@@ -200,9 +264,13 @@ class Watcher:
             with contextlib.suppress(errors.ServingError):
                 status = self._asked.get("/api/v1/status")
                 self.seen.append({"second": second, **_counts(status)})
-                if self._kills and second >= self._kills[0]:
-                    del self._kills[0]
-                    self._kill(_ready(status)[0])
+                ready = _ready(status)
+                self.starts |= dict(zip(ready, _start_seconds(status), strict=True))
+                due = [each for each in self._kills if each[0] <= second < each[1]]
+                if due and len(ready) > 1:
+                    self._kills.remove(due[0])
+                    self._kill(ready[0])
+                    self.killed.append(second)
 
     def _kill(self, name: str) -> None:
         record = self._folder / "s" / _NAME / "replicas" / name / "record.json"
@@ -290,14 +358,22 @@ def enough_after(seen: Sequence[dict[str, Any]], begin: float, needed: int) -> i
 
 def measure(folder: Path, target: Target, out: Path) -> dict[str, Any]:
     """One run, drawn and as a document."""
-    phases = target.phases
-    sent = schedule(phases, target.scale, random.Random(1))
-    begins = [sum(each.seconds for each in phases[:number]) for number in range(len(phases))]
-    kills = [begin + each.seconds / 2 for begin, each in zip(begins, phases, strict=True) if each.kill]
-    late = 2 * target.service_seconds + 0.25
     with served(folder, target) as (url, asked):
-        model = asked.get("/api/v1/status")["model"] or ""
-        sender = load.Sender(url, target.path, target.body, model, None, 60.0)
+        first = asked.get("/api/v1/status")
+        sender = load.Sender(url, target.path, target.body, _NAME, None, 60.0)
+        plan = target.plan
+        if plan is None:
+            plan = planned(sender, max(_start_seconds(first)))
+            time.sleep(_QUIET_SECONDS)
+            asked.post("/api/v1/apply", {"document": _document(target, "on"), "where": __file__})
+        phases, late = plan.phases, 2 * plan.service_seconds + 0.25
+        sent = schedule(phases, plan.scale, random.Random(1))
+        begins = [sum(each.seconds for each in phases[:number]) for number in range(len(phases))]
+        kills = [
+            (begin + each.seconds / 2, begin + each.seconds)
+            for begin, each in zip(begins, phases, strict=True)
+            if each.kill
+        ]
         with Watcher(folder, asked, time.monotonic(), kills) as watcher:
             answers = asyncio.run(sender.send(sent))
         explained = asked.get("/api/v1/decisions")
@@ -322,21 +398,24 @@ def measure(folder: Path, target: Target, out: Path) -> dict[str, Any]:
         peak_replicas=int(found.ready.max()),
         reversals=judgement.most_reversals(found.wanted.tolist()),
     )
-    demand = np.convolve(found.arrived, np.ones(5) / 5, "same") * target.service_seconds / slots
+    demand = np.convolve(found.arrived, np.ones(5) / 5, "same") * plan.service_seconds / slots
     comparison = sweep.Comparison("live", demand, (outcome,), (sweep.Kept(outcome, found),))
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("replicas", plots.over_time), ("latency", plots.latencies), ("cost", plots.cost)):
         (out / f"live-{name}.svg").write_bytes(draw(comparison))
-    most = target.scale * max(each.last_per_second for each in phases) * target.service_seconds
+    most = plan.scale * max(each.last_per_second for each in phases) * plan.service_seconds
     needed = min(math.ceil(most / slots), target.document["replicas"]["max"])
     return {
         "engine": target.document["engine"]["kind"],
-        "late_seconds": late,
+        "service_seconds": round(plan.service_seconds, 4),
+        "late_seconds": round(late, 4),
+        "start_seconds": {name: round(took, 1) for name, took in watcher.starts.items()},
+        "most_per_second": plan.scale * max(each.last_per_second for each in phases),
         "replicas_needed_at_the_top": needed,
         "enough_seconds_after": {
             "the ramp's end": enough_after(seen, begins[2], needed),
-            "the kill": enough_after(seen, kills[0] + 2, needed),
             "the spike's beginning": enough_after(seen, begins[4], needed),
+            **{f"the kill in second {each}": enough_after(seen, each + 2, needed) for each in watcher.killed},
         },
         "replicas_at_the_end": {name: seen[-1][name] for name in ("ready", "wanted")},
         "replica_hours": round(outcome.replica_hours, 4),
@@ -382,7 +461,8 @@ def main() -> None:
             f"p50 {phase['p50_seconds']:.3f} s  p99 {phase['p99_seconds']:.3f} s"
         )
     for what, seconds in found["enough_seconds_after"].items():
-        print(f"{found['replicas_needed_at_the_top']} ready {seconds} s after {what}")
+        when = "not ready any more" if seconds is None else f"ready {seconds} s"
+        print(f"{found['replicas_needed_at_the_top']} {when} after {what}")
     hours, static = found["replica_hours"], found["replica_hours_of_a_static_peak"]
     print(f"replica-hours {hours:.3f}, static peak {static:.3f}; reversals {found['reversals']}")
     (arguments.out / "live.json").write_text(json.dumps(found, indent=1) + "\n")
