@@ -34,6 +34,7 @@ from agent import (
     store,
 )
 from agent.reconcile import DATABASE
+from agent.rows import ImageRow
 from imagefs import errors, holders, syscalls
 from imagefs.fuse.control import DeviceClient
 from imagefs.origin import connect
@@ -181,7 +182,7 @@ def _serves(state: Path) -> bool:
 # -- state -------------------------------------------------------------------------------------------------
 
 
-def _database(settings: config.Settings) -> tuple[list[store.ImageRow], tuple[str, ...], str | None]:
+def _database(settings: config.Settings) -> tuple[list[ImageRow], tuple[str, ...], str | None]:
     """The images, the quarantined snapshots with their reasons, and what is wrong with the database."""
     path = settings.root / DATABASE
     if not path.exists():

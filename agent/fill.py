@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from agent import config, fillpolicy
 from agent.observer import Observer
-from agent.store import ImageRow, SnapshotRow
+from agent.rows import ImageRow, SnapshotRow
 from imagefs import errors
 from imagefs.fuse.coverage import Coverage
 

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Collection, Iterable
 
 from agent import config
+from agent.rows import SnapshotRow
 from agent.snapshots import Kind
-from agent.store import SnapshotRow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

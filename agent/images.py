@@ -27,10 +27,11 @@ from agent.lookup import Trust, Wanted
 from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
+from agent.rows import BootPackRow, ImageRow, LayerRow
 from agent.sampling import Sampler
 from agent.snapshotter import Found
 from agent.startreadahead import StartReadAhead
-from agent.store import BootPackRow, ImageRow, LayerRow, Store
+from agent.store import Store
 from imagefs import assembly, blockmap, erofs, errors
 from imagefs.erofs import ondisk
 from imagefs.fuse import statedirectory

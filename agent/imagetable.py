@@ -15,7 +15,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Set
 
-from agent.store import ImageRow
+from agent.rows import ImageRow
 from imagefs import errors
 
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from agent import announce, api, config, kubernetes, logs, metrics, observer, snapshots, status
 from agent.devicefeed import DeviceFeed
+from agent.rows import ImageRow, SnapshotRow
 from agent.starts import Starts
-from agent.store import ImageRow, SnapshotRow, Store
+from agent.store import Store
 from imagefs import errors, holders
 
 _FRESH_SECONDS = 5.0

@@ -19,9 +19,10 @@ from pathlib import Path
 from agent.images import Images
 from agent.mounts import LayerMounts
 from agent.observer import Observer
+from agent.rows import SnapshotRow
 from agent.snapshots import Kind
 from agent.snapshotter import Snapshotter
-from agent.store import CorruptStoreError, SnapshotRow, Store
+from agent.store import CorruptStoreError, Store
 from imagefs import errors
 from imagefs.fuse.control import DeviceClient
 

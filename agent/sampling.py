@@ -25,7 +25,7 @@ from agent import config
 from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
-from agent.store import ImageRow
+from agent.rows import ImageRow
 from imagefs import blockmap, errors, reference, trace, tracestore
 from imagefs.fuse.control import Recorded
 from imagefs.origin import connect

@@ -37,6 +37,7 @@ from agent import errors as agent_errors
 from agent import snapshots, store, treeremoval
 from agent.mapped import MappedLowers
 from agent.observer import Observer
+from agent.rows import SnapshotRow
 from agent.snapshots import Info, Kind, Mount, Usage
 from imagefs import errors, holders, mount
 
@@ -233,7 +234,7 @@ class Snapshotter:
                     self._rows.get(parent)
         return False
 
-    def _may_serve(self, row: store.SnapshotRow, labels: Mapping[str, str]) -> bool:
+    def _may_serve(self, row: SnapshotRow, labels: Mapping[str, str]) -> bool:
         return row.image is not None and self._images.may_serve(row.image, labels)
 
     def _insert_lazy(self, reference: str, parent: str, labels: Mapping[str, str], found: Found) -> bool:
@@ -252,7 +253,7 @@ class Snapshotter:
                     return self._may_serve(there, labels)
         raise AssertionError("unreachable")
 
-    def _relink(self, row: store.SnapshotRow, found: Found) -> None:
+    def _relink(self, row: SnapshotRow, found: Found) -> None:
         """A quarantined layer that was found again. There must be one snapshot of it: containerd takes the
         first that has the label and the parent."""
         self._rows.relink(row.id, found.block_digest, found.layer)
@@ -260,7 +261,7 @@ class Snapshotter:
         if row.image is not None and row.image != found.block_digest:
             self._images.released(row.image)
 
-    def _lazy_row(self, reference: str, parent: str) -> store.SnapshotRow | None:
+    def _lazy_row(self, reference: str, parent: str) -> SnapshotRow | None:
         for row in self._rows.children(parent):
             if row.image is not None and row.labels.get(snapshots.REF_LABEL) == reference:
                 return row
@@ -309,7 +310,7 @@ class Snapshotter:
             raise
 
     def _mount(
-        self, kind: Kind, number: int, parents: Sequence[store.SnapshotRow], labels: Mapping[str, str]
+        self, kind: Kind, number: int, parents: Sequence[SnapshotRow], labels: Mapping[str, str]
     ) -> Mount:
         lower = [self._directory(row) for row in parents]
         lazy = any(row.image is not None for row in parents)
@@ -319,12 +320,12 @@ class Snapshotter:
             labels = {}
         return snapshots.chain_mount(kind, self.folder(number), lower, lazy, labels)
 
-    def _directory(self, row: store.SnapshotRow) -> Path:
+    def _directory(self, row: SnapshotRow) -> Path:
         if row.image is not None and row.layer is not None:
             return self._images.directory(row.image, row.layer)
         return self.folder(row.id) / "fs"
 
-    def _root_attributes(self, chain: Sequence[store.SnapshotRow]) -> mount.RootAttributes:
+    def _root_attributes(self, chain: Sequence[SnapshotRow]) -> mount.RootAttributes:
         for row in chain:
             if row.image is not None and row.layer is not None:
                 said = self._images.root_attributes(row.image, row.layer)
@@ -391,7 +392,7 @@ def _named(name: str, field: str) -> str:
     return name
 
 
-def _refuse_broken(chain: Sequence[store.SnapshotRow]) -> None:
+def _refuse_broken(chain: Sequence[SnapshotRow]) -> None:
     for row in chain:
         if row.broken is not None:
             raise errors.UnavailableError(f"snapshot {row.name} is quarantined: {row.broken}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
-from agent.store import ImageRow, LayerRow
+from agent.rows import ImageRow, LayerRow
 from imagefs import bootpack, kernelreadahead
 from imagefs.fuse.control import DeviceClient
 

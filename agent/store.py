@@ -1,4 +1,5 @@
-"""The agent's memory: snapshots, and the block images whose layers some of them are. SQLite, one file.
+"""The agent's memory: snapshots, and the block images whose layers some of them are. SQLite, one file
+(schema.py has the tables, rows.py the values).
 
 Called by snapshotter.py (snapshots) and images.py (images), from any thread. Each change is a transaction of
 its own that is on the disk when the method returns: containerd has written its half by then, too, and would
@@ -15,117 +16,17 @@ with the last of them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from agent import database, snapshots
+from agent import database, rows, schema
 from agent import errors as agent_errors
 from agent.database import CorruptStoreError as CorruptStoreError
+from agent.rows import BootPackRow, ImageRow, LayerRow, SnapshotRow
 from agent.snapshots import Kind, Usage
 from imagefs import errors
-from imagefs.fuse.devices import device_name
-
-_FIRST = """
-CREATE TABLE snapshots (
-    id         INTEGER PRIMARY KEY AUTOINCREMENT,
-    name       TEXT    NOT NULL UNIQUE,
-    kind       INTEGER NOT NULL CHECK (kind BETWEEN 1 AND 3),
-    parent     INTEGER REFERENCES snapshots (id),
-    labels     TEXT    NOT NULL,
-    created_ns INTEGER NOT NULL,
-    updated_ns INTEGER NOT NULL,
-    inodes     INTEGER,
-    size_bytes INTEGER,
-    image      TEXT    REFERENCES images (block_digest),
-    layer      INTEGER,
-    broken     TEXT
-);
-CREATE INDEX snapshots_parent ON snapshots (parent);
-CREATE INDEX snapshots_image ON snapshots (image) WHERE image IS NOT NULL;
-CREATE TABLE images (
-    block_digest  TEXT PRIMARY KEY,
-    source_digest TEXT NOT NULL,
-    reference     TEXT NOT NULL,
-    origin_ref    TEXT NOT NULL,
-    created_ns    INTEGER NOT NULL,
-    pinned        INTEGER NOT NULL,
-    prefetched    INTEGER NOT NULL
-);
-CREATE TABLE mount_numbers (
-    map_digest TEXT PRIMARY KEY,
-    number     INTEGER NOT NULL UNIQUE
-);
-CREATE TABLE layers (
-    image       TEXT    NOT NULL REFERENCES images (block_digest) ON DELETE CASCADE,
-    number      INTEGER NOT NULL,
-    chain_id    TEXT    NOT NULL,
-    diff_id     TEXT    NOT NULL,
-    map_digest  TEXT    NOT NULL REFERENCES mount_numbers (map_digest),
-    map_size    INTEGER NOT NULL,
-    blob_digest TEXT    NOT NULL,
-    blob_size   INTEGER NOT NULL,
-    PRIMARY KEY (image, number)
-);
-CREATE INDEX layers_map ON layers (map_digest);
-CREATE VIEW snapshot_rows AS
-    SELECT s.id, s.name, s.kind, s.parent AS parent_id, coalesce(p.name, '') AS parent, s.labels,
-           s.created_ns, s.updated_ns, s.inodes, s.size_bytes, s.image, s.layer, s.broken
-    FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent;
-"""
-_BOOT_PACKS = """
-CREATE TABLE boot_packs (
-    image        TEXT    PRIMARY KEY REFERENCES images (block_digest) ON DELETE CASCADE,
-    table_digest TEXT    NOT NULL,
-    table_size   INTEGER NOT NULL,
-    data_digest  TEXT    NOT NULL,
-    data_size    INTEGER NOT NULL
-);
-"""
-_DEVICES = """
-ALTER TABLE layers RENAME TO old_layers;
-ALTER TABLE mount_numbers RENAME TO old_numbers;
-DROP INDEX layers_map;
-CREATE TABLE devices (
-    number       INTEGER PRIMARY KEY,
-    map_digest   TEXT NOT NULL,
-    table_digest TEXT NOT NULL,
-    UNIQUE (map_digest, table_digest)
-);
-CREATE TABLE layers (
-    image       TEXT    NOT NULL REFERENCES images (block_digest) ON DELETE CASCADE,
-    number      INTEGER NOT NULL,
-    chain_id    TEXT    NOT NULL,
-    diff_id     TEXT    NOT NULL,
-    map_digest  TEXT    NOT NULL,
-    map_size    INTEGER NOT NULL,
-    blob_digest TEXT    NOT NULL,
-    blob_size   INTEGER NOT NULL,
-    device      INTEGER NOT NULL REFERENCES devices (number),
-    PRIMARY KEY (image, number)
-);
-CREATE INDEX layers_device ON layers (device);
-CREATE TEMP TABLE wanted AS
-    SELECT DISTINCT map_digest, coalesce(table_digest, '') AS table_digest
-    FROM old_layers LEFT JOIN boot_packs USING (image);
-INSERT INTO devices (number, map_digest, table_digest)
-    SELECT min(number), map_digest, min(table_digest) FROM wanted JOIN old_numbers USING (map_digest)
-    GROUP BY map_digest;
-INSERT INTO devices (map_digest, table_digest)
-    SELECT * FROM wanted EXCEPT SELECT map_digest, table_digest FROM devices;
-INSERT INTO layers
-    SELECT image, old.number, chain_id, diff_id, map_digest, map_size, blob_digest, blob_size, devices.number
-    FROM old_layers old LEFT JOIN boot_packs USING (image) JOIN devices USING (map_digest)
-    WHERE devices.table_digest = coalesce(boot_packs.table_digest, '');
-DROP TABLE wanted;
-DROP TABLE old_layers;
-DROP TABLE old_numbers;
-"""
-"""`table_digest` is empty for a device of blocks alone, which a layer's number was of before."""
-SCHEMAS = (_FIRST, _BOOT_PACKS, _DEVICES)
-"""What each version of the schema adds to the one before: a node keeps its database over an upgrade."""
 
 _CHAIN = """
 WITH RECURSIVE line (id, depth) AS (
@@ -135,78 +36,6 @@ WITH RECURSIVE line (id, depth) AS (
 )
 SELECT snapshot_rows.* FROM snapshot_rows JOIN line USING (id) ORDER BY line.depth
 """
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LayerRow:
-    """One layer of a block image. `mount_number`: its mount point below root/layers, the same for every
-    image with the same device of it (`ImageRow.device`); given by `Store.put_image` (what is passed in there
-    does not matter)."""
-
-    chain_id: str
-    diff_id: str
-    map_digest: str
-    map_size: int
-    blob_digest: str
-    blob_size: int
-    mount_number: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class BootPackRow:
-    """Where the boot pack of a block image is, in the image's origin."""
-
-    table_digest: str
-    table_size: int
-    data_digest: str
-    data_size: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageRow:
-    """A block image that is in use, wanted or prefetched. `block_digest` (of its manifest) is the key,
-    `source_digest` the ordinary image's manifest, `reference` what was asked for, `origin_ref` the REF where
-    the layer blobs lie; layers bottom first."""
-
-    block_digest: str
-    source_digest: str
-    reference: str
-    origin_ref: str
-    layers: tuple[LayerRow, ...]
-    created_ns: int
-    pinned: bool = False
-    prefetched: bool = False
-    boot_pack: BootPackRow | None = None
-
-    def device(self, layer: LayerRow) -> str:
-        """The name of the device of one of its layers: the layer as this image's boot pack shows it."""
-        return device_name(layer.map_digest, self.boot_pack.table_digest if self.boot_pack else None)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SnapshotRow:
-    """A snapshot. `parent` is the name of `parent_id`, empty for none. `image` and `layer` (its index, bottom
-    first) are set for a lazy one, `usage` once it is known, `broken` says why it is quarantined."""
-
-    id: int
-    name: str
-    kind: Kind
-    parent_id: int | None
-    parent: str
-    labels: Mapping[str, str]
-    created_ns: int
-    updated_ns: int
-    usage: Usage | None = None
-    image: str | None = None
-    layer: int | None = None
-    broken: str | None = None
-
-    @property
-    def info(self) -> snapshots.Info:
-        """What containerd is told of it."""
-        return snapshots.Info(
-            self.name, self.parent, self.kind, self.labels, self.created_ns, self.updated_ns
-        )
 
 
 class Store:
@@ -220,7 +49,7 @@ class Store:
     @classmethod
     def open(cls, path: Path, now_ns: Callable[[], int] = time.time_ns) -> Store:
         """Open or create. Raises CorruptStoreError, ConfigurationError when a newer version wrote it."""
-        store = cls(database.Database.open(path, SCHEMAS), now_ns)
+        store = cls(database.Database.open(path, schema.SCHEMAS), now_ns)
         try:
             store.walk()  # a row that cannot be read would else stop every walk, and every start, from now on
         except BaseException:
@@ -258,7 +87,7 @@ class Store:
             cursor = connection.execute(
                 "INSERT INTO snapshots (name, kind, parent, labels, created_ns, updated_ns, image, layer)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (name, int(kind), parent_id, _encode(labels), now, now, image, layer),
+                (name, int(kind), parent_id, rows.encoded(labels), now, now, image, layer),
             )
             assert cursor.lastrowid is not None
             if place is not None:
@@ -274,32 +103,32 @@ class Store:
         """By id. NotFoundError."""
         with self._database.reading() as connection:
             for row in connection.execute("SELECT * FROM snapshot_rows WHERE id = ?", (number,)):
-                return _snapshot(row)
+                return rows.snapshot(row)
         raise errors.NotFoundError(f"no snapshot has the id {number}")
 
     def chain(self, name: str) -> list[SnapshotRow]:
         """The snapshot and its ancestors, in this order. NotFoundError."""
         with self._database.reading() as connection:
-            rows = connection.execute(_CHAIN, (name,)).fetchall()
-        if not rows:
+            found = connection.execute(_CHAIN, (name,)).fetchall()
+        if not found:
             raise _absent(name)
-        return [_snapshot(row) for row in rows]
+        return [rows.snapshot(row) for row in found]
 
     def children(self, name: str) -> list[SnapshotRow]:
         """What has the snapshot `name` as its parent; for the empty name, what has none. By id."""
         with self._database.reading() as connection:
-            rows = connection.execute(
+            found = connection.execute(
                 "SELECT * FROM snapshot_rows WHERE parent_id IS (SELECT id FROM snapshots WHERE name = ?)"
                 " AND (parent_id IS NULL) = (? = '') ORDER BY id",
                 (name, name),
             ).fetchall()
-        return [_snapshot(row) for row in rows]
+        return [rows.snapshot(row) for row in found]
 
     def walk(self) -> list[SnapshotRow]:
         """All, by id: parents come before their children, but for what was given a parent at its commit."""
         with self._database.reading() as connection:
             return [
-                _snapshot(row)
+                rows.snapshot(row)
                 for row in connection.execute("SELECT * FROM snapshot_rows ORDER BY id").fetchall()
             ]
 
@@ -347,7 +176,7 @@ class Store:
                     name,
                     int(Kind.COMMITTED),
                     parent_id,
-                    _encode(labels),
+                    rows.encoded(labels),
                     now,
                     now,
                     usage.inodes,
@@ -364,7 +193,7 @@ class Store:
             row = _by_name(connection, name)
             connection.execute(
                 "UPDATE snapshots SET labels = ?, updated_ns = ? WHERE id = ?",
-                (_encode(change(row.labels)), now, row.id),
+                (rows.encoded(change(row.labels)), now, row.id),
             )
             return _by_name(connection, name)
 
@@ -506,7 +335,7 @@ def _absent(name: str) -> errors.NotFoundError:
 
 def _maybe(connection: sqlite3.Connection, name: str) -> SnapshotRow | None:
     row = connection.execute("SELECT * FROM snapshot_rows WHERE name = ?", (name,)).fetchone()
-    return None if row is None else _snapshot(row)
+    return None if row is None else rows.snapshot(row)
 
 
 def _by_name(connection: sqlite3.Connection, name: str) -> SnapshotRow:
@@ -514,33 +343,6 @@ def _by_name(connection: sqlite3.Connection, name: str) -> SnapshotRow:
     if row is None:
         raise _absent(name)
     return row
-
-
-def _snapshot(row: Sequence[object]) -> SnapshotRow:
-    number, name, kind, parent_id, parent, labels, created, updated, inodes, size, image, layer, broken = row
-    try:
-        decoded = json.loads(labels)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as exc:
-        raise CorruptStoreError(f"snapshot {name!r}: its labels are not JSON: {exc}") from exc
-    usage = Usage(inodes, size) if isinstance(inodes, int) and isinstance(size, int) else None
-    return SnapshotRow(  # the columns' types are the schema's
-        number,  # type: ignore[arg-type]
-        name,  # type: ignore[arg-type]
-        Kind(kind),  # type: ignore[arg-type]
-        parent_id,  # type: ignore[arg-type]
-        parent,  # type: ignore[arg-type]
-        decoded,
-        created,  # type: ignore[arg-type]
-        updated,  # type: ignore[arg-type]
-        usage,
-        image,  # type: ignore[arg-type]
-        layer,  # type: ignore[arg-type]
-        broken,  # type: ignore[arg-type]
-    )
-
-
-def _encode(labels: Mapping[str, str]) -> str:
-    return json.dumps(dict(labels), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _has_image(connection: sqlite3.Connection, block_digest: str) -> bool:

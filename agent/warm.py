@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from agent import api, lookup
 from agent.fill import OWNER_PREFIX, Devices
 from agent.observer import Observer
-from agent.store import ImageRow
+from agent.rows import ImageRow
 from imagefs import errors, reference
 
 

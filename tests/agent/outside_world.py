@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import api, config, outside, store
+from agent.rows import ImageRow, LayerRow
 from imagefs import fetchlog
 from imagefs.cache import CacheStats
 from imagefs.fuse import control, statedirectory
@@ -127,12 +128,12 @@ class DeviceServer:
         self._thread.join()
 
 
-def image_row(reference: str = REFERENCE) -> store.ImageRow:
+def image_row(reference: str = REFERENCE) -> ImageRow:
     layers = tuple(
-        store.LayerRow(f"sha256:{number:064x}", f"sha256:{number:064x}", digest, 1000, digest, 50 << 20)
+        LayerRow(f"sha256:{number:064x}", f"sha256:{number:064x}", digest, 1000, digest, 50 << 20)
         for number, digest in enumerate(MAPS, 10)
     )
-    return store.ImageRow(
+    return ImageRow(
         BLOCK_DIGEST, "sha256:" + "c" * 64, reference, "docker://registry.example/team/app", layers, 1
     )
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from agent import config, fill, fillpolicy
 from agent.fillpolicy import Candidate
 from agent.observer import Recorder
+from agent.rows import ImageRow, SnapshotRow
 from agent.snapshots import Kind
-from agent.store import ImageRow, SnapshotRow
 from imagefs import errors
 from imagefs.fuse.coverage import Coverage
 

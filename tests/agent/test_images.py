@@ -17,9 +17,9 @@ import pytest
 from agent import config, flights, lookup
 from agent.images import owner_of
 from agent.reconcile import attached
+from agent.rows import ImageRow
 from agent.snapshots import Kind, Usage
 from agent.snapshotter import Found
-from agent.store import ImageRow
 from converter import pack
 from imagefs import artifact, assembly, errors, image, reference, trace
 from imagefs.origin import Origin

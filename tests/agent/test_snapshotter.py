@@ -20,6 +20,7 @@ import pytest
 
 from agent import errors as agent_errors
 from agent import observer, snapshots, snapshotter, store
+from agent.rows import ImageRow, LayerRow
 from agent.snapshots import Kind, Mount, Usage
 from imagefs import errors, holders, mount, syscalls
 
@@ -48,8 +49,8 @@ class ErofsImages:
         self.calls.append(f"find {chain_id}")
         if chain_id not in self.files:
             return None
-        layer = store.LayerRow(chain_id, "diff", f"map-{chain_id}", 1, "blob", 1)
-        self.rows.put_image(store.ImageRow(f"image-{chain_id}", "source", "ref", "docker://r", (layer,), 1))
+        layer = LayerRow(chain_id, "diff", f"map-{chain_id}", 1, "blob", 1)
+        self.rows.put_image(ImageRow(f"image-{chain_id}", "source", "ref", "docker://r", (layer,), 1))
         return snapshotter.Found(f"image-{chain_id}", 0)
 
     def may_serve(self, block_digest: str, labels: Mapping[str, str]) -> bool:

@@ -16,7 +16,8 @@ import pytest
 
 from agent import database as databases
 from agent import errors as agent_errors
-from agent import store
+from agent import schema, store
+from agent.rows import BootPackRow, ImageRow, LayerRow
 from agent.snapshots import Kind, Usage
 from imagefs import errors, syscalls
 
@@ -29,12 +30,12 @@ def rows(tmp_path: Path) -> Iterator[store.Store]:
     opened.close()
 
 
-def layer(map_digest: str) -> store.LayerRow:
-    return store.LayerRow(f"chain-{map_digest}", f"diff-{map_digest}", map_digest, 10, "blob", 20)
+def layer(map_digest: str) -> LayerRow:
+    return LayerRow(f"chain-{map_digest}", f"diff-{map_digest}", map_digest, 10, "blob", 20)
 
 
-def image(digest: str, *maps: str, created_ns: int = 1) -> store.ImageRow:
-    return store.ImageRow(
+def image(digest: str, *maps: str, created_ns: int = 1) -> ImageRow:
+    return ImageRow(
         digest, f"source-{digest}", "r.example/i:1", "docker://r", tuple(map(layer, maps)), created_ns
     )
 
@@ -224,7 +225,7 @@ def test_damage_is_seen_when_opening(tmp_path: Path, damage: str) -> None:
 
 def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
     path = tmp_path / "agent.db"
-    old = databases.Database.open(path, store.SCHEMAS[:1])
+    old = databases.Database.open(path, schema.SCHEMAS[:1])
     with old.writing() as connection:
         row = (7, "old", Kind.COMMITTED, None, "{}", 1, 1, 0, 0, None, None, None)
         connection.execute(f"INSERT INTO snapshots VALUES ({', '.join('?' * len(row))})", row)
@@ -239,7 +240,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -
 def test_numbers_of_the_second_version_stay_with_one_device_of_each_layer(tmp_path: Path) -> None:
     """Whatever packs showed the layer: the others get numbers of their own."""
     path = tmp_path / "agent.db"
-    old = databases.Database.open(path, store.SCHEMAS[:2])
+    old = databases.Database.open(path, schema.SCHEMAS[:2])
     with old.writing() as connection:
         for number, name in ((4, "m1"), (1, "m2"), (3, "m3")):
             connection.execute("INSERT INTO mount_numbers VALUES (?, ?)", (name, number))
@@ -260,7 +261,7 @@ def test_numbers_of_the_second_version_stay_with_one_device_of_each_layer(tmp_pa
     assert found["other"][0] == found["other"][1]
     assert len({4, 1, 3, found["packed"][0], found["other"][0]}) == 5
     assert [row.layers[0] for row in rows.images()] == [
-        store.LayerRow("chain-m1", "diff-m1", "m1", 10, "blob", 20, found[row.block_digest][0])
+        LayerRow("chain-m1", "diff-m1", "m1", 10, "blob", 20, found[row.block_digest][0])
         for row in rows.images()
     ]
     with pytest.raises(agent_errors.FailedPreconditionError):
@@ -271,7 +272,7 @@ def test_numbers_of_the_second_version_stay_with_one_device_of_each_layer(tmp_pa
 
 
 def test_a_layer_has_a_mount_number_for_each_pack_that_shows_it(rows: store.Store) -> None:
-    packs = {name: store.BootPackRow(f"sha256:{name}", 1, "data", 2) for name in ("t1", "t2")}
+    packs = {name: BootPackRow(f"sha256:{name}", 1, "data", 2) for name in ("t1", "t2")}
     plain = rows.put_image(image("plain", "m1"))
     first = rows.put_image(dataclasses.replace(image("first", "m1", "m2"), boot_pack=packs["t1"]))
     other = rows.put_image(dataclasses.replace(image("other", "m1"), boot_pack=packs["t2"]))
@@ -286,7 +287,7 @@ def test_a_layer_has_a_mount_number_for_each_pack_that_shows_it(rows: store.Stor
 def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "agent.db"
     with sqlite3.connect(path) as database:
-        database.execute(f"PRAGMA user_version = {len(store.SCHEMAS) + 1}")
+        database.execute(f"PRAGMA user_version = {len(schema.SCHEMAS) + 1}")
     with pytest.raises(errors.ConfigurationError, match="newer version"):
         store.Store.open(path)
 
