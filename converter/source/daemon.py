@@ -20,12 +20,17 @@ _CHUNK_BYTES = 1 << 20
 
 def open_image(ref: reference.Reference, work_dir: Path, limits: Limits) -> SourceImage:
     """See source.open_images."""
+    image = archive.open_image(save(ref, work_dir), None, str(ref), limits)
+    return dataclasses.replace(image, name=str(ref))
+
+
+def save(ref: reference.Reference, work_dir: Path) -> Path:
+    """The image as a docker-archive of its own in the work directory. NotFoundError, UnavailableError."""
     name = f"{ref.location}:{ref.tag}" if ref.tag else ref.digest or ref.location
     fd, file = tempfile.mkstemp(prefix="docker-daemon-", suffix=".tar", dir=work_dir)
     with open(fd, "wb") as out:
         _save(name, out.fileno(), str(ref))
-    image = archive.open_image(Path(file), None, str(ref), limits)
-    return dataclasses.replace(image, name=str(ref))
+    return Path(file)
 
 
 def _save(name: str, fd: int, ref: str) -> None:

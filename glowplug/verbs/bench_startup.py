@@ -134,8 +134,11 @@ def _source(text: str, origins: Options, folder: Path) -> str:
         return text
     copy = f"oci:{folder}/source:latest"
     if ref.transport in ("docker-archive", "docker-daemon"):
+        from converter.source import daemon
         from glowplug.startup import machine
 
+        if ref.transport == "docker-daemon":  # skopeo would not look at DOCKER_HOST
+            text = f"docker-archive:{daemon.save(ref, folder)}"
         machine.check_call(["skopeo", "copy", "-q", text, copy])
     else:
         from converter import copying

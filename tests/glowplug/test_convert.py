@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from glowplug import cli
-from tests.fixtures import images, servers
+from tests.fixtures import dockerd, images, servers
 from tests.fixtures.conversion import origin_of
 
 GLOWPLUG = [sys.executable, "-c", "from glowplug import cli; cli.main()"]
@@ -146,33 +145,10 @@ def test_a_signal_leaves_nothing_behind(
     assert origin_of(f"docker://{registry.host}/{name}").referrers(made.top) == []
 
 
-@contextlib.contextmanager
-def dockerd(directory: Path) -> Iterator[str]:
-    """A Docker daemon of our own, without networks; gives its DOCKER_HOST."""
-    address = f"unix://{directory}/socket"
-    flags = ["--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"]
-    places = [f"--data-root={directory}/data", f"--exec-root={directory}/exec", f"--pidfile={directory}/pid"]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(["dockerd", *flags, *places, "-H", address], stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            if subprocess.run(["docker", "-H", address, "version"], capture_output=True).returncode == 0:
-                break
-            assert process.poll() is None, (directory / "log").read_text()
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 @pytest.mark.root
 def test_an_image_of_a_docker_daemon(tmp_path: Path) -> None:
     archive = images.write_archive(tmp_path / "a.tar", TARS, tags=["app:v1"])
-    # Short: a socket's path has at most 107 bytes.
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(_short_directory()))
-        address = stack.enter_context(dockerd(directory))
+    with dockerd.run() as address:
         subprocess.run(["docker", "-H", address, "load", "-qi", archive], check=True, capture_output=True)
         work = tmp_path / "work"
         work.mkdir()
@@ -191,11 +167,3 @@ def test_an_image_of_a_docker_daemon(tmp_path: Path) -> None:
     assert [line["blob_digest"] for line in image["layers"]] == [
         line["blob_digest"] for line in expected["layers"]
     ]
-
-
-@contextlib.contextmanager
-def _short_directory() -> Iterator[str]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="gp", dir="/tmp") as directory:
-        yield directory

@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from glowplug.startup import containerd, machine, measure, result
 from imagefs import errors
-from tests.fixtures import block_images, images, pause, servers, tars
+from tests.fixtures import block_images, dockerd, images, pause, servers, tars
 from tests.fixtures import containerd as containerds
 from tests.fixtures.block_images import GLOWPLUG
 
@@ -29,12 +29,18 @@ _COMMAND = "echo hello; cat /data/read >/dev/null; echo ready; cat"
 
 
 @pytest.fixture(scope="module")
-def ref(tmp_path_factory: pytest.TempPathFactory) -> str:
+def data() -> bytes:
+    """The upper layer of an image of which a part is read."""
+    layer = tars.Builder().directory(b"./").directory(b"data/")
+    layer.file(b"data/read", _NOISE.randbytes(_READ_BYTES))
+    layer.file(b"data/unread", _NOISE.randbytes(_UNREAD_BYTES))
+    return bytes(layer)
+
+
+@pytest.fixture(scope="module")
+def ref(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An image that reads a part of what it has; it has no block image."""
-    data = tars.Builder().directory(b"./").directory(b"data/")
-    data.file(b"data/read", _NOISE.randbytes(_READ_BYTES))
-    data.file(b"data/unread", _NOISE.randbytes(_UNREAD_BYTES))
-    made = images.make([pause.root_layer(), bytes(data)], architecture=pause.ARCHITECTURE)
+    made = images.make([pause.root_layer(), data], architecture=pause.ARCHITECTURE)
     return block_images.layout(tmp_path_factory.mktemp("startup"), made)
 
 
@@ -130,6 +136,44 @@ def test_what_is_ready_when_it_ends_has_its_blocks_told_too(ref: str, tmp_path: 
     (start,) = json.loads(document.read_text())["series"][0]["starts"]
     assert {fetch["layer"] for fetch in start["fetches"]} == {0, 1}
     assert start["waits"] > 0
+
+
+def _brings_and_starts(words: list[str], document: Path, environment: Mapping[str, str]) -> str:
+    """Pulled, and by blocks; what it said."""
+    modes = ["--mode", "containerd", "--mode", "blocks", "--runs", "1", "--json", str(document)]
+    words = _bench(*words, *modes, "--", "cat", "/data/read")
+    said = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert said.returncode == 0, said.stderr
+    pulled, blocks = json.loads(document.read_text())["series"]
+    assert pulled["median_moved_bytes"] > _READ_BYTES + _UNREAD_BYTES
+    assert {fetch["layer"] for fetch in blocks["starts"][0]["fetches"]} == {0, 1}
+    return said.stderr
+
+
+def test_an_image_of_a_docker_daemon(data: bytes, tmp_path: Path) -> None:
+    archive = images.write_archive(tmp_path / "a.tar", [pause.root_layer(), data], tags=["app:latest"])
+    with dockerd.run() as address:
+        subprocess.run(["docker", "-H", address, "load", "-qi", archive], check=True, capture_output=True)
+        environment = {"DOCKER_HOST": address}
+        _brings_and_starts(["docker-daemon:app"], tmp_path / "out.json", environment)
+        words = _bench("docker-daemon:absent", "--mode", "blocks")
+        absent = subprocess.run(
+            words, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+        )
+    assert (absent.returncode, "has no image 'absent'" in absent.stderr) == (4, True)
+
+
+def test_an_image_in_a_bucket_with_its_block_image(
+    ref: str, s3_server: servers.S3Server, tmp_path: Path
+) -> None:
+    given = f"s3://{s3_server.bucket}/{servers.unique_name('startup')}:v1"
+    place = ["--s3-endpoint-url", s3_server.endpoint_url]
+    machine.check_call([GLOWPLUG, "copy", ref, given, *place])
+    machine.check_call([GLOWPLUG, "convert", given, *place])
+    said = _brings_and_starts([given, *place], tmp_path / "out.json", {})
+    assert "converting" not in said
 
 
 def test_an_interrupt_leaves_nothing(ref: str) -> None:
