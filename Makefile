@@ -4,6 +4,7 @@
 #   BENCH_ARGS="..."  options of e2e/bench.py, e.g. BENCH_ARGS="--parts warm --runs 5"
 #   STARTUP_ARGS="..."  options of e2e/startup.py, e.g. STARTUP_ARGS="--workloads torch --runs 5"
 #   TEST_ARGS="..."   options of pytest, e.g. TEST_ARGS="tests/imagefs -k blockmap"
+#   TEST_PROCESSES=n  how many run tests at once; each may take 4 GB while it serves a model
 
 SHELL := /bin/bash
 VENV := .venv
@@ -13,6 +14,7 @@ DEMO ?= torch
 BENCH_ARGS ?=
 STARTUP_ARGS ?=
 TEST_ARGS ?=
+TEST_PROCESSES ?= $(shell echo $$((2 * $$(nproc))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup debian demo test soak check fmt bench benchrouter benchautoscale proto clean
@@ -42,8 +44,10 @@ demo: setup ## Start PyTorch from a registry at 1 Gbit/s: pulled, and lazily (DE
 test: setup ## Run all tests but the soak ones, and report coverage
 	@deploy/setup-debian tests
 	$(PYTHON) -m coverage erase
-	@# A file's tests stay in one process, in order: what they share is built once.
-	$(PYTHON) -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not soak" $(TEST_ARGS)
+	@# A file's tests stay in one process, in order: what they share is built once. Files go out in the order of
+	@# tests/conftest.py. Two processes a core, because many tests wait for what they have started.
+	$(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+	    -m "not soak" $(TEST_ARGS)
 	@# A report must not fail what every test passed.
 	$(PYTHON) -m tests.torncoverage
 	$(PYTHON) -m coverage combine -q
