@@ -8,7 +8,6 @@ Exit codes: 0 done; 1 a check found a difference, or the command run by `run` sa
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from glowplug import terminal
+from glowplug import subcommands, terminal
 from imagefs import errors
 
 VERBS = {
@@ -80,23 +79,11 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-class _Verbs(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command = importlib.import_module(f"glowplug.verbs.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(VERBS.items()))
-
-
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=subcommands.Subcommands,
+    texts=VERBS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="glowplug", prog_name="glowplug")
 def cli() -> None:
     """Glowplug makes cold things start: container images that are fetched block by block, as they are read.

@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from glowplug import settings
+from glowplug.subcommands import Subcommands
 
 if TYPE_CHECKING:
     from agent import config
 
-_SUBCOMMANDS = {
-    "doctor": ("agent_doctor", "command", "Say what is wrong with this node, and how to mend it."),
-    "install": ("agent_install", "install", "Install the agent on this host, for its containerd."),
-    "keeper": ("agent_keeper", "command", "Start the device server apart from the agent."),
-    "run": ("agent", "run", "Serve containerd's snapshots from block images."),
-    "upgrade": ("agent_upgrade", "command", "Have this version take over from the one that runs."),
-    "uninstall": ("agent_install", "uninstall", "Undo `install`."),
+_TEXTS = {
+    "doctor": "Say what is wrong with this node, and how to mend it.",
+    "install": "Install the agent on this host, for its containerd.",
+    "keeper": "Start the device server apart from the agent.",
+    "run": "Serve containerd's snapshots from block images.",
+    "upgrade": "Have this version take over from the one that runs.",
+    "uninstall": "Undo `install`.",
+}
+_PLACES = {
+    "doctor": "agent_doctor",
+    "install": "agent_install:install",
+    "keeper": "agent_keeper",
+    "run": "agent:run",
+    "upgrade": "agent_upgrade",
+    "uninstall": "agent_install:uninstall",
 }
 
 
-class _Subcommands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_SUBCOMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _SUBCOMMANDS:
-            return None
-        module, name, _ = _SUBCOMMANDS[cmd_name]
-        command = getattr(importlib.import_module(f"glowplug.verbs.{module}"), name)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in sorted(_SUBCOMMANDS.items())])
-
-
-@click.group("agent", cls=_Subcommands)
+@click.group("agent", cls=Subcommands, texts=_TEXTS, places=_PLACES)
 def command() -> None:
     """The node agent: containerd starts containers from block images."""
 

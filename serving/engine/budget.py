@@ -1,9 +1,9 @@
 """Tenants' budgets: one small file in shared memory, in which all processes of one engine charge requests.
 
-Owns the file's layout, its lock and the rule of the buckets. The supervisor creates it and writes what each
-tenant may have (`ration`); server processes charge (`admit`, `settle`). Like the ledger it is kept by a
-flock, which the kernel lets go of when its holder is killed, and is held for microseconds; needs nothing but
-Python's library. What was charged for a request whose process was killed stays charged.
+Owns the file's layout (`wordfile` maps and locks it) and the rule of the buckets. The supervisor creates it
+and writes what each tenant may have (`ration`); server processes charge (`admit`, `settle`). The lock is held
+for microseconds; needs nothing but Python's library. What was charged for a request whose process was killed
+stays charged.
 
 A bucket holds at most `BURST_SECONDS` of its rate and fills evenly. A request is let in when what it is
 expected to cost is there, or the bucket is full: one that costs more than a bucket holds would never get in
@@ -19,26 +19,21 @@ expected, and the last is clamped by the bound on an answer's length.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import mmap
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from serving import errors
 from serving.autoscaler import units
-from serving.engine import tokens
+from serving.engine import tokens, wordfile
 from serving.engine.state import Measure, Ration, Rations, Spent
 
 TENANTS = 1_023
 BURST_SECONDS = 1.0
 _WORDS = 16
 _MAGIC = 0x31676477_6F6C4732
-_BYTES = 8 * _WORDS * (TENANTS + 2)
+_COUNT = _WORDS * (TENANTS + 2)
 
 _GENERATION, _FLAGS, _MOST_OUTPUT, _COEFFICIENTS, _BYTES_PER_TOKEN, _CACHED = 1, 2, 3, 4, 8, 9
 _NAME, _MEASURE, _PRIORITY, _RATE, _BALANCE, _FILLED, _MEAN = 0, 2, 3, 4, 5, 6, 7
@@ -65,29 +60,15 @@ class Budget:
 
     def __init__(self, path: Path) -> None:
         """Map an existing one. OSError where there is none; ValueError where it is something else."""
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(self._fd, _BYTES)
-        except (ValueError, OSError):
-            os.close(self._fd)
-            raise
-        with memoryview(self._map) as bytes_:
-            self._words, self._whole, self._real = bytes_.cast("Q"), bytes_.cast("q"), bytes_.cast("d")
+        self._file = wordfile.WordFile(path, _MAGIC, _COUNT, "budget")
+        self._words, self._whole, self._real = self._file.words, self._file.whole, self._file.real
         self._places: dict[str, int] = {}
         self._generation = -1
-        if self._words[0] != _MAGIC:
-            self.close()
-            raise ValueError(f"{path} is not the budget of an engine")
 
     @classmethod
     def create(cls, path: Path) -> Budget:
         """A new one, in which nobody is limited."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, _MAGIC.to_bytes(8, sys.byteorder))
-            os.ftruncate(descriptor, _BYTES)
-        finally:
-            os.close(descriptor)
+        wordfile.create(path, _MAGIC, _COUNT)
         budget = cls(path)
         budget._real[_BYTES_PER_TOKEN] = _FIRST_BYTES_PER_TOKEN
         budget._real[_WORDS + _MEAN] = -1.0
@@ -95,10 +76,7 @@ class Budget:
 
     def close(self) -> None:
         """Let go of the file."""
-        for view in (self._words, self._whole, self._real):
-            view.release()
-        self._map.close()
-        os.close(self._fd)
+        self._file.close()
 
     # -- the supervisor's side --------------------------------------------------------------------
 
@@ -107,7 +85,7 @@ class Budget:
         bucket; who is not named any more is forgotten. DocumentError."""
         if len(given.tenants) > TENANTS:
             raise errors.DocumentError(f"tenants: {len(given.tenants)} are more than {TENANTS}")
-        with self._locked():
+        with self._file.locked():
             places = {name: self.place(name) for name in given.tenants}
             kept = set(places.values()) - {0}
             free = [place for place in range(1, TENANTS + 1) if place not in kept]
@@ -202,7 +180,7 @@ class Budget:
     def admit(self, place: int, cost: float, now_ns: int) -> Refusal | None:
         """Take a request's cost from the bucket, or say why not."""
         start = self._start(place)
-        with self._locked():
+        with self._file.locked():
             rate = self._real[start + _RATE]
             if rate > 0:
                 self._fill(start, now_ns)
@@ -219,7 +197,7 @@ class Budget:
     def settle(self, place: int, more: float, now_ns: int) -> None:
         """A request cost that much more than it was charged, or less."""
         start = self._start(place)
-        with self._locked():
+        with self._file.locked():
             self._real[start + _CHARGED] += more
             if self._real[start + _RATE] > 0:
                 self._fill(start, now_ns)
@@ -227,7 +205,7 @@ class Budget:
 
     def learn(self, place: int, reading: tokens.Reading, used: tokens.Usage) -> None:
         """What an answer's usage says of the next one's."""
-        with self._locked():
+        with self._file.locked():
             if reading.input_bytes and used.input > reading.input_tokens:
                 ratio = reading.input_bytes / (used.input - reading.input_tokens)
                 self._real[_BYTES_PER_TOKEN] += _WEIGHT * (ratio - self._real[_BYTES_PER_TOKEN])
@@ -282,14 +260,6 @@ class Budget:
     @staticmethod
     def _start(place: int) -> int:
         return _WORDS * (place + 1)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
 
 def _digest(name: str) -> tuple[int, int]:

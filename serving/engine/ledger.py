@@ -1,9 +1,9 @@
 """The ledger: one small file in shared memory in which all processes of one engine count their requests.
 
-Owns the file's layout and its lock. The supervisor creates it and writes the header (limits, state); each
-server process claims a slot and is the only one to write it. The rule that makes the in-flight limit one
-limit for all processes: whoever enters does so under the file's lock, having added up every slot. The lock is
-a flock, so that the kernel lets go of it when its holder is killed, and is held for microseconds.
+Owns the file's layout (`wordfile` maps and locks it). The supervisor creates it and writes the header
+(limits, state); each server process claims a slot and is the only one to write it. The rule that makes the
+in-flight limit one limit for all processes: whoever enters does so under the file's lock, having added up
+every slot. The lock is held for microseconds.
 
 Words are native 64-bit ones (all processes run on one machine); times are nanoseconds of CLOCK_MONOTONIC,
 which all processes share. Used by one thread of each process. Needs nothing but Python's library: the
@@ -16,22 +16,17 @@ engine's own interpreter imports it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
-import mmap
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from serving.engine import wordfile
 from serving.engine.state import Counters, Limits, Slot, State
 
 SLOTS = 64
 _WORDS = 16
 _MAGIC = 0x31676477_6F6C4731
-_BYTES = 8 * _WORDS * (SLOTS + 1)
+_COUNT = _WORDS * (SLOTS + 1)
 
 _LIMIT, _QUEUE, _QUEUE_NS, _STATE = 1, 2, 3, 4
 _PID, _IN_FLIGHT, _WAITING, _OLDEST, _HEARTBEAT, _PROGRESS, _UNITS, _CACHE = range(8)
@@ -45,41 +40,26 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         """Map an existing ledger. OSError where there is none; ValueError where it is something else."""
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(self._fd, _BYTES)
-        except (ValueError, OSError):
-            os.close(self._fd)
-            raise
-        self._words = memoryview(self._map).cast("Q")
-        if self._words[0] != _MAGIC:
-            self.close()
-            raise ValueError(f"{path} is not the ledger of an engine")
+        self._file = wordfile.WordFile(path, _MAGIC, _COUNT, "ledger")
+        self._words = self._file.words
 
     @classmethod
     def create(cls, path: Path, limits: Limits) -> Ledger:
         """A new ledger, in state STARTING."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, _MAGIC.to_bytes(8, sys.byteorder))
-            os.ftruncate(descriptor, _BYTES)
-        finally:
-            os.close(descriptor)
+        wordfile.create(path, _MAGIC, _COUNT)
         ledger = cls(path)
         ledger.set_limits(limits)
         return ledger
 
     def close(self) -> None:
         """Let go of the file. The slot, if one was claimed, stays until the supervisor resets it."""
-        self._words.release()
-        self._map.close()
-        os.close(self._fd)
+        self._file.close()
 
     # -- the supervisor's side --------------------------------------------------------------------
 
     def set_limits(self, limits: Limits) -> None:
         """In force for the next request; what runs goes on."""
-        with self._locked():
+        with self._file.locked():
             self._words[_LIMIT] = limits.in_flight
             self._words[_QUEUE] = limits.queue_requests
             self._words[_QUEUE_NS] = int(limits.queue_seconds * 1e9)
@@ -90,7 +70,7 @@ class Ledger:
 
     def reset(self) -> None:
         """Free all slots, once their processes are gone. What they counted stays in the sums."""
-        with self._locked():
+        with self._file.locked():
             for slot in range(SLOTS):
                 start = self._slot(slot)
                 for word in range(_COUNTERS, _WORDS):
@@ -139,7 +119,7 @@ class Ledger:
 
     def claim(self, pid: int) -> int:
         """A slot for this process. OSError where all are taken."""
-        with self._locked():
+        with self._file.locked():
             for number in range(SLOTS):
                 start = self._slot(number)
                 if self._words[start + _PID] == 0:
@@ -149,7 +129,7 @@ class Ledger:
 
     def enter(self, slot: int, *, queued: bool = False) -> bool:
         """Take a place in flight if there is one. Who has not waited does not pass those who do."""
-        with self._locked():
+        with self._file.locked():
             if self._sum(_IN_FLIGHT) >= self._words[_LIMIT] or (not queued and self._sum(_WAITING)):
                 return False
             start = self._slot(slot)
@@ -178,7 +158,7 @@ class Ledger:
 
     def leave(self, slot: int, busy_ns: int, *, failed: bool) -> int | None:
         """Give a place back. The slot that has waited longest, if somebody can be let in now."""
-        with self._locked():
+        with self._file.locked():
             start = self._slot(slot)
             self._words[start + _IN_FLIGHT] -= 1
             self._words[start + _COUNTERS + 2] += 1
@@ -188,7 +168,7 @@ class Ledger:
 
     def next_waiting(self) -> int | None:
         """The slot that has waited longest, if somebody can be let in now."""
-        with self._locked():
+        with self._file.locked():
             return self._next()
 
     def beat(self, slot: int, now_ns: int, progress: int, cache: float = 0.0) -> None:
@@ -215,11 +195,3 @@ class Ledger:
     @staticmethod
     def _slot(number: int) -> int:
         return _WORDS * (number + 1)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)

@@ -33,7 +33,7 @@ def limited(rate: float, **more: int) -> Rations:
 
 
 def test_a_file_that_is_no_budget_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(bytes(budgets._BYTES))
+    (tmp_path / "other").write_bytes(bytes(8 * budgets._COUNT))
     with pytest.raises(ValueError):
         Budget(tmp_path / "other")
 

@@ -123,7 +123,7 @@ def test_four_processes_at_once_never_pass_the_limit(path: Path) -> None:
 def _hold(path: Path, holding: multiprocessing.synchronize.Event) -> None:
     ledger = Ledger(path)
     ledger.enter(ledger.claim(os.getpid()))
-    with ledger._locked():
+    with ledger._file.locked():
         holding.set()
         time.sleep(600)
 
