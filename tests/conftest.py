@@ -1,7 +1,10 @@
 """Fixtures for all tests."""
 
+import os
 import signal
+from pathlib import Path
 
+import coverage
 import hypothesis
 import pytest
 
@@ -10,6 +13,11 @@ pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.kubernetes_api"]
 # Whatever a shell starts with & ignores SIGINT, and hands that on: commands under test must not inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Who measures the tests' coverage measures what they start, too, xdist's processes among it.
+if coverage.Coverage.current() is not None:
+    os.environ["COVERAGE_ROOT"] = str(Path(__file__).parents[1])
+    os.environ["COVERAGE_PROCESS_START"] = str(Path(__file__).with_name("processes.coveragerc"))
 
 # A loaded machine is no failure: examples have no time limit, and making them may be slow.
 hypothesis.settings.register_profile(

@@ -38,7 +38,7 @@ class Agent:
         self.config.write_text(
             f'root = "{self.root}"\nstate = "{self.state}"\nsocket = "{self.socket}"\n'
             f'[cache]\ndirectory = "{self.cache}"\nfree_floor_percent = 0\n'
-            f"[reads]\ndeadline_seconds = {deadline_seconds}\n"
+            f"[reads]\ndeadline_seconds = {deadline_seconds}\nworkers = 2\n"
             f'[http]\nlisten = "127.0.0.1:0"\n{extra}'
         )
         self.environment: dict[str, str] = {}

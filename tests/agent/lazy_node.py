@@ -59,7 +59,7 @@ class LazyNode:
             root=folder / "root",
             state=folder / "state",
             cache=config.Cache(directory=folder / "cache", free_floor_percent=0),
-            reads=config.Reads(deadline_seconds=3.0),
+            reads=config.Reads(deadline_seconds=3.0, workers=2),
             images=config.Images(**{"lookup_deadline_seconds": 20.0, **more}),  # type: ignore[arg-type]
         )
         self.settings.root.mkdir()
