@@ -221,8 +221,7 @@ def _weighed_instance(instance: Instance, weight: float) -> Instance:
     def times(value: float | None) -> float | None:
         return None if value is None else value * weight
 
-    return dataclasses.replace(
-        instance,
+    return instance._replace(
         in_flight=times(instance.in_flight),
         queued=times(instance.queued),
         completed_per_second=times(instance.completed_per_second),

@@ -73,7 +73,6 @@ _REPLICA = np.dtype(
         ("created_at", "f8"),
         ("ready_at", "f8"),
         ("fails_at", "f8"),
-        ("due_at", "f8"),  # when something happens there next
         ("virtual", "f8"),  # seconds of work that each request served there got so far
         ("touched_at", "f8"),  # when `virtual` was brought up to date
         ("load", "f8"),  # what routing compares: requests, or their work
@@ -86,6 +85,7 @@ _REPLICA = np.dtype(
         ("done_seconds", "f8"),  # their times in flight
     ]
 )
+_EVENT = np.dtype([("due_at", "f8"), ("row", "i8")])  # when something happens at a row next
 _SERVED = np.dtype([("ends_at", "f8"), ("came_at", "f8"), ("work", "f8")])
 _WAITING = np.dtype([("came_at", "f8"), ("work", "f8")])
 _HELD = np.dtype([("came_at", "f8"), ("work", "f8"), ("key", "i8")])
@@ -100,7 +100,7 @@ class Fleet(NamedTuple):
     waiting: Records  # [R, Q] rings
     held: Records  # [H] ring
     speed: Floats  # [S + 1]
-    events: Integers  # [R] heap of rows by `due_at`
+    events: Records  # [R] heap by `due_at`
     ready: Integers  # [R] the rows that get traffic
     histogram: Integers  # [BUCKETS] of times in flight
     table: Integers  # [TABLE_SIZE] maglev's
@@ -138,7 +138,7 @@ def empty(rows: int, speed: Floats, rules: Rules, seed: int) -> Fleet:
         waiting=np.zeros((rows, max(1, rules.queue_limit)), _WAITING),
         held=np.zeros(max(1, rules.hold_limit), _HELD),
         speed=speed.astype(np.float64),
-        events=np.zeros(rows, np.int64),
+        events=np.zeros(rows, _EVENT),
         ready=np.zeros(rows, np.int64),
         histogram=np.zeros(BUCKETS, np.int64),
         table=np.zeros(TABLE_SIZE, np.int64),

@@ -4,78 +4,73 @@ row the requests being served by the virtual time at which they end (`served`)."
 from __future__ import annotations
 
 from serving.autoscaler.simulate.compiled import compiled, inlined
-from serving.autoscaler.simulate.fleet import Integers, Records
+from serving.autoscaler.simulate.fleet import Records
 
 
 @compiled
-def add_row(whole: Records, rows: Records, events: Integers, row: int, due_at: float) -> None:
+def add_row(whole: Records, rows: Records, events: Records, row: int, due_at: float) -> None:
     """A row that was not there."""
     place = whole[0].events
     whole[0].events = place + 1
-    events[place] = row
-    rows[row].due_at = due_at
-    _up(rows, events, place)
+    _up(rows, events, place, row, due_at)
 
 
 @inlined
-def move_row(whole: Records, rows: Records, events: Integers, row: int, due_at: float) -> None:
+def move_row(whole: Records, rows: Records, events: Records, row: int, due_at: float) -> None:
     """Something happens there at another time."""
-    before = rows[row].due_at
-    rows[row].due_at = due_at
+    place = rows[row].event_place
+    before = events[place].due_at
     if due_at < before:
-        _up(rows, events, rows[row].event_place)
+        _up(rows, events, place, row, due_at)
     elif due_at > before:
-        _down(whole, rows, events, rows[row].event_place)
+        _down(whole, rows, events, place, row, due_at)
 
 
 @compiled
-def remove_row(whole: Records, rows: Records, events: Integers, row: int) -> None:
+def remove_row(whole: Records, rows: Records, events: Records, row: int) -> None:
     """Nothing happens there any more."""
     place = rows[row].event_place
     last = whole[0].events - 1
     whole[0].events = last
     if place != last:
-        moved = events[last]
-        events[place] = moved
-        rows[moved].event_place = place
-        _up(rows, events, place)
-        _down(whole, rows, events, rows[moved].event_place)
+        moved, due_at = events[last].row, events[last].due_at
+        _up(rows, events, place, moved, due_at)
+        _down(whole, rows, events, rows[moved].event_place, moved, due_at)
 
 
 @inlined
-def _up(rows: Records, events: Integers, place: int) -> None:
-    row = events[place]
-    due_at = rows[row].due_at
+def _up(rows: Records, events: Records, place: int, row: int, due_at: float) -> None:
+    """From a place that is free."""
     while place > 0:
         parent = (place - 1) >> 1
-        above = events[parent]
-        if rows[above].due_at <= due_at:
+        if events[parent].due_at <= due_at:
             break
-        events[place] = above
-        rows[above].event_place = place
+        _put(rows, events, place, events[parent].row, events[parent].due_at)
         place = parent
-    events[place] = row
-    rows[row].event_place = place
+    _put(rows, events, place, row, due_at)
 
 
 @inlined
-def _down(whole: Records, rows: Records, events: Integers, place: int) -> None:
+def _down(whole: Records, rows: Records, events: Records, place: int, row: int, due_at: float) -> None:
+    """From a place that is free."""
     size = whole[0].events
-    row = events[place]
-    due_at = rows[row].due_at
     while True:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and rows[events[child + 1]].due_at < rows[events[child]].due_at:
-            child += 1
-        below = events[child]
-        if rows[below].due_at >= due_at:
+        if child + 1 < size:
+            child += events[child + 1].due_at < events[child].due_at
+        if events[child].due_at >= due_at:
             break
-        events[place] = below
-        rows[below].event_place = place
+        _put(rows, events, place, events[child].row, events[child].due_at)
         place = child
-    events[place] = row
+    _put(rows, events, place, row, due_at)
+
+
+@inlined
+def _put(rows: Records, events: Records, place: int, row: int, due_at: float) -> None:
+    events[place].row = row
+    events[place].due_at = due_at
     rows[row].event_place = place
 
 
@@ -107,8 +102,8 @@ def pop_request(rows: Records, served: Records, row: int) -> None:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and served[row, child + 1].ends_at < served[row, child].ends_at:
-            child += 1
+        if child + 1 < size:
+            child += served[row, child + 1].ends_at < served[row, child].ends_at
         if served[row, child].ends_at >= ends_at:
             break
         served[row, place] = served[row, child]

@@ -63,7 +63,7 @@ def _advance(
     waiting: Records,
     held: Records,
     speed: Floats,
-    events: Integers,
+    events: Records,
     ready: Integers,
     histogram: Integers,
     table: Integers,
@@ -75,7 +75,7 @@ def _advance(
 ) -> int:
     index = first
     while True:
-        due_at = rows[events[0]].due_at if whole[0].events else math.inf
+        due_at = events[0].due_at if whole[0].events else math.inf
         if index < at.size and at[index] <= due_at:
             now = at[index]
             if now >= until:
@@ -90,7 +90,7 @@ def _advance(
             continue
         if due_at >= until:
             break
-        row = events[0]
+        row = events[0].row
         if rows[row].state == STARTING:
             _begin(whole, rows, events, ready, row, due_at)
             _let_go(whole, rows, served, waiting, held, speed, events, ready, table, due_at)
@@ -103,7 +103,7 @@ def _advance(
 
 
 @compiled
-def _begin(whole: Records, rows: Records, events: Integers, ready: Integers, row: int, now: float) -> None:
+def _begin(whole: Records, rows: Records, events: Records, ready: Integers, row: int, now: float) -> None:
     place = whole[0].ready
     whole[0].ready = place + 1
     whole[0].table_stale = 1
@@ -115,7 +115,7 @@ def _begin(whole: Records, rows: Records, events: Integers, ready: Integers, row
 
 
 @compiled
-def _fail(whole: Records, rows: Records, events: Integers, ready: Integers, row: int) -> None:
+def _fail(whole: Records, rows: Records, events: Records, ready: Integers, row: int) -> None:
     if rows[row].state == READY:
         _without_traffic(whole, rows, ready, row)
     whole[0].lost += rows[row].serving + rows[row].waiting
@@ -124,7 +124,7 @@ def _fail(whole: Records, rows: Records, events: Integers, ready: Integers, row:
 
 
 @compiled
-def _drain(whole: Records, rows: Records, events: Integers, ready: Integers, row: int) -> None:
+def _drain(whole: Records, rows: Records, events: Records, ready: Integers, row: int) -> None:
     if rows[row].state == READY:
         _without_traffic(whole, rows, ready, row)
     if rows[row].serving + rows[row].waiting == 0:
@@ -140,7 +140,7 @@ def _set_limit(
     served: Records,
     waiting: Records,
     speed: Floats,
-    events: Integers,
+    events: Records,
     limit: int,
     now: float,
 ) -> None:
@@ -159,7 +159,7 @@ def _finish(
     served: Records,
     waiting: Records,
     speed: Floats,
-    events: Integers,
+    events: Records,
     histogram: Integers,
     row: int,
     now: float,
@@ -193,7 +193,7 @@ def _admit(
     served: Records,
     waiting: Records,
     speed: Floats,
-    events: Integers,
+    events: Records,
     row: int,
     now: float,
     came_at: float,
@@ -248,7 +248,7 @@ def _let_go(
     waiting: Records,
     held: Records,
     speed: Floats,
-    events: Integers,
+    events: Records,
     ready: Integers,
     table: Integers,
     now: float,
@@ -285,7 +285,7 @@ def _get_on(rows: Records, speed: Floats, row: int, now: float) -> None:
 
 @inlined
 def _plan(
-    whole: Records, rows: Records, served: Records, speed: Floats, events: Integers, row: int, now: float
+    whole: Records, rows: Records, served: Records, speed: Floats, events: Records, row: int, now: float
 ) -> None:
     """When something happens there next; virtual time is up to date."""
     due_at = rows[row].fails_at
@@ -309,7 +309,7 @@ def _without_traffic(whole: Records, rows: Records, ready: Integers, row: int) -
 
 
 @compiled
-def _gone(whole: Records, rows: Records, events: Integers, row: int) -> None:
+def _gone(whole: Records, rows: Records, events: Records, row: int) -> None:
     heap.remove_row(whole, rows, events, row)
     rows[row].state = ABSENT
     rows[row].serving = 0

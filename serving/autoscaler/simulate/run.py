@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -221,32 +222,24 @@ class _Run:
         rows = self._fleet.rows
         found = np.flatnonzero(rows["state"])
         there = rows[found]
-        done = there["done"]
-        latency = there["done_seconds"] / np.maximum(done, 1)
-        columns = zip(
-            found.tolist(),
-            there["state"].tolist(),
+        states, done = there["state"].tolist(), there["done"].tolist()
+        ready_at, waiting = there["ready_at"].tolist(), there["waiting"].astype(np.float64)
+        seconds = (there["done_seconds"] / np.maximum(there["done"], 1)).tolist()
+        unknown = itertools.repeat(None)
+        columns = (
+            [self._names[row] for row in found.tolist()],
+            [_STATES[state] for state in states],
             there["created_at"].tolist(),
-            there["ready_at"].tolist(),
-            there["serving"].tolist(),
-            there["waiting"].tolist(),
-            done.tolist(),
-            latency.tolist(),
-            strict=True,
+            [None if state == STARTING else at for state, at in zip(states, ready_at, strict=True)],
+            (there["serving"] + waiting).tolist(),
+            there["done"].astype(np.float64).tolist(),
+            [mean if number else None for number, mean in zip(done, seconds, strict=True)],
+            waiting.tolist(),
+            unknown,  # cpu
+            unknown,  # gpu
+            unknown,  # memory
         )
-        return tuple(
-            observations.Instance(
-                self._names[row],
-                _STATES[state],
-                created_at,
-                None if state == STARTING else ready_at,
-                float(serving + waiting),
-                float(finished),
-                seconds if finished else None,
-                float(waiting),
-            )
-            for row, state, created_at, ready_at, serving, waiting, finished, seconds in columns
-        )
+        return tuple(map(observations.Instance._make, zip(*columns, strict=False)))
 
 
 class _Feed:

@@ -249,7 +249,7 @@ def test_a_learned_limit_moves_the_target_with_it_and_says_so() -> None:
     for second in range(60):
         now = START + second
         full = [
-            dataclasses.replace(each, in_flight=state.limit, queued=0.0, completed_per_second=state.limit)
+            each._replace(in_flight=state.limit, queued=0.0, completed_per_second=state.limit)
             for each in instances(2)
         ]
         demand = Demand(in_flight=2 * state.limit, issued_per_second=2 * state.limit, service_seconds=1.0)

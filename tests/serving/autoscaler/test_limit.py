@@ -31,7 +31,7 @@ def instance(name: str, in_service: float, rate: float, **more: float) -> Instan
         queued=3.0,
         completed_per_second=rate,
     )
-    return dataclasses.replace(ready, **more)  # type: ignore[arg-type]
+    return ready._replace(**more)  # type: ignore[arg-type]
 
 
 def loop(profile: Profile, policy: Policy, seconds: int, seed: int, **usage: float) -> list[int]:
@@ -133,7 +133,7 @@ def test_a_limit_that_is_reached_and_pays_is_raised() -> None:
     ],
 )
 def test_samples_that_say_nothing_change_nothing(changes: dict[str, float]) -> None:
-    seen = dataclasses.replace(instance("r", 16, 16), **changes)  # type: ignore[arg-type]
+    seen = instance("r", 16, 16)._replace(**changes)  # type: ignore[arg-type]
     assert fed(POLICY, 29, seen) == (16, "")
 
 
