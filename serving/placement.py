@@ -13,6 +13,7 @@ import pydantic
 from pydantic import Field
 
 _DNS = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+_Capability = Annotated[str, Field(pattern=r"^[A-Z][A-Z_]{1,40}$")]
 _Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
@@ -30,6 +31,27 @@ class Toleration(_Part):
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class Security(_Part):
+    """What a replica's processes may do. Left out, no more than an engine needs: no capability, no way to
+    gain one, and the runtime's own filter of system calls; user and file system are the image's."""
+
+    run_as_user: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    """The user's number; the image's own user, perhaps root, if left out. Not 0 also says runAsNonRoot."""
+    capabilities: tuple[_Capability, ...] = Field(default=(), strict=False)
+    """What replicas are given, as in IPC_LOCK for RDMA, or SYS_NICE for vLLM on machines with NUMA."""
+    seccomp: Literal["RuntimeDefault", "Unconfined"] = "RuntimeDefault"
+    read_only_root: bool = False
+    """Nothing of the image can be written; /tmp is there and empty, besides the folders of run and cache."""
+
+    @pydantic.field_validator("capabilities")
+    @classmethod
+    def _each_by_its_name(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if each == "ALL" or each.startswith("CAP_"):
+                raise ValueError(f"{each} is not one capability as Kubernetes writes it, as in SYS_NICE")
+        return value
 
 
 class Kubernetes(_Part):
@@ -55,6 +77,7 @@ class Kubernetes(_Part):
     """What `resources.gpus` counts."""
     resources: Mapping[str, str] = {}
     """Further resources, requested and limited alike, as in `ephemeral-storage: 20Gi`."""
+    security: Security = Security()
     port: _Port = 8_000
     """Of the engine, in its pod."""
     control_port: _Port = 8_001

@@ -20,6 +20,7 @@ from cluster import objects
 from cluster.objects import Body, Owner
 from serving import endpoint
 from serving.endpoint import Endpoint
+from serving.placement import Security
 from serving.providers import enginecommand
 
 LABEL = "glowplug.dev/endpoint"
@@ -35,6 +36,7 @@ _SETTINGS, _CONTROL, _RUN, _CACHE = (
     PurePath("/var/cache/glowplug"),
 )
 _PROGRAM = "/opt/glowplug"
+_LEAST: Body = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 _GRACE_SECONDS = 15
 """Beyond notice and drain, for the engine's own end."""
 _PROBE_SECONDS = 2
@@ -128,6 +130,8 @@ def _pod(wanted: Endpoint, version: str) -> Body:
         # The image's user may be anybody; nobody else is in the pod.
         {"name": "control", "secret": {"secretName": control_secret(wanted), "defaultMode": 0o444}},
     ]
+    if place.security.read_only_root:
+        volumes.append({"name": "tmp", "emptyDir": {}})
     if wanted.model is not None:
         local = {"hostPath": {"path": wanted.model, "type": "Directory"}}
         volumes.append({"name": "model", **(local if _is_local(wanted.model) else {"emptyDir": {}})})
@@ -135,12 +139,14 @@ def _pod(wanted: Endpoint, version: str) -> Body:
         "terminationGracePeriodSeconds": grace,
         "automountServiceAccountToken": place.service_account is not None,
         "enableServiceLinks": False,
+        "securityContext": {"seccompProfile": {"type": place.security.seccomp}},
         "initContainers": [
             {
                 "name": _BROUGHT,
                 "image": place.supervisor,
                 "command": ["cp", "-a", f"{_PROGRAM}/.", "/brought/"],
                 "volumeMounts": [{"name": "program", "mountPath": "/brought"}],
+                "securityContext": {**_LEAST, "runAsNonRoot": True, "readOnlyRootFilesystem": True},
             }
         ],
         "containers": [_engine(wanted)],
@@ -170,6 +176,8 @@ def _engine(wanted: Endpoint) -> Body:
         local = _is_local(wanted.model)
         place_of_model = wanted.model if local else wanted.model_cache.directory
         mounts.append({"name": "model", "mountPath": place_of_model, "readOnly": local})
+    if place.security.read_only_root:
+        mounts.append({"name": "tmp", "mountPath": "/tmp"})  # noqa: S108  # the container's own
     starts = math.ceil(enginecommand.start_timeout_seconds(wanted) / _PROBE_SECONDS)
     return {
         "name": ENGINE,
@@ -188,7 +196,19 @@ def _engine(wanted: Endpoint) -> Body:
         "livenessProbe": {**_probe("/livez"), "periodSeconds": 10, "timeoutSeconds": 5},
         "resources": _resources(wanted),
         "volumeMounts": mounts,
+        "securityContext": _security(place.security),
     }
+
+
+def _security(wanted: Security) -> Body:
+    found: dict[str, Any] = dict(_LEAST)
+    if wanted.capabilities:
+        found["capabilities"] = {"drop": ["ALL"], "add": list(wanted.capabilities)}
+    if wanted.run_as_user is not None:
+        found |= {"runAsUser": wanted.run_as_user, "runAsNonRoot": wanted.run_as_user != 0}
+    if wanted.read_only_root:
+        found["readOnlyRootFilesystem"] = True
+    return found
 
 
 def _probe(path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cluster import errors as cluster_errors
 from serving import errors
 
 _KEYS = {
+    "securityContext": "kubernetes.security",
     "runtimeClassName": "kubernetes.runtime_class",
     "tolerations": "kubernetes.tolerations",
     "nodeSelector": "kubernetes.node_selector",

@@ -15,11 +15,19 @@ import yaml
 
 from glowplug.verbs import operator as verb
 from glowplug.verbs import router as router_verb
+from serving import endpoint
 from serving.operator import definition, tending
+from serving.providers import manifests
 from tests.fixtures import debian
 from tests.fixtures.kubernetes_api import Seen
 
 _FOLDER = Path(__file__).parents[2] / "deploy/kustomize/serving"
+_OURS = ("glowplug-operator", "glowplug-envoy")
+_ENDPOINT = endpoint.load(
+    "name: chat\nimage: i\nprovider: kubernetes\nengine: {kind: vllm}\nmodel: /m\n"
+    "kubernetes: {supervisor: s}\n",
+    "e",
+)
 Objects = dict[tuple[str, str], dict[str, Any]]
 Right = tuple[str, str, str]
 """API group, resource, verb."""
@@ -88,7 +96,7 @@ def test_the_committed_definition_is_the_documents() -> None:
 
 def test_the_parts_fit_each_other() -> None:
     objects = build()
-    for name in ("glowplug-operator", "glowplug-envoy"):
+    for name in _OURS:
         deployment = objects["Deployment", name]
         pod = deployment["spec"]["template"]
         assert deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
@@ -107,6 +115,33 @@ def test_the_parts_fit_each_other() -> None:
     binding = objects["RoleBinding", "glowplug-operator"]
     assert binding["subjects"][0]["namespace"] == "glowplug-serving"
     assert not any(key[0].startswith("ClusterRole") for key in objects), "its namespace is all it has"
+
+
+def test_the_policies_are_about_pods_and_ports_that_there_are() -> None:
+    found = build()
+    replica = manifests.deployment(_ENDPOINT, "v", None)["spec"]["template"]
+    pods = [replica, *(found["Deployment", name]["spec"]["template"] for name in _OURS)]
+    policies = [each["spec"] for key, each in found.items() if key[0] == "NetworkPolicy"]
+
+    def selected(by: dict[str, Any]) -> list[dict[str, Any]]:
+        exist = {each["key"] for each in by.get("matchExpressions", ()) if each["operator"] == "Exists"}
+        return [
+            pod
+            for pod in pods
+            if by.get("matchLabels", {}).items() <= pod["metadata"]["labels"].items()
+            and exist <= pod["metadata"]["labels"].keys()
+        ]
+
+    for policy in policies:
+        (pod,) = selected(policy["podSelector"])
+        named = {each["name"] for part in pod["spec"]["containers"] for each in part["ports"]}
+        assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} <= named
+        for rule in policy["ingress"]:
+            assert all(selected(source["podSelector"]) for source in rule["from"])
+    guarded = [pod for policy in policies for pod in selected(policy["podSelector"])]
+    assert len(guarded) == 2
+    assert replica in guarded
+    assert found["Deployment", "glowplug-operator"]["spec"]["template"] in guarded
 
 
 def test_the_commands_are_ones_that_the_verbs_take(tmp_path: Path) -> None:

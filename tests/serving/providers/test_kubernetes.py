@@ -108,6 +108,12 @@ _FULL = _wanted(
         "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}],
         "pull_secrets": ["mine"],
         "resources": {"ephemeral-storage": "20Gi"},
+        "security": {
+            "run_as_user": 1000,
+            "capabilities": ["IPC_LOCK"],
+            "seccomp": "Unconfined",
+            "read_only_root": True,
+        },
     },
 )
 
@@ -137,6 +143,42 @@ def test_what_a_pod_has_of_the_document() -> None:
     assert spec["terminationGracePeriodSeconds"] > 20 + 0.5, "kubelet's grace is longer than the drain"
     assert {each["name"] for each in container["volumeMounts"]} <= {each["name"] for each in spec["volumes"]}
     assert changes.version(_FULL) != changes.version(_wanted())
+
+
+def test_a_pod_may_do_no_more_than_the_document_says() -> None:
+    least = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    pod = manifests.deployment(_wanted(), "v", None)["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["containers"][0]["securityContext"] == least, "its user and its root are the image's"
+    # What brings the supervisor is ours: it is held to all that Pod Security calls restricted.
+    ours = {**least, "runAsNonRoot": True, "readOnlyRootFilesystem": True}
+    assert pod["initContainers"][0]["securityContext"] == ours
+
+    pod = manifests.deployment(_FULL, "v", None)["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {"seccompProfile": {"type": "Unconfined"}}
+    assert pod["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]},
+        "runAsUser": 1000,
+        "runAsNonRoot": True,
+        "readOnlyRootFilesystem": True,
+    }
+    assert {"name": "tmp", "mountPath": "/tmp"} in pod["containers"][0]["volumeMounts"]
+    assert pod["initContainers"][0]["securityContext"] == ours
+
+
+@pytest.mark.parametrize(
+    "security",
+    [
+        {"capabilities": ["CAP_SYS_NICE"]},
+        {"capabilities": ["ALL"]},
+        {"run_as_user": -1},
+        {"privileged": True},
+    ],
+)
+def test_what_a_pod_may_not_be_given(security: Any) -> None:
+    with pytest.raises(errors.DocumentError, match=r"kubernetes\.security"):
+        _wanted(kubernetes={"supervisor": "glowplug-serving:0.1", "security": security})
 
 
 def test_a_model_in_a_bucket_has_room_in_the_pod() -> None:
@@ -172,6 +214,7 @@ def test_a_name_that_is_taken_back_leaves_nothing_half_made(world: World) -> Non
     [
         ('Deployment.apps "x" is invalid: spec.template.spec.containers[0].image: Required value', "image"),
         ("spec.template.spec.tolerations[0].operator: Unsupported value", "kubernetes.tolerations"),
+        ("spec.template.spec.containers[0].securityContext.runAsUser: Invalid value", "kubernetes.security"),
         ("spec.template.spec.containers[0].resources.limits[cpu]: Invalid value", "resources"),
     ],
 )
