@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,11 @@ def command(
             f"# held out: {fitted.mape_percent:.1f} % mean error, {fitted.worst_percent:.1f} % at worst, "
             f"R2 {fitted.r_squared:.3f}"
         )
+        if (slower := _slower(found)) is not None:
+            click.echo(
+                f"# the next best rounds were {slower:.1f} % slower (median): so much of the error may be "
+                "the machine's, what is beyond is the model's"
+            )
 
 
 _HEAD = """# Written by `glowplug engine calibrate`. `units` is a section of the endpoint document; the rest
@@ -122,6 +128,12 @@ def _numbers(text: str, option: str, least: int, most: int) -> list[int]:
     return found
 
 
+def _slower(found: list[calibration.Measured]) -> float | None:
+    """The median over the kinds; None where there was one round."""
+    known = [one.slower_percent for one in found if one.slower_percent is not None]
+    return round(statistics.median(known), 2) if known else None
+
+
 def _line(one: calibration.Measured) -> str:
     point = one.point
     return (
@@ -146,6 +158,7 @@ def _document(fitted: unitfit.Fit, found: list[calibration.Measured]) -> dict[st
             "worst_percent": round(fitted.worst_percent, 2),
             "r_squared": round(fitted.r_squared, 4),
         },
+        "next_best_round_slower_percent": _slower(found),
         "measured": [
             {"clients": one.clients, "requests": one.requests, **dataclasses.asdict(one.point)}
             for one in found

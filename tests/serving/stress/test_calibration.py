@@ -96,6 +96,18 @@ def test_the_costs_of_an_engine_are_found_and_written_for_a_document(
         (given, made) for given in (10, 1_000) for made in (1, 20, 80)
     ]
     assert done.stderr.count("requests a second") == 24
+    assert written["next_best_round_slower_percent"] >= 0
+
+
+def test_how_near_the_next_best_round_came_is_said(engine: OneAtATime) -> None:
+    target = Target(f"http://127.0.0.1:{engine.port}", "m")
+    said: list[calibration.Measured] = []
+    (best,) = calibration.measure(target, [Kind(100, 0, 1)], [1], 0.1, 3, 1, said.append)
+    first, second, _ = sorted(each.point.seconds for each in said)
+    assert best.point.seconds == first
+    assert best.slower_percent == pytest.approx(100 * (second / first - 1))
+    (once,) = calibration.measure(target, [Kind(100, 0, 1)], [1], 0.1, 1, 1, lambda _: None)
+    assert once.slower_percent is None
 
 
 def test_prompts_share_what_they_are_to_share_and_nothing_else(engine: OneAtATime) -> None:
