@@ -25,11 +25,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("glowplug")
 
-# They start nodes, endpoints and mounts. What decides, and the codecs, come last: short files, with which the
-# processes that have done their long ones fill up.
-_FIRST = tuple(f"tests/{each}/" for each in ("e2e", "glowplug", "serving", "agent", "deploy", "imagefs/fuse"))
+# They start nodes, endpoints and mounts, and the foremost install what these need. What decides, and the
+# codecs, come last: short files, with which the processes that have done their long ones fill up.
+_FIRST = [f"tests/{each}/" for each in ("serving", "e2e", "agent", "glowplug", "deploy", "imagefs/fuse")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, as xdist hands files out in this order."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
+    items.sort(key=lambda item: [not item.nodeid.startswith(each) for each in _FIRST])
