@@ -56,7 +56,7 @@ _QUIET_SECONDS = 10.0
 _TOP_PART = 0.8
 """Of what a full replica answers: more than its target, and no more than the processors can do, since a
 second replica adds none."""
-_LONGEST_PLATEAU_SECONDS = 300.0
+_LONGEST_PLATEAU_SECONDS = 240.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
