@@ -2,13 +2,14 @@
 
 A `LayerBlobWriter` is the `BlockSink` of one layer. Its caller, one thread, puts blocks; threads of the
 shared executor hash and compress them; whichever thread completes the next block in order writes it to the
-spool file, and those that waited for it. The blob is a contiguous slice of the spool file:
+spool file, and those that waited for it. While it is written, the blob is a slice of the spool file:
 
     | room for block 0 ...   block 0's frames | block 1's frames | ... | seek table |
                            ^ start
 
 Block 0 comes last, so its room is as large as it can get, and its frames are written to end where block 1's
-begin: no byte is moved.
+begin. When the blob is hashed, which needs all of it in order, its bytes go to the front of the file on the
+way: they are in hand, their pages are there, and a folder can then take the file as it is.
 
 Invariants: a buffer goes back to the conversion's pool when its block is written, so the pool bounds what is
 held in memory, compressed blocks waiting for their turn included; the first error in any thread is raised by
@@ -33,7 +34,7 @@ import zstandard
 from converter import memory, stages
 from converter.erofs_writer import Layout
 from converter.stages import Stage
-from imagefs import artifact, blockmap, errors, origin, seektable
+from imagefs import artifact, blockmap, errors, seektable
 
 DEFAULT_LEVEL: Final = 2
 """Blocks are compressed once and fetched often, so the highest level that keeps up: docs/format.md has the
@@ -41,26 +42,22 @@ figures."""
 LIBZSTD_VERSION: Final = (
     zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
 )
+_MOVED_PIECE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FinishedBlob:
-    """A layer blob on local disk: `size` bytes from byte `start` of `path`, and its block map.
+    """A layer blob on local disk, the whole of `path`, and its block map.
 
     Digests are `sha256:` strings. The file is its owner's to remove.
     """
 
     path: pathlib.Path
-    start: int
     size: int
     digest: str
     block_map: blockmap.BlockMap
     map_bytes: bytes
     map_digest: str
-
-    def source(self) -> origin.FileSource:
-        """The blob's bytes, for upload."""
-        return origin.FileSource(self.path, self.start, self.size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,7 +174,7 @@ class LayerBlobWriter:
             _write_at(self._fd, self._end, table)
             size = self._end + len(table) - start
             self._laps.enter(Stage.BLOB_DIGEST)
-            blob_digest = _digest_of_slice(self._fd, start, size)
+            blob_digest = _move_to_front(self._fd, start, size)
             self._laps.enter(None, size)
         except OSError as exc:
             raise self._spool_error(exc) from exc
@@ -202,7 +199,6 @@ class LayerBlobWriter:
         map_bytes = blockmap.encode(block_map)
         return FinishedBlob(
             path=self._path,
-            start=start,
             size=size,
             digest="sha256:" + blob_digest.hex(),
             block_map=block_map,
@@ -362,21 +358,24 @@ def _compress_bound(length: int) -> int:
     return length + (length >> 8) + small
 
 
-def _write_at(fd: int, offset: int, data: bytes) -> None:
+def _write_at(fd: int, offset: int, data: bytes | memoryview) -> None:
     with memoryview(data) as view:
         done = 0
         while done < len(view):
             done += os.pwrite(fd, view[done:], offset + done)
 
 
-def _digest_of_slice(fd: int, start: int, size: int) -> bytes:
+def _move_to_front(fd: int, start: int, size: int) -> bytes:
+    """Make `size` bytes from `start` the whole file; returns their sha256."""
     hasher = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
-    while size:
-        got = os.preadv(fd, [buffer[: min(size, len(buffer))]], start)
+    buffer = memoryview(bytearray(_MOVED_PIECE_BYTES))
+    at = 0
+    while at < size:
+        got = os.preadv(fd, [buffer[: min(size - at, len(buffer))]], start + at)
         hasher.update(buffer[:got])
-        start += got
-        size -= got
+        _write_at(fd, at, buffer[:got])
+        at += got
+    os.ftruncate(fd, size)
     return hasher.digest()
 
 

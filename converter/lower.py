@@ -33,8 +33,6 @@ class LayerFile(Protocol):
     @property
     def path(self) -> pathlib.Path: ...
     @property
-    def start(self) -> int: ...
-    @property
     def digest(self) -> str: ...
     @property
     def block_map(self) -> blockmap.BlockMap: ...
@@ -173,7 +171,7 @@ class _Blocks:
         if isinstance(self._layer, LazyLayer):
             stream = self._layer.origin.stream_range(self._layer.blob_digest, block.offset, length)
         else:
-            stream = _stream_file(self._layer.path, self._layer.start + block.offset, length)
+            stream = _stream_file(self._layer.path, block.offset, length)
         buffer = memoryview(bytearray(self._map.block_length(index)))
         with contextlib.closing(stream):
             return bytes(frames.decode_block(self._map, index, frames.Pieces(stream), self._name, buffer))

@@ -369,7 +369,7 @@ def _publish(image: LazyImage, made: _Made, through_bytes: int, started: float) 
     generation = before.generation if before is not None else 1
     if changed:
         generation = artifact.next_generation(origin.referrers(image.source_digest))
-    origin.put_blob(data.digest, data.size, FileSource(made.data_path, 0, data.size))
+    origin.put_blob(data.digest, data.size, FileSource(made.data_path, data.size))
     origin.put_blob(table.digest, table.size, BytesSource(encoded))
     boot_pack = artifact.BootPack(table, data, generation)
     manifest = artifact.encode(dataclasses.replace(image.block_image, boot_pack=boot_pack))

@@ -271,7 +271,7 @@ class _ImageConversion:
             map_bytes=made.map_bytes,
             block_map=made.block_map,
             blob=artifact.Descriptor(artifact.BLOB_MEDIA_TYPE, made.digest, made.size),
-            file=made.source(),
+            file=made.path,
             found=None,
         )
         return _Done(finished, made, report.of_new(each, finished, new))

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter import copying, errors, reuse
 from converter.source import SourceImage
 from imagefs import artifact, blockmap
 from imagefs.artifact import Descriptor
-from imagefs.origin import BlobSource, BytesSource, Origin
+from imagefs.origin import BlobSource, BytesSource, FileSource, Origin
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FinishedLayer:
-    """A layer ready to be published. Its blob lies in `file`, or in `found`'s origin."""
+    """A layer ready to be published. Its blob is the whole of `file`, or lies in `found`'s origin."""
 
     key: reuse.Key
     map_bytes: bytes
     block_map: blockmap.BlockMap
     blob: Descriptor
-    file: BlobSource | None
+    file: Path | None
     found: reuse.FoundLayer | None
 
     @property
@@ -48,10 +49,9 @@ class Destination:
     def put_layer(self, layer: FinishedLayer) -> None:
         """Store blob and map, and make the layer findable."""
         if layer.file is not None:
-            source = _Checked(layer.file, self._check)
-            self._put_new(self._layers, layer, source)
+            self._put_new(self._layers, layer, layer.file)
             if self._cache is not None:
-                self._put_new(self._cache, layer, source)
+                self._put_new(self._cache, layer, layer.file)
             return
         assert layer.found is not None
         copying.bring_blob(layer.blob, layer.found.origin, self.origin)
@@ -94,8 +94,10 @@ class Destination:
         digest = self.origin.put_manifest(data, artifact.OCI_INDEX, tag)
         return Descriptor(artifact.OCI_INDEX, digest, len(data))
 
-    def _put_new(self, index: reuse.LayerIndex, layer: FinishedLayer, source: BlobSource) -> None:
-        index.origin.put_blob(layer.blob.digest, layer.blob.size, source)
+    def _put_new(self, index: reuse.LayerIndex, layer: FinishedLayer, file: Path) -> None:
+        digest, size = layer.blob.digest, layer.blob.size
+        if not index.origin.link_blob(digest, size, file):
+            index.origin.put_blob(digest, size, _Checked(FileSource(file, size), self._check))
         self._put_map(index.origin, layer)
         index.record(layer.key, layer.map_descriptor, layer.blob)
 

@@ -38,7 +38,7 @@ class SourceLayer:
     """One layer, bottom is number 0. `descriptor` is the manifest's; `diff_id` is what the config claims.
 
     `open()` gives the blob's bytes in order in pieces of about 1 MiB; leaving the context releases what it
-    holds. Nobody has verified the bytes yet, unless the origin's own check at the end of the stream did.
+    holds. Nobody has verified the bytes yet.
     """
 
     number: int

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # whoever names an origin's options loads this, before it can start the device server
@@ -76,6 +77,11 @@ class Origin(Protocol):
         """Make `other`'s blob appear here without moving its bytes through this machine; False if the
         origin cannot (different registry, not supported, not permitted)."""
 
+    def link_blob(self, digest: str, size: int, path: Path) -> bool:
+        """Make a local file appear here as a blob without moving its bytes; False if the origin cannot (it
+        is elsewhere). Whoever calls has hashed what is in the file, and nobody writes to it any more: it may
+        be the blob from now on, under both names."""
+
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None) -> str:
         """Store a manifest or index whose blobs are already there, and point `tag` at it. Returns its
         digest. A manifest with a `subject` is found by `referrers(subject)` afterwards: where the
@@ -94,15 +100,14 @@ class BlobSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileSource:
-    """A slice of a local file as a BlobSource: `size` bytes from byte `start`."""
+    """A local file as a BlobSource: its first `size` bytes."""
 
     path: os.PathLike[str] | str
-    start: int
     size: int
 
     def open(self, offset: int) -> Iterator[bytes]:
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.start + offset)
+            file.seek(offset)
             left = self.size - offset
             while left > 0:
                 piece = file.read(min(left, 1 << 20))

@@ -150,6 +150,30 @@ class FolderOrigin:
             return False  # another filesystem, or one without hard links
         return True
 
+    def link_blob(self, digest: str, size: int, path: Path) -> bool:
+        if self.has_blob(digest):
+            return True
+        self._make_layout()
+        target = self._path(digest)
+        try:
+            with _open_file(path) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != size:
+                    raise errors.IntegrityError(
+                        f"{self.name}: blob {digest}: {path} has {status.st_size} bytes, expected {size}"
+                    )
+                if status.st_dev != os.stat(self._blobs).st_dev:
+                    return False
+                os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
+                os.link(path, target)
+            _sync_directory(target.parent)
+        except FileExistsError:
+            return True
+        except OSError:
+            return False  # a filesystem without hard links; what else is wrong, copying says
+        return True
+
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None) -> str:
         if tag is not None and not reference.TAG.match(tag):
             raise errors.InvalidInputError(f"{self.name}: {tag!r} is not a tag")

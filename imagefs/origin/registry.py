@@ -171,6 +171,9 @@ class RegistryOrigin:
         except (errors.DeniedError, errors.NotFoundError, errors.InvalidInputError):
             return False  # not permitted, or not supported: the caller sends the bytes
 
+    def link_blob(self, digest: str, size: int, path: Path) -> bool:
+        return False
+
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None) -> str:
         if tag is not None and not reference.TAG.match(tag):
             raise errors.InvalidInputError(f"{self.name}: {tag!r} is not a tag")

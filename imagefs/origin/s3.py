@@ -20,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -205,6 +206,9 @@ class S3Origin:
         except (errors.DeniedError, errors.NotFoundError, errors.InvalidInputError):
             return False
         return True
+
+    def link_blob(self, digest: str, size: int, path: Path) -> bool:
+        return False
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None = None) -> str:
         if tag is not None and not reference.TAG.match(tag):

@@ -62,7 +62,7 @@ def write(
 
 
 def blob_bytes(finished: blob.FinishedBlob) -> bytes:
-    return b"".join(finished.source().open(0))
+    return finished.path.read_bytes()
 
 
 def sample_blocks(count: int, last_bytes: int = 8192) -> list[bytes]:
@@ -315,7 +315,6 @@ def test_incompressible_blocks_fit_the_room_before_block_1(
         finished = write(
             tmp_path / f"{frame_bytes}", [noise(BLOCK, 1), noise(BLOCK, 2)], executor, frame_bytes
         )
-        assert finished.start >= 0
         assert zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(
             blob_bytes(finished)
         ) == noise(BLOCK, 1) + noise(BLOCK, 2)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -252,6 +253,31 @@ class TestFiles:
         ):
             with pytest.raises(errors.IntegrityError, match=digest):
                 read()
+
+    def test_a_finished_file_is_taken_as_it_is(
+        self, origin: folder.FolderOrigin, layout: Path, tmp_path: Path
+    ) -> None:
+        spool = tmp_path / "spool"
+        spool.write_bytes(b"a whole layer blob")
+        spool.chmod(0o600)
+        digest = artifact.digest_of(b"a whole layer blob")
+        with pytest.raises(errors.IntegrityError, match="expected 17"):
+            origin.link_blob(digest, 17, spool)
+        assert not origin.has_blob(digest)
+        assert origin.link_blob(digest, 18, spool)
+        stored = layout / "blobs" / digest.replace(":", "/")
+        assert stored.samefile(spool)
+        assert stored.stat().st_mode & 0o777 == 0o644, "as every blob here: others may read it"
+
+    def test_a_file_elsewhere_is_left_to_copying(self, origin: folder.FolderOrigin, tmp_path: Path) -> None:
+        digest = artifact.digest_of(b"elsewhere")
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as other:
+            other.write(b"elsewhere")
+            other.flush()
+            assert os.fstat(other.fileno()).st_dev != tmp_path.stat().st_dev
+            assert not origin.link_blob(digest, 9, Path(other.name))
+        assert not origin.link_blob(digest, 9, tmp_path / "gone")
+        assert not origin.has_blob(digest)
 
     def test_not_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")

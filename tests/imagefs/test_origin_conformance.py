@@ -90,17 +90,29 @@ class TestBlobs:
         assert origin.read_blob(digest, size) == data
         assert b"".join(origin.stream_blob(digest, size)) == data
 
-    def test_large_blob_from_a_slice_of_a_file(self, origin: Origin, tmp_path: Path) -> None:
+    def test_large_blob_from_a_file(self, origin: Origin, tmp_path: Path) -> None:
         data = random.Random(1).randbytes(40 * 1024 * 1024)
         path = tmp_path / "spool"
-        path.write_bytes(b"before" + data + b"after")
+        path.write_bytes(data + b"after")
         digest = artifact.digest_of(data)
-        origin.put_blob(digest, len(data), FileSource(path, 6, len(data)))
+        origin.put_blob(digest, len(data), FileSource(path, len(data)))
         hasher = hashlib.sha256()
         for piece in origin.stream_blob(digest, len(data)):
             assert len(piece) <= 1 << 20
             hasher.update(piece)
         assert "sha256:" + hasher.hexdigest() == digest
+
+    def test_a_file_is_linked_or_nothing_is_stored(self, origin: Origin, tmp_path: Path) -> None:
+        data = os.urandom(3 << 20)
+        path = tmp_path / "finished"
+        path.write_bytes(data)
+        path.chmod(0o600)
+        digest = artifact.digest_of(data)
+        linked = [origin.link_blob(digest, len(data), path) for _ in range(2)]
+        assert linked == [origin.has_blob(digest)] * 2
+        path.unlink()
+        if origin.has_blob(digest):
+            assert b"".join(origin.stream_blob(digest, len(data))) == data
 
     def test_ranges(self, origin: Origin) -> None:
         data = random.Random(2).randbytes(3 << 20)
