@@ -37,6 +37,7 @@ from serving import (
     changes,
     client,
     controller,
+    endpointmetrics,
     errors,
     journal,
     ports,
@@ -377,7 +378,7 @@ class Server:
 
     def metrics(self) -> bytes:
         """See statusapi.Actions."""
-        return statusdocument.metrics(self.status())
+        return endpointmetrics.render([self.status()])
 
     def plan(self, text: str, where: str) -> dict[str, Any]:
         """See statusapi.Actions."""

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from serving import endpoint, errors, statuspage
+from serving import endpoint, endpointmetrics, errors, statuspage
 
 _STOP_SECONDS = 2.0
 _MAX_LOG_LINES = 10_000
@@ -103,7 +103,7 @@ class Api:
         await web.UnixSite(runner, os.fspath(self._socket_path)).start()
         if self._listen is None:
             return
-        runner = await self._runner([_errors_as_json, _own_host], acting=False)
+        runner = await self._runner([_errors_as_json, own_host], acting=False)
         site = web.TCPSite(runner, *self._listen)
         try:
             await site.start()
@@ -160,7 +160,7 @@ class Api:
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         text = await self._loop.run_in_executor(None, self._actions.metrics)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(body=text, headers={"Content-Type": endpointmetrics.CONTENT_TYPE})
 
 
 async def _alive(request: web.Request) -> web.StreamResponse:
@@ -184,7 +184,8 @@ async def _errors_as_json(request: web.Request, handler: _Answer) -> web.StreamR
 
 
 @web.middleware
-async def _own_host(request: web.Request, handler: _Answer) -> web.StreamResponse:
+async def own_host(request: web.Request, handler: _Answer) -> web.StreamResponse:
+    """Answers those who ask for this host by an address or its own name."""
     try:
         host = urllib.parse.urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
     except ValueError:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from glowplug import endpoints
+
 
 @click.group("operator")
 def command() -> None:
@@ -27,6 +29,15 @@ def command() -> None:
 @click.option("--client-ca", type=click.Path(path_type=Path), help="The CA of the Envoys, PEM.")
 @click.option("--namespace", help="Whose endpoints are served. [default: the pod's, or the context's]")
 @click.option(
+    "--metrics",
+    "metrics_address",
+    metavar="ADDRESS:PORT",
+    default="127.0.0.1:7312",
+    show_default=True,
+    callback=endpoints.parse_address,
+    help="Where /metrics listens; port 0 takes a free one, 'none' is nowhere.",
+)
+@click.option(
     "--state",
     default="/run/glowplug-operator",
     show_default=True,
@@ -39,6 +50,7 @@ def run(
     key: Path | None,
     client_ca: Path | None,
     namespace: str | None,
+    metrics_address: tuple[str, int] | None,
     state: Path,
 ) -> None:
     """Serve every ModelEndpoint, until SIGTERM; replicas and Envoys go on without this.
@@ -58,7 +70,7 @@ def run(
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    process.run(process.Options(listen, tls, state, namespace), stopping)
+    process.run(process.Options(listen, tls, state, namespace, metrics_address), stopping)
 
 
 @command.command("crd")

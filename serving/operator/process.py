@@ -5,17 +5,18 @@ and keeps a thread for each (a daemon, in its words); what happens in it is `ten
 operator only waits; one that loses the lease ends, and whoever started it starts it again. It leaves
 replicas, routes and Envoys as they are: they need it for changes only.
 
-Threads: `run` is the caller's; kopf's loop has one, and one for each resource; the lease, the router and the
-providers have theirs.
+Threads: `run` is the caller's; kopf's loop has one, and one for each resource; the lease, the router, the
+metrics' port and the providers have theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +30,8 @@ from cluster.events import About
 from cluster.leader import Leader
 from cluster.lease import Timing
 from cluster.objects import Body
-from serving import errors
-from serving.operator import definition
+from serving import endpointmetrics, errors
+from serving.operator import definition, metricsport
 from serving.operator.board import Board
 from serving.operator.tending import Tender
 from serving.router import control, reports
@@ -48,12 +49,13 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
     """`listen` and `tls`: the control plane for the Envoys. `namespace`: None is the one that the operator
-    runs in."""
+    runs in. `metrics`: where /metrics is, None for nowhere."""
 
     listen: str
     tls: control.ServerTls | None
     state_dir: Path
     namespace: str | None = None
+    metrics: tuple[str, int] | None = None
     lease: Timing = dataclasses.field(default_factory=Timing)
 
 
@@ -71,14 +73,38 @@ def run(options: Options, stopping: threading.Event) -> None:
     except cluster_errors.ClusterError as exc:
         raise errors.ConfigurationError(str(exc)) from exc
     leader = Leader(api, _LEASE, timing=options.lease)
-    leader.start()
+    tenders: dict[str, Tender] = {}
+    with _metrics(options.metrics, leader, tenders):
+        leader.start()
+        try:
+            while not leader.holds():
+                if stopping.wait(_TURN_SECONDS):
+                    return
+            _Operator(options, api, leader, tenders).run(stopping)
+        finally:
+            leader.stop()
+
+
+@contextlib.contextmanager
+def _metrics(listen: tuple[str, int] | None, leader: Leader, tenders: Mapping[str, Tender]) -> Iterator[None]:
+    """Shown for as long as the block runs, also by an operator that only waits."""
+    if listen is None:
+        yield
+        return
+
+    def render() -> bytes:
+        leads = endpointmetrics.gauge(
+            "glowplug_operator_leading", "1 where this operator holds the lease.", int(leader.holds())
+        )
+        found = [each.numbers for each in list(tenders.values())]
+        return endpointmetrics.render([each for each in found if each is not None], [leads])
+
+    port = metricsport.MetricsPort(listen, render)
+    _log.info("metrics: http://%s:%d/metrics", *port.start())
     try:
-        while not leader.holds():
-            if stopping.wait(_TURN_SECONDS):
-                return
-        _Operator(options, api, leader).run(stopping)
+        yield
     finally:
-        leader.stop()
+        port.stop()
 
 
 class _Stopped(Protocol):
@@ -94,11 +120,12 @@ class _Stopped(Protocol):
 class _Operator:
     """While it leads."""
 
-    def __init__(self, options: Options, api: Api, leader: Leader) -> None:
+    def __init__(self, options: Options, api: Api, leader: Leader, tenders: dict[str, Tender]) -> None:
+        """`tenders` is filled here, by name."""
         self._options = options
         self._api = api
         self._leader = leader
-        self._tenders: dict[str, Tender] = {}
+        self._tenders = tenders
         self._router = control.Router(options.listen, options.tls, on_load=self._loaded)
         self._ending = threading.Event()
         self._failed: BaseException | None = None

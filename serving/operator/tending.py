@@ -12,16 +12,16 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster import errors as cluster_errors
 from cluster import events, objects
 from cluster.api import Api
 from cluster.events import About
 from cluster.objects import Body, Owner
-from serving import changes, controller, errors, routes, shares
+from serving import changes, controller, errors, routes, shares, statusdocument
 from serving.autoscaler import shell
 from serving.autoscaler.policy import Policy
 from serving.endpoint import Endpoint
@@ -83,12 +83,14 @@ class Tender:
         self._documents: dict[str, Endpoint] = {}
         self._memory = resource.memory(status)
         self._shown: Body = status
-        self._shown_at = float("-inf")
+        self._shown_at = self._counted_at = float("-inf")
         self._valid = Condition("Valid", None, "Unknown", "not read yet")
         self._trouble = ""
         self._weights: dict[str, int] = {}
         self._replicas: list[Replica] = []
         self._size = shell.Size(0, 0)
+        self.numbers: Mapping[str, Any] | None = None
+        """For metrics (`statusdocument.numbers`), made anew each second and never changed; None before."""
 
     def turn(self, spec: Body, generation: int) -> None:
         """One round. What goes wrong is in the status, and tried again in the next."""
@@ -105,10 +107,25 @@ class Tender:
         if trouble and trouble != self._trouble:
             self._event("Warning", "NotControlled", trouble)
         self._trouble = trouble
+        self._count()
         try:
             self._show()
         except errors.UnavailableError as exc:
             self._trouble = self._trouble or str(exc)
+
+    def _count(self) -> None:
+        now = self.clock()
+        if self._wanted is not None and not 0 <= now - self._counted_at < _STATUS_SECONDS:
+            self._counted_at = now
+            self.numbers = statusdocument.numbers(
+                self._name,
+                self._weights,
+                self._replicas,
+                self.traffic,
+                wanted=self._size.replicas,
+                limit=self._size.limit,
+                autoscaling=self._autoscaler.shown(),
+            )
 
     def end(self) -> bool:
         """One round of taking everything down, once the resource is deleted; whether nothing is left."""

@@ -137,7 +137,7 @@ def test_the_policies_are_about_pods_and_ports_that_there_are() -> None:
         named = {each["name"] for part in pod["spec"]["containers"] for each in part["ports"]}
         assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} <= named
         for rule in policy["ingress"]:
-            assert all(selected(source["podSelector"]) for source in rule["from"])
+            assert all(selected(source["podSelector"]) for source in rule.get("from", ()))
     guarded = [pod for policy in policies for pod in selected(policy["podSelector"])]
     assert len(guarded) == 2
     assert replica in guarded
@@ -151,6 +151,8 @@ def test_the_commands_are_ones_that_the_verbs_take(tmp_path: Path) -> None:
     assert context.params["listen"].endswith(
         f":{objects['Service', 'glowplug-operator']['spec']['ports'][0]['port']}"
     )
+    ports = {each["name"]: each["containerPort"] for each in pod["containers"][0]["ports"]}
+    assert context.params["metrics_address"] == ("0.0.0.0", ports["metrics"])
     (container,) = objects["Deployment", "glowplug-envoy"]["spec"]["template"]["spec"]["initContainers"]
     arguments = [each.replace("$(POD_NAME)", "envoy-1") for each in container["args"]]
     arguments = [each.replace("--output=/config", f"--output={tmp_path}") for each in arguments]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving import statusdocument
+from serving import endpointmetrics
 from serving.engine import metrics
 from serving.engine.gpus import Reading
 from serving.engine.requestlog import keeper
@@ -29,7 +29,7 @@ def _said() -> bytes:
     status = made_status()
     status["latency"] = {"p50": 0.02, "p95": 0.03, "p99": 0.04}
     status["autoscaling"]["demand"]["service_seconds"] = 0.3
-    return statusdocument.metrics(status)
+    return endpointmetrics.render([status])
 
 
 def _engine() -> bytes:

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import endpoint, statusdocument, statuspage, traffic
+from serving import endpoint, endpointmetrics, statusdocument, statuspage, traffic
 from serving.autoscaler import explanation, observation, shell
 from serving.history import History
 from serving.replica import Replica, State
@@ -78,23 +78,23 @@ def test_requests_are_summed_by_replica_and_version() -> None:
     first = status["replicas"][0]
     assert (first["in_flight"], first["issued"], first["errors"]) == (2, 30, 3)
     assert status["versions"] == {"v": {"issued": 30, "errors": 3}}
-    text = statusdocument.metrics(status).decode()
+    text = endpointmetrics.render([status]).decode()
     assert 'glowplug_endpoint_requests_total{endpoint="chat",version="v"} 30' in text
     assert 'glowplug_endpoint_failed_requests_total{endpoint="chat",version="v"} 3' in text
 
 
 def test_what_is_unknown_of_demand_is_left_out() -> None:
     status = made_status()
-    text = statusdocument.metrics(status).decode()
+    text = endpointmetrics.render([status]).decode()
     assert 'glowplug_autoscaler_rejected_per_second{endpoint="chat"} 2.5' in text
     assert 'glowplug_autoscaler_clamped{endpoint="chat",rule="maximum"} 1' in text
     assert "glowplug_autoscaler_service_seconds" not in text
     status["autoscaling"]["demand"] = None
-    text = statusdocument.metrics(status).decode()
+    text = endpointmetrics.render([status]).decode()
     assert "glowplug_autoscaler_in_flight" not in text
     assert 'glowplug_autoscaler_demand_known{endpoint="chat"} 0' in text
     status["autoscaling"] = {"mode": "off"}
-    text = statusdocument.metrics(status).decode()
+    text = endpointmetrics.render([status]).decode()
     assert 'glowplug_autoscaler_mode{endpoint="chat",mode="off"} 1' in text
     assert "Nothing is decided" in statuspage.render(status)
 

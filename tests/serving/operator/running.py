@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ class Operator:
                 [
                     *(*GLOWPLUG, "operator", "run", "--listen", f"unix:{self.control}"),
                     *("--state", str(self.directory / "state")),
+                    *("--metrics", "127.0.0.1:0"),
                 ],
                 env={**os.environ, "KUBECONFIG": str(self.directory / "kubeconfig")},
                 stdout=log,
@@ -92,6 +95,12 @@ class Operator:
 
     def said(self) -> str:
         return (self.directory / "log").read_text()
+
+    def metrics(self) -> str:
+        """Of the operator that was started last."""
+        url = re.findall(r"metrics: (\S+)", self.said())[-1]
+        with urllib.request.urlopen(url) as answer:
+            return str(answer.read().decode())
 
     def put(self, wanted: dict[str, Any]) -> None:
         """Create the resource or give it another spec, as kubectl does."""

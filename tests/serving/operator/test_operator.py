@@ -54,6 +54,10 @@ def test_from_a_resource_to_replicas_and_back_to_nothing(world: World) -> None:
     service = server.get("v1/services", "default", "chat")
     assert service["spec"]["ports"][0]["targetPort"] == 8080
 
+    ready = f'glowplug_endpoint_replicas{{endpoint="chat",state="ready",version="{world.version()}"}} 2'
+    operator.until(lambda: ready in operator.metrics())
+    assert "glowplug_operator_leading 1" in operator.metrics()
+
     # The scale subresource, as kubectl scale and the HPA use it.
     assert operator.api.scale(definition.KIND, "chat").current == 2
     operator.api.set_scale(definition.KIND, "chat", 3)
@@ -183,7 +187,9 @@ def test_one_leads_and_the_other_waits(world: World) -> None:
         second.start()
         leases = world.server.get("coordination.k8s.io/v1/leases", "default", "glowplug-operator")
         holder = leases["spec"]["holderIdentity"]
-        second.until(lambda: not second.control.exists())
+        second.until(lambda: "metrics: " in second.said())
+        assert not second.control.exists()
+        assert "glowplug_operator_leading 0" in second.metrics(), "one that waits can be looked at, too"
         # The first is told by the lease that another took over: it ends, the second goes on.
         assert operator.stop() == 0, "which lets the lease go"
         second.until(second.control.exists)
