@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,18 @@ _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 @click.argument("scenarios", nargs=-1, metavar="[SCENARIO]...")
 @click.option("--traces", type=_DIRECTORY, help="Where traces of real traffic are: more scenarios.")
 @click.option("--defaults", is_flag=True, help="Only each policy's default setting: no frontiers.")
+@click.option(
+    "--policy",
+    "wanted",
+    multiple=True,
+    type=click.Choice(
+        ["ours", "reactive", "published", "hpa", "kpa", "static peak", "clairvoyant"],
+    ),
+    help="Only this one; may be given again.",
+)
+@click.option(
+    "--starts", nargs=2, type=click.FloatRange(0.1, 86_400), help="Median and p99 of a start, in seconds."
+)
 @click.option("--seed", default=1, type=click.IntRange(0), help="Of arrivals, work, starts and failures.")
 @click.option("--failure-hours", type=click.FloatRange(0.01), help="Replicas fail, once in so long each.")
 @click.option(
@@ -33,6 +46,8 @@ def command(
     scenarios: tuple[str, ...],
     traces: Path | None,
     defaults: bool,
+    wanted: tuple[str, ...],
+    starts: tuple[float, float] | None,
     seed: int,
     failure_hours: float | None,
     report_delay: int,
@@ -43,7 +58,8 @@ def command(
     """Run autoscaling policies against the same requests, and say which is late how often, at what cost.
 
     Ours, the formula that Databricks published, Kubernetes' HPA and Knative's KPA with their defaults and
-    with other settings, a static peak, and a clairvoyant. Without SCENARIO: all that there are.
+    with other settings, a static peak, and a clairvoyant; on days also ours without its forecast. Without
+    SCENARIO: all that there are, but for those of a day at 1,000 requests a second, and of several days.
     """
     from serving.autoscaler.simulate import page, run, table
     from serving.autoscaler.simulate import scenarios as known
@@ -58,10 +74,18 @@ def command(
         late_seconds=report_delay,
         missing=reports_missing,
     )
+    if starts is not None and starts[1] < starts[0]:
+        raise click.BadParameter("the p99 of a start is below its median", param_hint="--starts")
+    started = None if starts is None else run.Starts(*starts)
     documents: list[dict[str, Any]] = []
-    for name in scenarios or names:
-        scenario = known.build(name, traces, seed, faults)
-        comparison = _compared(scenario, known.points(scenario, dense=not defaults))
+    for name in scenarios or known.usual(traces):
+        scenario = known.build(name, traces, seed, faults, started)
+        points = [
+            each for each in known.points(scenario, dense=not defaults) if not wanted or each.policy in wanted
+        ]
+        if not points:
+            raise click.BadParameter(f"{name} has no such policy", param_hint="--policy")
+        comparison = _compared(scenario, points)
         documents.append(page.document(comparison))
         if not as_json:
             click.echo("\n".join(table.lines(comparison.outcomes, comparison.verdicts())))
@@ -81,4 +105,9 @@ def _compared(scenario: Scenario, points: list[Point]) -> Comparison:
     shown = console.Console(stderr=True)
     with progress.Progress(console=shown, disable=not shown.is_terminal, transient=True) as bar:
         task = bar.add_task(scenario.name, total=len(points))
-        return sweep.compare(scenario, points, lambda _: bar.advance(task))
+        began = time.process_time()
+        found = sweep.compare(scenario, points, lambda _: bar.advance(task))
+    seconds = time.process_time() - began
+    requests = sum(each.requests for each in found.outcomes)
+    click.echo(f"{scenario.name}: {requests:,} requests in {seconds:.1f} s of processor time", err=True)
+    return found

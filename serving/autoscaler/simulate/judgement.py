@@ -103,9 +103,13 @@ def most_reversals(wanted: Sequence[int], window_seconds: int = 600) -> int:
     that window alone sees them."""
     moves = [(at, later - earlier) for at, (earlier, later) in enumerate(itertools.pairwise(wanted), 1)]
     moves = [(at, change) for at, change in moves if change]
-    most = 0
+    turns = [
+        0,
+        *itertools.accumulate((one > 0) != (other > 0) for (_, one), (_, other) in itertools.pairwise(moves)),
+    ]
+    most = last = 0
     for first, (began, _) in enumerate(moves):
-        inside = [move for move in moves[first:] if move[0] < began + window_seconds]
-        turns = sum((one > 0) != (other > 0) for (_, one), (_, other) in itertools.pairwise(inside))
-        most = max(most, turns)
+        while last + 1 < len(moves) and moves[last + 1][0] < began + window_seconds:
+            last += 1
+        most = max(most, turns[last] - turns[first])
     return most

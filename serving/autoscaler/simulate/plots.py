@@ -20,6 +20,7 @@ from serving.autoscaler.simulate.sweep import Comparison, Kept
 _MOST_POINTS = 600
 COLOURS = {
     "ours": "#d1495b",
+    "reactive": "#e08e79",
     "published": "#8d6a9f",
     "hpa": "#3066be",
     "kpa": "#2a9d8f",

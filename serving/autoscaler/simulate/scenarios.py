@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ MODEL_STARTS = Starts(22.7, 51.8)
 QUICK_STARTS = Starts(5.0, 5.0)
 _BURSTY = Burstiness(0.1, 30.0)
 _HOUR = 3_600
+DAY_SECONDS = 24 * _HOUR
 _THRASHING = "thrashing"
 _WRONG_LIMIT = 40
 
@@ -69,13 +70,20 @@ def names(traces: Path | None) -> list[str]:
     return [*_MADE, *(_TRACED if traces is not None else ())]
 
 
-def build(name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS) -> Scenario:
-    """A scenario by its name, one of `names`."""
+def usual(traces: Path | None) -> list[str]:
+    """Of these, what is run where none is named: no run of it takes minutes."""
+    return [each for each in names(traces) if each not in _LONG]
+
+
+def build(
+    name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS, starts: Starts | None = None
+) -> Scenario:
+    """A scenario by its name, one of `names`; `starts` instead of its own."""
     if name in _MADE:
-        found, starts = _MADE[name]()
+        found, usual_starts = _MADE[name]()
     else:
         assert traces is not None
-        found, starts = _TRACED[name](traces)
+        found, usual_starts = _TRACED[name](traces)
     in_flight = traffic.in_flight(found, seed)
     mean_work = _mean_work(found, seed)
     most = max(8, math.ceil(2.5 * in_flight.max() / SLOTS))
@@ -87,7 +95,7 @@ def build(name: str, traces: Path | None, seed: int, faults: Faults = NO_FAULTS)
         slots=SLOTS,
         speed=speed,
         rules=Rules(limit, max(1, round(QUEUE_SECONDS * SLOTS / mean_work))),
-        starts=starts,
+        starts=usual_starts if starts is None else starts,
         most=most,
         initial=max(1, math.ceil(_at_first(in_flight) / (0.7 * SLOTS))),
         faults=faults,
@@ -99,6 +107,7 @@ def points(scenario: Scenario, dense: bool = True) -> list[Point]:
     """Every policy with every setting; only the defaults if not `dense`."""
     every = [
         *_ours(scenario.endpoint),
+        *(_reactive(scenario.endpoint) if scenario.traffic.seconds > DAY_SECONDS else []),
         *_published(scenario.endpoint.rules.limit),
         *_hpa(scenario.endpoint.rules.limit),
         *_knative(scenario.endpoint.rules.limit),
@@ -117,9 +126,9 @@ def _mean_work(found: Traffic, seed: int) -> float:
     return float(first.work.mean()) if first.work.size else 1.0
 
 
-def _ours(endpoint: Endpoint) -> list[Point]:
+def _default(endpoint: Endpoint) -> Settings:
     limit = endpoint.rules.limit
-    default = Settings(
+    return Settings(
         minimum=1,
         maximum=endpoint.most,
         target=_OURS_DEFAULT_PART * limit,
@@ -128,6 +137,16 @@ def _ours(endpoint: Endpoint) -> list[Point]:
         limit_most=limit,
         start_seconds=endpoint.starts.p50_seconds,
     )
+
+
+def _reactive(endpoint: Endpoint) -> list[Point]:
+    """Ours without its forecast, which says something from the second day on."""
+    settings = dataclasses.replace(_default(endpoint), predict=False)
+    return [Point("reactive", "no forecast", functools.partial(policies.Ours, settings, "reactive"), True)]
+
+
+def _ours(endpoint: Endpoint) -> list[Point]:
+    limit, default = endpoint.rules.limit, _default(endpoint)
     made = [
         Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
     ]
@@ -242,7 +261,32 @@ def _thrashing() -> tuple[Traffic, Starts]:
 
 def _diurnal() -> tuple[Traffic, Starts]:
     """A day whose peak is nine times its low."""
-    return traffic.diurnal("diurnal", 60.0, 0.8, 24 * _HOUR, Lognormal(2.0), _BURSTY), MODEL_STARTS
+    return traffic.diurnal("diurnal", 60.0, 0.8, DAY_SECONDS, Lognormal(2.0), _BURSTY), MODEL_STARTS
+
+
+def _day() -> tuple[Traffic, Starts]:
+    """The same at 1,000 a second on the average, 86 million requests of a second each."""
+    return traffic.diurnal("day", 1_000.0, 0.8, DAY_SECONDS, Lognormal(1.0), _BURSTY), MODEL_STARTS
+
+
+def _crowds(name: str, hours: Sequence[int]) -> tuple[Traffic, Starts]:
+    """Days with a crowd of an hour each, at that hour: in a minute from 20 a second to 200."""
+    rates: list[tuple[float, float]] = [(0, 20)]
+    for number, hour in enumerate(hours):
+        begin = number * DAY_SECONDS + hour * _HOUR
+        rates += [(begin, 20), (begin + 60, 200), (begin + _HOUR, 200), (begin + _HOUR + 60, 20)]
+    rates.append((len(hours) * DAY_SECONDS, 20))
+    return traffic.shape(name, rates, Lognormal(2.0), _BURSTY), MODEL_STARTS
+
+
+def _daily() -> tuple[Traffic, Starts]:
+    """Four days whose crowd comes at nine."""
+    return _crowds("daily", (9, 9, 9, 9))
+
+
+def _shuffled() -> tuple[Traffic, Starts]:
+    """Four days whose crowd comes at another hour each."""
+    return _crowds("shuffled", (9, 15, 4, 20))
 
 
 def _flash() -> tuple[Traffic, Starts]:
@@ -269,7 +313,9 @@ def _mooncake(traces: Path) -> tuple[Traffic, Starts]:
     return tracefiles.mooncake(path, "mooncake", TokenCost(), COPIES), MODEL_STARTS
 
 
-def _servegen(traces: Path, size: str, mean_work_seconds: float, begin_hour: int, hours: int) -> Traffic:
+def _servegen(
+    traces: Path, size: str, mean_work_seconds: float, begin_hour: int, hours: int
+) -> traffic.Rates:
     path = traces / f"servegen_m-{size}_total_rate_10min.csv.gz"
     whole = tracefiles.rates(path, f"servegen-{size}", Lognormal(mean_work_seconds), _BURSTY)
     return tracefiles.window(whole, begin_hour * _HOUR, (begin_hour + hours) * _HOUR)
@@ -285,12 +331,21 @@ def _servegen_small(traces: Path) -> tuple[Traffic, Starts]:
     return _servegen(traces, "small", 0.5, 30, 2), MODEL_STARTS
 
 
+def _servegen_days(traces: Path) -> tuple[Traffic, Starts]:
+    """Three days, from the second on."""
+    whole = _servegen(traces, "large", 2.0, 24, 72)
+    return dataclasses.replace(whole, name="servegen-days"), MODEL_STARTS
+
+
 _MADE: dict[str, Callable[[], tuple[Traffic, Starts]]] = {
     "ramp": _ramp,
     "step": _step,
     "steady": _steady,
     "flash": _flash,
     "diurnal": _diurnal,
+    "day": _day,
+    "daily": _daily,
+    "shuffled": _shuffled,
     _THRASHING: _thrashing,
 }
 _TRACED: dict[str, Callable[[Path], tuple[Traffic, Starts]]] = {
@@ -299,4 +354,6 @@ _TRACED: dict[str, Callable[[Path], tuple[Traffic, Starts]]] = {
     "mooncake": _mooncake,
     "servegen-large": _servegen_large,
     "servegen-small": _servegen_small,
+    "servegen-days": _servegen_days,
 }
+_LONG = frozenset({"day", "daily", "shuffled", "servegen-days"})

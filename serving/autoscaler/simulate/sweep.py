@@ -39,8 +39,9 @@ class Comparison:
         return [each for each in self.outcomes if each.policy == policy]
 
     def verdicts(self, others: Sequence[str] = ("hpa", "kpa", "published")) -> list[judgement.Verdict]:
-        """Ours against each."""
-        return [judgement.verdict(self.of("ours"), self.of(other)) for other in others]
+        """Ours against each that was run."""
+        ours = self.of("ours")
+        return [judgement.verdict(ours, self.of(other)) for other in others if ours and self.of(other)]
 
 
 def compare(scenario: Scenario, points: Sequence[Point], said: Callable[[Outcome], None]) -> Comparison:

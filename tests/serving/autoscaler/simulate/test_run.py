@@ -179,3 +179,28 @@ def test_starts_have_their_median_and_their_tail() -> None:
     assert drawn[10_000] == pytest.approx(20.0, rel=0.03)
     assert drawn[19_800] == pytest.approx(50.0, rel=0.08)
     assert math.isclose(Starts(5.0, 5.0).draw(random), 5.0)
+
+
+def test_only_the_policies_that_are_asked_for_and_with_other_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scenarios._MADE, "steady", lambda: (UP_AND_DOWN, QUICK))
+    arguments = ["simulate", "steady", "--defaults", "--policy", "ours", "--policy", "hpa", "--json"]
+    unserved = []
+    for starts in ("5", "9"), ("60", "120"):
+        found = CliRunner().invoke(
+            autoscale.command, [*arguments, "--starts", *starts], catch_exceptions=False
+        )
+        (document,) = json.loads(found.stdout)
+        assert [each["policy"] for each in document["outcomes"]] == ["ours", "hpa"]
+        assert [each["other"] for each in document["verdicts"]] == ["hpa"]
+        assert "s of processor time" in found.stderr
+        unserved.append(document["outcomes"][0]["late"] + document["outcomes"][0]["rejected"])
+    assert unserved[0] < unserved[1]
+    for wrong in ["--starts", "9", "5"], ["--policy", "reactive"]:
+        found = CliRunner().invoke(autoscale.command, ["simulate", "steady", "--defaults", *wrong])
+        assert found.exit_code == 2
+        assert wrong[0] in found.output
+
+
+def test_what_takes_long_is_run_only_by_its_name(tmp_path: Path) -> None:
+    every, usual = scenarios.names(tmp_path), scenarios.usual(tmp_path)
+    assert set(every) - set(usual) == {"day", "daily", "shuffled", "servegen-days"}
