@@ -189,9 +189,12 @@ class Autoscaling(_Part):
     """Where `replicas.min` is 0: after so long without a request there is no replica."""
     tolerance_percent: float = Field(default=10.0, ge=0, le=100, strict=False)
     """Demand must fall so far below the size before that is lowered."""
-    level_seconds: float = Field(default=30.0, ge=1, le=64, strict=False)
-    """Demand is the mean of so long, or of a shorter window that is surely above it. More is calmer, and
-    cheaper where bursts are short; less is sooner."""
+    level_seconds: float = Field(default=30.0, ge=1, le=600, strict=False)
+    """Demand is the mean of so long, or what has lasted. More is calmer, and cheaper where bursts are short;
+    less is sooner."""
+    lasting_seconds: float = Field(default=5.0, ge=1, le=600, strict=False)
+    """Demand above that mean is believed once it has lasted so long, and twice a request's time. As much as
+    `level_seconds`: only what is surely more, beside the mean."""
     headroom: float = Field(default=1.0, ge=0, le=10, strict=False)
     """Standard deviations of the requests in flight for which there is room below the limits."""
     provisioned_concurrency: float = Field(default=0.0, ge=0, le=1e9, strict=False)

@@ -14,9 +14,9 @@ Invariants, whatever the observation:
 - The size is never above the quota, nor above the maximum, nor below the minimum but for these two.
 - It is lowered only by a sound observation, after a window of sound ones, while no replica is starting
   (Kubernetes deletes those that are not ready first), in steps.
-- Constant demand gives a constant size; the same demand, times more, never fewer replicas. Not so for more
-  demand in the past alone: a rise that is beyond chance above little may not be beyond it above more, and is
-  then believed later.
+- Constant demand gives a constant size; more demand at any past second, at the same time in service, never
+  fewer replicas. Not so where growth is taken on, or a time of day: who has had as much all along does not
+  grow.
 - What is wrong with an observation is said in the explanation. A clock that jumps ages nothing: windows are
   kept on a clock of observed time (`seen_seconds`).
 """
@@ -70,7 +70,6 @@ class State:
     started_at: float = 0.0
     step_from: int = 0
     step_seconds: float = 0.0
-    lowered_at: float = 0.0
 
     @classmethod
     def initial(cls, policy: Policy) -> State:
@@ -145,7 +144,6 @@ def decide(state: State, observation: Observation, now: float) -> Decision:
         settled.state,
         replicas=size,
         at=now if math.isfinite(now) else state.at,
-        lowered_at=settled.state.seen_seconds if size < state.replicas else settled.state.lowered_at,
     )
     limit = following.limit
     return Decision(following, size, limit, state.policy.target_at(limit), because)
@@ -195,11 +193,13 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
     start = policy.start_seconds if start_seconds is None else start_seconds
     ready = sum([each.state is _READY for each in there])
     capacity = horizontal.Capacity(ready, policy.target_at(state.limit), state.limit)
-    load = horizontal.noted(state.load, demand, capacity, elapsed)
+    load = horizontal.noted(state.load, demand, capacity, elapsed, policy.level_seconds)
     need = horizontal.need(load, demand, capacity, policy, start)
     seen = state.seen_seconds + elapsed
+    lowers = seen // policy.down_seconds > state.seen_seconds // policy.down_seconds
     steady = state.steady.pushed(seen, need.steady, policy.down_window_seconds)
-    ahead = state.ahead.pushed(seen, need.ahead, max(_EXTRA_SECONDS, _EXTRA_STARTS * start))
+    coming = need.ahead if need.ahead > need.steady else 0.0
+    ahead = state.ahead.pushed(seen, coming, max(_EXTRA_SECONDS, _EXTRA_STARTS * start))
     quiet = demand.in_flight == demand.held == demand.issued_per_second == demand.rejected_per_second == 0
     season = state.season
     if policy.predict:
@@ -225,7 +225,7 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
     resting = "" if season.trusted else "the forecast rests: for a day it cost and saved nothing"
     note = "; ".join(filter(None, (relimited, resting)))
     because = Explanation("demand", need.level, need.window_seconds, need.formula, note=note)
-    return _moved(state, need, because, quiet)
+    return _moved(state, need, because, quiet, lowers)
 
 
 def _foreseen(
@@ -288,7 +288,9 @@ def _step_noted(state: State, elapsed: float) -> tuple[int, float]:
     return state.replicas, 0.0
 
 
-def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: bool) -> _Settled:
+def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: bool, lowers: bool) -> _Settled:
+    """Towards the need, by a step. `lowers`: it is time for one down; when that is does not hang on earlier
+    ones, or a size that was lowered sooner could be above one that had been larger."""
     policy, size = state.policy, state.replicas
     wanted = max(0 if quiet else 1, math.ceil(need.ahead - 1e-9))
     if quiet and size == 0:  # what came before it was idle is still in the windows
@@ -309,8 +311,8 @@ def _moved(state: State, need: horizontal.Need, because: Explanation, quiet: boo
     note = f"{kept:.4g} replicas at most in the last {policy.down_window_seconds:g} s"
     if state.seen_seconds < policy.down_window_seconds and not idle:
         note, lower = f"nothing is lowered before {policy.down_window_seconds:g} s were seen", size
-    elif not idle and state.seen_seconds - state.lowered_at < policy.down_seconds:
-        note, lower = f"lowered less than {policy.down_seconds:g} s ago", size
+    elif not idle and not lowers:
+        note, lower = f"lowered once in {policy.down_seconds:g} s", size
     elif not idle and lower < (least := math.floor(size * policy.down_factor)):
         clamps.append(Clamp("a step down", lower, least))
         lower = least

@@ -8,14 +8,19 @@ The first is what is true; the second comes sooner, by the length of a request, 
 rejected requests and those that wait are arrivals too. The time in service is learned while replicas have
 room, because under overload it is a time in the queue.
 
-    level   the mean of `level_seconds` (of two requests' time, if that is longer); but where a shorter
-            window, down to a second, exceeds it by `evidence` standard deviations, what that one shows, less
-            two of its own
-    ahead   the level times the growth that is proven, for as long as a start takes, but no further ahead
-            than the growth has been going on
+    level   the mean of `level_seconds` (of two requests' time, if that is longer); or, where that is more,
+            what each fifth of the last `lasting_seconds` (of two requests' time) has had at the least, and
+            of twice that, and so on; or what a few seconds show, less twenty standard deviations of chance
+    ahead   the level times the growth that is proven, up to now from when that was, and on until a start
+            from now is ready, but each for no longer than the growth has been going on
     room    replicas hold their target in the mean, and `headroom` standard deviations more below their limit:
             at 4 in flight chance needs twice the room, at 4,000 a twentieth more
     drain   what waits already, worked off in `drain_seconds`, or in a start's time: sooner nothing can be
+
+The level is monotone: more demand at any second that it looks back on, at the same time in service, never
+makes it less. So it has no learned variance, which falls where a gap is filled: the least of several parts is
+as far below their mean as they scatter, whatever they scatter by. Room and drain are monotone, too. Growth
+cannot be: who has had as much all along does not grow.
 """
 
 from __future__ import annotations
@@ -29,8 +34,17 @@ from serving.autoscaler.policy import Policy
 
 _LOOK_SECONDS = 1.0
 """Between two looks, on top of a start: what is decided now is next decided then."""
-_DOUBT = 2.0
-"""Standard deviations that are taken off what a short window shows."""
+_GROWING_PART = 0.7
+"""Of the time that demand must have lasted, for growth: it is by itself some proof that more lasts."""
+_LASTING_PARTS = 5
+"""Each of which must show it. Of five counts of a steady load the least is 1.2 standard deviations below the
+mean, and seldom above it."""
+_LASTING_SERVICES = 2.0
+"""Times in service that demand must have lasted: what is shorter is hardly felt, because requests of before
+are still there."""
+_SURE = 20.0
+"""Standard deviations of a Poisson process that are taken off what a second or a few show alone: of requests
+that come sixteen at a time these are five, because their variance is sixteen times as large."""
 _MIN_SERVED = 5.0
 """Requests whose time in service makes a mean."""
 
@@ -66,8 +80,9 @@ class Need:
     formula: str
 
 
-def noted(load: Load, demand: Demand, capacity: Capacity, seconds: float) -> Load:
-    """The load with `seconds` more of it; 0 seconds change nothing but the last values."""
+def noted(load: Load, demand: Demand, capacity: Capacity, seconds: float, level_seconds: float) -> Load:
+    """The load with `seconds` more of it, as far back as a level of `level_seconds` wants; 0 seconds change
+    nothing but the last values."""
     if seconds <= 0:
         return dataclasses.replace(load, in_flight=demand.in_flight, held=demand.held)
     room = capacity.ready * capacity.limit
@@ -88,6 +103,7 @@ def noted(load: Load, demand: Demand, capacity: Capacity, seconds: float) -> Loa
             0.0 if crowded else served,
             0.0 if crowded else in_service * seconds,
         ),
+        level_seconds,
     )
     service_seconds = _service_seconds(history, load.service_seconds)
     if service_seconds is None and in_service > 0 and served > 0:
@@ -112,27 +128,27 @@ def _service_seconds(history: windows.History, known: float | None) -> float | N
 def need(load: Load, demand: Demand, capacity: Capacity, policy: Policy, start_seconds: float) -> Need:
     """What the load asks for, now and a start ahead."""
     service = load.service_seconds or 0.0
-    spread = windows.spread(load.history)
-    level, window_seconds = _level(load.history, service, spread, policy)
-    factor, going_seconds = windows.growth(load.history, policy.evidence, spread)
+    shown = _level(load.history, service, policy)
+    level = shown.level
+    factor, going_seconds = windows.growth(
+        windows.recent(load.history), policy.evidence, _GROWING_PART * policy.lasting_seconds
+    )
     horizon = min(start_seconds + _LOOK_SECONDS, going_seconds)
-    coming = level * factor**horizon
-    # Arrivals in bursts of b are requests in flight in bursts of less: they end one by one.
-    deviation = policy.headroom * math.sqrt((1 + spread.over(service)) / 2)
+    coming = level * factor ** (min(shown.ago_seconds, going_seconds) + horizon)
     backlog = _waiting(demand, capacity) + demand.held
     if service:
         backlog *= service / max(service, policy.drain_seconds, start_seconds)
-    steady = replicas(level, deviation, capacity)
-    ahead = replicas(coming, deviation, capacity) + backlog / capacity.target
+    steady = replicas(level, policy.headroom, capacity)
+    ahead = replicas(coming, policy.headroom, capacity) + backlog / capacity.target
     formula = (
         f"{coming:.4g} in flight"
         + (f" (now {level:.4g}, growing {100 * (factor - 1):.1f}%/s for {horizon:.3g} s)" * (factor > 1))
         + f"; max({coming:.4g} / target {capacity.target:.4g}, "
-        f"({coming:.4g} + {deviation:.3g} * sqrt({coming:.4g})) / limit {capacity.limit:.4g})"
+        f"({coming:.4g} + {policy.headroom:.3g} * sqrt({coming:.4g})) / limit {capacity.limit:.4g})"
         + f" + backlog {backlog:.4g} / target" * (backlog > 0)
         + f" = {ahead:.4g} replicas"
     )
-    return Need(steady, ahead, level, window_seconds, formula)
+    return Need(steady, ahead, level, shown.window_seconds, formula)
 
 
 def replicas(level: float, deviation: float, capacity: Capacity) -> float:
@@ -140,42 +156,57 @@ def replicas(level: float, deviation: float, capacity: Capacity) -> float:
     return max(level / capacity.target, (level + deviation * math.sqrt(level)) / capacity.limit)
 
 
-def _level(
-    history: windows.History, service: float, spread: windows.Spread, policy: Policy
-) -> tuple[float, float]:
-    """Requests in flight, and the window that says so: the mean of `level_seconds`; but where a shorter
-    window has more than the longer ones say, beyond chance, what it shows."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Shown:
+    """Requests in flight, the window that shows them, and how long ago they were, if they grow."""
+
+    level: float
+    window_seconds: float
+    ago_seconds: float
+
+
+def _level(history: windows.History, service: float, policy: Policy) -> _Shown:
+    """The most that the mean, what has lasted, or a short window shows."""
     enough_seconds = windows.GRAIN_SECONDS * max(policy.level_seconds, 2 * service)
-    looked = []
-    for window in windows.newest(history):
-        looked.append(window)
-        if window.seconds >= enough_seconds:
+    seconds = arrivals = in_service = 0.0
+    found = []
+    wanted_seconds = max(windows.GRAIN_SECONDS, service / 2)
+    for bucket in reversed(history):
+        seconds += bucket.seconds
+        arrivals += bucket.arrivals
+        in_service += bucket.in_service * bucket.seconds
+        if seconds >= wanted_seconds:
+            wanted_seconds = 2 * seconds
+            sure = (arrivals - _SURE * math.sqrt(arrivals)) / seconds * service
+            found.append(_Shown(sure, seconds, seconds / 2))
+        if seconds >= enough_seconds:
             break
-    if not looked:
-        return 0.0, 0.0
-    longest = looked.pop()
-    level = max(longest.arrivals / longest.seconds * service, longest.in_service)
-    level_seconds = longest.seconds
-    for window in reversed(looked):
-        shown = _shown(window, level, service, spread.over(window.seconds), policy.evidence)
-        if shown > level:
-            level, level_seconds = shown, window.seconds
-    return level, level_seconds
+    if not seconds:
+        return _Shown(0.0, 0.0, 0.0)
+    found.append(_Shown(max(arrivals * service, in_service) / seconds, seconds, seconds / 2))
+    lasting_seconds = max(policy.lasting_seconds, _LASTING_SERVICES * service)
+    while lasting_seconds < min(seconds, enough_seconds):
+        found.append(_lasted(history, lasting_seconds, service))
+        lasting_seconds *= 2
+    return max(found, key=lambda each: each.level)
 
 
-def _shown(window: windows.Bucket, level: float, service: float, variance: float, evidence: float) -> float:
-    """Requests in flight that a window shows where it exceeds `level` by `evidence` standard deviations of
-    chance: its mean less a few of its own. Less than they are it says nothing, because the largest of several
-    windows is mostly large by chance, too."""
-    shown = 0.0
-    if service and window.seconds >= service / 2:
-        expected = max(1.0, level / service * window.seconds)
-        if window.arrivals - expected > evidence * math.sqrt(variance * expected):
-            arrivals = window.arrivals - _DOUBT * math.sqrt(variance * window.arrivals)
-            shown = arrivals / window.seconds * service
-    # Samples of what is in flight are alike for as long as a request takes.
-    samples = 1 + window.seconds / (2 * service) if service else 1.0
-    if window.in_service - level > evidence * math.sqrt(variance * max(1.0, level) / samples):
-        in_service = window.in_service - _DOUBT * math.sqrt(variance * window.in_service / samples)
-        shown = max(shown, in_service)
-    return shown
+def _lasted(history: windows.History, wanted_seconds: float, service: float) -> _Shown:
+    """What each part of the last `wanted_seconds` showed at the least. Parts are of whole buckets, and so may
+    be a little longer or shorter together. If demand grows, it is the oldest that showed the least."""
+    part_seconds = windows.GRAIN_SECONDS * wanted_seconds / _LASTING_PARTS
+    least_arrivals = least_in_service = math.inf
+    together = seconds = arrivals = in_service = 0.0
+    for bucket in reversed(history):
+        seconds += bucket.seconds
+        arrivals += bucket.arrivals
+        in_service += bucket.in_service * bucket.seconds
+        if seconds < part_seconds:
+            continue
+        least_arrivals = min(least_arrivals, arrivals / seconds)
+        least_in_service = min(least_in_service, in_service / seconds)
+        together += seconds
+        if together >= windows.GRAIN_SECONDS * wanted_seconds:
+            return _Shown(max(least_arrivals * service, least_in_service), together, together - seconds / 2)
+        seconds = arrivals = in_service = 0.0
+    return _Shown(0.0, together, 0.0)

@@ -55,11 +55,13 @@ class Policy:
     latency_seconds: float | None = None
     """What a request should take in service, in the mean; the limit is kept below what exceeds it."""
     headroom: float = 1.0
-    """Standard deviations of the requests in flight that must fit below the limits."""
+    """Standard deviations of the requests in flight, Poisson's, that must fit below the limits."""
     evidence: float = 5.0
-    """Standard deviations by which a short window must differ from chance before it counts."""
+    """Standard deviations by which growth must differ from chance before it counts; 4.5 at the least."""
     level_seconds: float = 30.0
-    """The window whose mean is the demand, where no shorter one shows that there is more; 64 at most."""
+    """The window whose mean is the demand, where no shorter one shows that there is more."""
+    lasting_seconds: float = 5.0
+    """How long demand must have been above that mean to be believed whole."""
     start_seconds: float = 30.0
     """A replica's start, until starts were measured."""
     drain_seconds: float = 10.0
@@ -98,8 +100,9 @@ class Policy:
             raise ValueError(f"limit_least ({self.limit_least}) must be 1 to limit_most ({self.limit_most})")
         if self.up_factor < 1 or self.up_step < 1 or not self.down_factor < 1:
             raise ValueError("up_factor and up_step must be 1 or more, down_factor below 1")
-        if min(self.drain_seconds, self.down_window_seconds, self.down_seconds) <= 0:
-            raise ValueError("drain_seconds, down_window_seconds and down_seconds must be above 0")
+        for name in ("drain_seconds", "down_window_seconds", "down_seconds", "lasting_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0")
 
     @classmethod
     def of(cls, endpoint: Endpoint) -> Policy:
@@ -118,6 +121,7 @@ class Policy:
             latency_seconds=_latency_seconds(endpoint),
             headroom=settings.headroom,
             level_seconds=settings.level_seconds,
+            lasting_seconds=settings.lasting_seconds,
             start_seconds=settings.start_seconds,
             drain_seconds=settings.drain_seconds,
             down_window_seconds=settings.down_window_seconds,

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 
 GRAIN_SECONDS = 0.9
 """Of a bucket. Below the usual second between decisions, so that each has its own."""
 KEPT_SECONDS = 64.0
+"""In buckets as they came."""
+_COARSE_SECONDS = 8.0
+"""Of a bucket that is older, where more is kept."""
 _PEAKS = 60
 """Entries of a peak at most: its window forgets with the precision of a sixtieth."""
 _MEDIAN_OF_CHI_SQUARED = 0.455
@@ -56,35 +58,41 @@ History = tuple[Bucket, ...]
 """Oldest first."""
 
 
-def appended(history: History, bucket: Bucket) -> History:
+def appended(history: History, bucket: Bucket, kept_seconds: float = KEPT_SECONDS) -> History:
     """With one bucket more, and without what is older than is kept."""
     if history and history[-1].seconds < GRAIN_SECONDS:
         history, bucket = history[:-1], history[-1].joined(bucket)
-    kept = bucket.seconds
-    first = len(history)
-    while first and kept + history[first - 1].seconds <= KEPT_SECONDS:
+    history = (*history, bucket)
+    fine = _fine(history)
+    return (*_coarse(history[:fine], kept_seconds - KEPT_SECONDS), *history[fine:])
+
+
+def recent(history: History) -> History:
+    """What of it is in buckets as they came."""
+    return history[_fine(history) :]
+
+
+def _fine(history: History) -> int:
+    """The first bucket of the last `KEPT_SECONDS`; the newest one is always in them."""
+    first = len(history) - 1
+    kept = history[first].seconds if history else 0.0
+    while first > 0 and kept + history[first - 1].seconds <= KEPT_SECONDS:
         first -= 1
         kept += history[first].seconds
-    return (*history[first:], bucket)
+    return max(0, first)
 
 
-def newest(history: History) -> Iterator[Bucket]:
-    """The last second or so, the last two, four, ..., all: each as one bucket."""
-    # As `Bucket.joined` would, without a bucket for each step: this is most of a decision.
-    seconds = arrivals = in_service = served = busy_seconds = 0.0
-    wanted, said = GRAIN_SECONDS, True
-    for bucket in reversed(history):
-        both = bucket.seconds + seconds
-        in_service = (bucket.in_service * bucket.seconds + in_service * seconds) / both if both else 0.0
-        seconds, said = both, False
-        arrivals = bucket.arrivals + arrivals
-        served = bucket.served + served
-        busy_seconds = bucket.busy_seconds + busy_seconds
-        if seconds >= wanted:
-            yield Bucket(seconds, arrivals, in_service, served, busy_seconds)
-            wanted, said = 2 * seconds, True
-    if not said:
-        yield Bucket(seconds, arrivals, in_service, served, busy_seconds)
+def _coarse(past: History, kept_seconds: float) -> History:
+    """What is older, in longer buckets; nothing of it where no more is kept."""
+    if kept_seconds <= 0:
+        return ()
+    while len(past) > 1 and past[-2].seconds < _COARSE_SECONDS:
+        past = (*past[:-2], past[-2].joined(past[-1]))
+    first = len(past)
+    while first and kept_seconds > 0:
+        first -= 1
+        kept_seconds -= past[first].seconds
+    return past[first:]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,29 +134,36 @@ def spread(history: History) -> Spread:
     return Spread((*found[1:], found[-1]) if found else (1.0,))
 
 
-def growth(history: History, evidence: float, spread: Spread) -> tuple[float, float]:
+def growth(history: History, evidence: float, lasting_seconds: float) -> tuple[float, float]:
     """By what factor arrivals grow in a second, and for how many seconds they have: the best that is proven.
 
     A window is cut into four equal parts, and its growth is the least of the three from part to part, so that
     a step, which lies in one part, is none. The three together must exceed chance by `evidence`
-    standard deviations, and no fewer than 4.5, with the variance of parts this long. (1, 0) where nothing
-    grows.
+    standard deviations, and no fewer than 4.5, with the variance of parts this long, and have lasted
+    `lasting_seconds`. (1, 0) where nothing grows.
     """
     best, best_seconds = 1.0, 0.0
+    evidence = max(_GROWTH_EVIDENCE, evidence)
+    found: Spread | None = None
     arrivals = [bucket.arrivals for bucket in history]
     lasted = [bucket.seconds for bucket in history]
     for part in (1, 2, 4, 8, 16):
         first = len(history) - 4 * part
         if first < 0:
             break
+        if sum(lasted[first:]) < lasting_seconds:
+            continue
         # The outer two first: mostly they say that nothing grows.
         counts = [sum(arrivals[cut : cut + part]) for cut in (first, len(history) - part)]
         seconds = [sum(lasted[cut : cut + part]) for cut in (first, len(history) - part)]
         rates = [count / span for count, span in zip(counts, seconds, strict=True)]
         if rates[0] < _LEAST_RATE or rates[1] <= rates[0]:
             continue
-        chance = math.sqrt(spread.over(part) * (1 / counts[0] + 1 / counts[1]))
-        if math.log(rates[1] / rates[0]) < max(_GROWTH_EVIDENCE, evidence) * chance:
+        rise, chance = math.log(rates[1] / rates[0]), math.sqrt(1 / counts[0] + 1 / counts[1])
+        if rise < evidence * chance:  # no spread is below a Poisson process's
+            continue
+        found = found or spread(history)
+        if rise < evidence * chance * math.sqrt(found.over(part)):
             continue
         for place, cut in ((1, first + part), (2, first + 2 * part)):
             seconds.insert(place, sum(lasted[cut : cut + part]))
@@ -180,7 +195,9 @@ class Peak:
             last -= 1
         while first < last and entries[first][0] < stamp - window_seconds:
             first += 1
-        # A smaller value soon after a larger one adds nothing until that one is forgotten, a grain from now.
-        if last and stamp - entries[last - 1][0] < window_seconds / _PEAKS:
+        # As old as the grain that it lies in: a larger peak of the same seconds forgets at the same moments.
+        grain = window_seconds / _PEAKS
+        began = math.floor(stamp / grain) * grain
+        if first < last and entries[last - 1][0] >= began:
             return self if (first, last) == (0, len(entries)) else Peak(entries[first:last])
-        return Peak((*entries[first:last], (stamp, value)))
+        return Peak((*entries[first:last], (began, value)))

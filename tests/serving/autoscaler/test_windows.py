@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.autoscaler import windows
@@ -27,10 +27,12 @@ def test_a_peak_is_the_largest_of_its_window_give_or_take_a_sixtieth(
         assert len(peak.entries) <= 62
 
 
-def buckets(counts: list[float], seconds: float = 1.0) -> windows.History:
+def buckets(
+    counts: list[float], seconds: float = 1.0, kept_seconds: float = windows.KEPT_SECONDS
+) -> windows.History:
     history: windows.History = ()
     for count in counts:
-        history = windows.appended(history, Bucket(seconds, count, count, count, count))
+        history = windows.appended(history, Bucket(seconds, count, count, count, count), kept_seconds)
     return history
 
 
@@ -41,21 +43,34 @@ def test_a_history_keeps_the_last_minute_whatever_the_cadence(counts: list[float
     assert kept <= max(windows.KEPT_SECONDS, seconds) + 1e-6
     assert kept >= min(len(counts) * seconds, windows.KEPT_SECONDS - max(2.0, 2 * seconds)) - 1e-6
     assert len(history) <= windows.KEPT_SECONDS / windows.GRAIN_SECONDS + 2
-    spans = [each.seconds for each in windows.newest(history)]
-    assert spans == sorted(spans)
-    assert spans[-1] == pytest.approx(kept)
+    assert windows.recent(history) == history
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=600), st.floats(0.05, 20), st.floats(70, 600))
+@settings(deadline=None)
+def test_a_longer_history_is_coarse_where_it_is_old(
+    counts: list[float], seconds: float, kept_seconds: float
+) -> None:
+    short, long = buckets(counts, seconds), buckets(counts, seconds, kept_seconds)
+    assert windows.recent(long)[-len(short) :] == short
+    kept = sum(each.seconds for each in long)
+    assert kept >= min(len(counts) * seconds, kept_seconds - max(2.0, 2 * seconds)) - 1e-6
+    assert kept <= kept_seconds + max(16.0, 2 * seconds)
+    assert len(long) <= len(short) + kept_seconds / 8 + 2
+    newest = counts[len(counts) - round(kept / seconds) :]
+    assert sum(each.arrivals for each in long) == pytest.approx(sum(newest))
 
 
 def test_a_ramp_is_growth_and_a_step_is_none() -> None:
     ramp = buckets([100 * 1.1**second for second in range(40)])
-    factor, seconds = windows.growth(ramp, 3.0, windows.spread(ramp))
+    factor, seconds = windows.growth(ramp, 3.0, 4.0)
     assert factor == pytest.approx(1.1, rel=0.02)
     assert seconds >= 4
     for after in range(1, 40):
         step = buckets([100.0] * (40 - after) + [1_000.0] * after)
-        assert windows.growth(step, 3.0, windows.spread(step)) == (1.0, 0.0)
+        assert windows.growth(step, 3.0, 4.0) == (1.0, 0.0)
 
 
 def test_next_to_nothing_is_no_basis_for_growth() -> None:
     history = buckets([2.0, 1.0, 1.0, 5e-324, 1e-300, 1e12])
-    assert windows.growth(history, 3.0, windows.spread(history)) == (1.0, 0.0)
+    assert windows.growth(history, 3.0, 4.0) == (1.0, 0.0)
