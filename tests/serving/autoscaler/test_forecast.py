@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +72,68 @@ def test_a_bin_that_was_hardly_watched_learns_nothing() -> None:
     season = forecast.learned(forecast.Season(), 50.0, 100.0, MIDNIGHT)
     season = forecast.learned(season, 50.0, 1.0, MIDNIGHT + 300)
     assert forecast.expected(season, MIDNIGHT + DAY, 0) is None
+
+
+class Fluid:
+    """An endpoint as far as a forecast is concerned: replicas that take `START` to be ready, and 8 in flight on the
+    average, 400 for an hour a day. What does not fit is late for as long."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.state, self.policy = State.initial(policy), policy
+        self.ready_at = [MIDNIGHT]
+        self.late_seconds = self.replica_seconds = 0.0
+
+    def day(self, number: int, hour: int) -> None:
+        """A day whose crowd comes at `hour`."""
+        for step in range(round(DAY / EVERY)):
+            now = MIDNIGHT + number * DAY + step * EVERY
+            level = 400.0 if hour <= step * EVERY / 3600 < hour + 1 else 8.0
+            ready = sum(at <= now for at in self.ready_at)
+            queued = max(0.0, level - ready * self.policy.limit)
+            self.late_seconds += EVERY * (queued > 0)
+            self.replica_seconds += EVERY * len(self.ready_at)
+            instances = tuple(
+                Instance(str(at), ReplicaState.READY, at - START, at)
+                if at <= now
+                else Instance(str(at), ReplicaState.STARTING, at - START)
+                for at in self.ready_at
+            )
+            demand = Demand(level, queued=queued, issued_per_second=level, service_seconds=1.0)
+            made = decide(self.state, Observation(now, demand, instances), now)
+            self.state = made.state
+            self.ready_at += [now + START] * (made.replicas - len(self.ready_at))
+            del self.ready_at[made.replicas :]
+
+
+def after(policy: Policy, hours: Sequence[int]) -> tuple[list[float], list[float], list[bool]]:
+    """Days with these hours: late seconds and replica-hours of each, and whether the forecast was trusted at
+    its end."""
+    endpoint, late, cost, trusted = Fluid(policy), [], [], []
+    for number, hour in enumerate(hours):
+        before = endpoint.late_seconds, endpoint.replica_seconds
+        endpoint.day(number, hour)
+        late.append(endpoint.late_seconds - before[0])
+        cost.append((endpoint.replica_seconds - before[1]) / 3600)
+        trusted.append(endpoint.state.season.trusted)
+    return late, cost, trusted
+
+
+REACTIVE = dataclasses.replace(POLICY, predict=False)
+
+
+def test_a_crowd_at_the_same_hour_is_met_from_the_second_day_on_for_hardly_more() -> None:
+    late, cost, trusted = after(POLICY, (9, 9, 9, 9))
+    without_late, without_cost, _ = after(REACTIVE, (9, 9, 9, 9))
+    assert min(without_late) >= START
+    assert late == [without_late[0], 0.0, 0.0, 0.0]
+    assert sum(without_cost) < sum(cost) < 1.02 * sum(without_cost)
+    assert all(trusted)
+
+
+def test_a_crowd_at_another_hour_each_day_ends_the_trust_and_then_costs_nothing() -> None:
+    late, cost, trusted = after(POLICY, (9, 15, 4, 20))
+    without_late, without_cost, _ = after(REACTIVE, (9, 15, 4, 20))
+    assert late == without_late
+    assert cost[1] > 1.3 * without_cost[1]  # the second day was to be like the first
+    assert trusted == [True, True, False, False]
+    assert cost[2:] == without_cost[2:]
