@@ -27,6 +27,7 @@ def state_option(function: _F) -> _F:
         type=click.Path(file_okay=False, path_type=Path, resolve_path=True),
         envvar="GLOWPLUG_ENDPOINTS",
         show_envvar=True,
+        show_default=False,
         default=default_state_dir,
         help="Where endpoints keep their state (default /var/lib/glowplug/endpoints).",
     )(function)

@@ -74,7 +74,19 @@ def parse(text: str) -> Reference:
     ):
         if text.startswith(prefix):
             return _parse_rest(transport, text[len(prefix) :], text)  # type: ignore[arg-type]
-    raise errors.InvalidInputError(f"{text!r} is not an image reference; accepted: {FORMS}")
+    raise errors.InvalidInputError(f"{text!r} names no transport; accepted: {FORMS}{_meant(text)}")
+
+
+def _meant(name: str) -> str:
+    """The remedy, if `name` is what the docker command calls an image."""
+    first, slash, _ = name.partition("/")
+    place = "" if slash and ("." in first or ":" in first or first == "localhost") else "docker.io/"
+    text = f"docker://{place}{'' if slash else 'library/'}{name}"
+    try:
+        parse(text)
+    except errors.InvalidInputError:
+        return ""
+    return f"; did you mean {text}?"
 
 
 def _parse_rest(transport: Transport, rest: str, text: str) -> Reference:
@@ -106,6 +118,7 @@ def _parse_rest(transport: Transport, rest: str, text: str) -> Reference:
         if not slash or not _HOST.match(host) or not REPOSITORY.match(repository):
             raise errors.InvalidInputError(
                 f"{text!r}: expected docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]"
+                f"{'' if slash else _meant(rest)}"
             )
     if transport == "s3":
         bucket, slash, prefix = location.partition("/")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glowplug import opening, settings
+from glowplug import opening, settings, subcommands
 from imagefs import errors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imagefs.origin.connect import Options
 
 
-@click.group("cache")
+@click.group("cache", cls=subcommands.Verbs)
 def command() -> None:
     """The block cache: what it holds, what is pinned, and its upkeep."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from glowplug import endpoints
+from glowplug import endpoints, subcommands
 from glowplug.verbs import endpoint_stress
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -17,7 +17,7 @@ _document_argument = click.argument("document", type=click.Path(exists=True, dir
 _FOLLOW_SECONDS = 0.5
 
 
-@click.group("endpoint")
+@click.group("endpoint", cls=subcommands.Verbs)
 def command() -> None:
     """Look at an endpoint document, and at an endpoint that `glowplug serve` serves here; change it."""
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from glowplug import subcommands
 from glowplug.verbs import engine_calibrate
 
 
-class _Verbs(click.Group):
+class _Verbs(subcommands.Verbs):
     """Whatever does not begin with a verb is `run`'s."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from glowplug import endpoints
+from glowplug import endpoints, subcommands
 
 
-@click.group("operator")
+@click.group("operator", cls=subcommands.Verbs)
 def command() -> None:
     """Serve the ModelEndpoints of a Kubernetes namespace."""
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from glowplug import terminal
+from glowplug import subcommands, terminal
 
 if TYPE_CHECKING:
     from serving.quantize import job
 
 
-class _ModelByDefault(click.Group):
+class _ModelByDefault(subcommands.Verbs):
     """`quantize MODEL OUT` is `quantize model MODEL OUT`; a directory called eval is ./eval."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -30,6 +30,7 @@ _PYTHON = click.option(
     default=sys.executable,
     envvar="GLOWPLUG_QUANTIZE_PYTHON",
     show_envvar=True,
+    show_default=False,
     help="The interpreter that has llm-compressor (default: this one).",
 )
 _DIRECTORY = click.Path(path_type=Path)

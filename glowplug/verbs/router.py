@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 
+from glowplug import subcommands
 
-@click.group("router")
+
+@click.group("router", cls=subcommands.Verbs)
 def command() -> None:
     """Tell Envoys what to route where: services from a file, or from Kubernetes."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glowplug import subcommands
 from glowplug.verbs import warmpool_backtest
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _config = click.option(
 )
 
 
-@click.group("warmpool")
+@click.group("warmpool", cls=subcommands.Verbs)
 def command() -> None:
     """Hold nodes ready: as many as are worth it, with the images cached that they will need."""
 

@@ -78,3 +78,27 @@ def test_any_text_is_parsed_or_refused(rest: str) -> None:
         except errors.InvalidInputError:
             continue
         assert reference.parse(str(ref)) == ref
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("ubuntu", "docker://docker.io/library/ubuntu"),
+        ("docker://ubuntu:22.04", "docker://docker.io/library/ubuntu:22.04"),
+        ("team/app:v1", "docker://docker.io/team/app:v1"),
+        ("localhost:5000/app", "docker://localhost:5000/app"),
+        (f"r.example/app@sha256:{HEX}", f"docker://r.example/app@sha256:{HEX}"),
+    ],
+)
+def test_who_writes_as_docker_does_is_told_what_that_is_here(text: str, meant: str) -> None:
+    with pytest.raises(errors.InvalidInputError) as raised:
+        reference.parse(text)
+    assert str(raised.value).endswith(f"; did you mean {meant}?")
+    reference.parse(meant)
+
+
+@pytest.mark.parametrize("text", ["a b", "UPPER", "http://x/y", "docker://host/UPPER"])
+def test_no_remedy_is_made_up(text: str) -> None:
+    with pytest.raises(errors.InvalidInputError) as raised:
+        reference.parse(text)
+    assert "did you mean" not in str(raised.value)
