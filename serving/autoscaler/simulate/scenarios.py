@@ -280,13 +280,13 @@ def _crowds(name: str, hours: Sequence[int]) -> tuple[Traffic, Starts]:
 
 
 def _daily() -> tuple[Traffic, Starts]:
-    """Four days whose crowd comes at nine."""
-    return _crowds("daily", (9, 9, 9, 9))
+    """Three days whose crowd comes at nine."""
+    return _crowds("daily", (9, 9, 9))
 
 
 def _shuffled() -> tuple[Traffic, Starts]:
-    """Four days whose crowd comes at another hour each."""
-    return _crowds("shuffled", (9, 15, 4, 20))
+    """Three days whose crowd comes at another hour each."""
+    return _crowds("shuffled", (9, 15, 4))
 
 
 def _flash() -> tuple[Traffic, Starts]:

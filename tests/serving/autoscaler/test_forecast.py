@@ -75,8 +75,8 @@ def test_a_bin_that_was_hardly_watched_learns_nothing() -> None:
 
 
 class Fluid:
-    """An endpoint as far as a forecast is concerned: replicas that take `START` to be ready, 8 in flight on the
-    average, 400 for an hour a day. What does not fit is late for as long."""
+    """An endpoint as far as a forecast is concerned: a start takes `START`; 8 are in flight, and for an hour
+    of each day 400. What does not fit is late for as long."""
 
     def __init__(self, policy: Policy) -> None:
         self.state, self.policy = State.initial(policy), policy
