@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from agent import kubernetes, logs, observer
+from agent import logs, observer
+from cluster import objects
+from cluster.api import Api
 
 _NAMESPACE = "default"
 _LEVELS = ("warning", "error")
@@ -37,16 +39,14 @@ class NodeEvents(Protocol):
 class Node:
     """This node's events in the API server."""
 
-    def __init__(self, client: kubernetes.Client, node: str) -> None:
-        self._client = client
+    def __init__(self, api: Api, node: str) -> None:
+        self._api = api
         self._node = node
 
     def post(self, reason: str, message: str, *, warning: bool) -> None:
         """As NodeEvents; once for each event: they are rate-limited before they come here."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         document: dict[str, Any] = {
-            "apiVersion": "v1",
-            "kind": "Event",
             "metadata": {"generateName": "glowplug-", "namespace": _NAMESPACE},
             # As kubelet does: a node is not in a namespace, and its uid here is its name.
             "involvedObject": {
@@ -63,7 +63,7 @@ class Node:
             "lastTimestamp": now,
             "count": 1,
         }
-        self._client.create(kubernetes.collection("v1", "events", _NAMESPACE), document)
+        self._api.create(objects.EVENT, document, _NAMESPACE)
 
 
 class Announcer:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from agent import config, kubelet, kubernetes, pullsecrets
+from agent import config, kubelet, pullsecrets
+from cluster.api import Api
 from imagefs import errors
 from imagefs.origin import agentcredentials, credentials
 
@@ -87,7 +88,7 @@ class Chain:
         _log.warning("no credentials from there: %s", what)
 
 
-def build(settings: config.Settings, client: kubernetes.Client | None) -> tuple[Chain, Callable[[], None]]:
+def build(settings: config.Settings, client: Api | None) -> tuple[Chain, Callable[[], None]]:
     """The chain that the settings describe, watching already, and what ends that."""
     parts: list[Part] = [DockerFiles(settings.credentials.docker_config)]
     plugins, directory = (

@@ -47,6 +47,7 @@ from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.outside import Outside
 from agent.snapshotter import Snapshotter
+from cluster.api import Api
 from imagefs import errors, privatedirectory
 from imagefs.fuse import control
 from imagefs.fuse.control import DeviceClient
@@ -174,7 +175,7 @@ class Agent:
                 level="warning",
             )
 
-    def _give_credentials(self, routes: api.Routes, client: kubernetes.Client | None) -> None:
+    def _give_credentials(self, routes: api.Routes, client: Api | None) -> None:
         """To the registry clients of this node: the device server's, and our own."""
         chain, stop = credentials.build(self._settings, client)
         self._exit.callback(stop)
@@ -182,7 +183,7 @@ class Agent:
         agentcredentials.answer_here(self._settings.api_socket, chain.look_up)
         self._exit.callback(agentcredentials.answer_here, self._settings.api_socket, None)
 
-    def _share(self, origins: connect.Options, client: kubernetes.Client | None, warmth: warm.Warm) -> None:
+    def _share(self, origins: connect.Options, client: Api | None, warmth: warm.Warm) -> None:
         """Blocks with other nodes, if the settings say so; and what they may have us prepare."""
         settings = self._settings
         if settings.peers.listen is None:

@@ -18,13 +18,15 @@ from typing import Protocol
 
 from agent import config, kubernetes
 from agent.observer import Observer
+from cluster import objects
+from cluster.api import Api
+from cluster.watching import Watcher
 from imagefs import errors, peersettings
 from imagefs.fuse import control
 from imagefs.peersettings import PeerSettings
 
 _EVERY_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
-_SLICES = "discovery.k8s.io/v1"
 _SERVICE_LABEL = "kubernetes.io/service-name"
 
 
@@ -75,17 +77,18 @@ class EndpointSlices:
     """The ready endpoints of a service, watched. `wait_seconds`: how long the first question waits for the
     first answer of the API server."""
 
-    def __init__(self, client: kubernetes.Client, service: str, wait_seconds: float = 5.0) -> None:
+    def __init__(self, api: Api, service: str, wait_seconds: float = 5.0) -> None:
         namespace, separator, name = service.partition("/")
         if not separator or not namespace or not name or "/" in name:
             raise errors.ConfigurationError(f"peers.service: {service!r} is not NAMESPACE/NAME")
         self._wait_seconds = wait_seconds
         self._service = service
-        self._watcher: kubernetes.Watcher[tuple[str, ...]] = kubernetes.Watcher(
-            client,
-            kubernetes.collection(_SLICES, "endpointslices", namespace),
-            {"labelSelector": f"{_SERVICE_LABEL}={name}"},
-            slice_members,
+        self._watcher = Watcher(
+            api,
+            objects.ENDPOINT_SLICE,
+            kubernetes.parser(lambda item: slice_members(item.body)),
+            namespace=namespace,
+            labels={_SERVICE_LABEL: name},
         )
         self._watcher.start()
 
@@ -98,7 +101,7 @@ class EndpointSlices:
         self._watcher.stop()
 
 
-def discovery(settings: config.Peers, client: kubernetes.Client | None) -> Discovery:
+def discovery(settings: config.Peers, client: Api | None) -> Discovery:
     """The one that the settings name. ConfigurationError for what it lacks."""
     if settings.discovery == "dns":
         if settings.dns_name is None:

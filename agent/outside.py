@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent import announce, api, config, kubernetes, logs, metrics, observer, snapshots, status
+from agent import announce, api, config, logs, metrics, observer, snapshots, status
 from agent.devicefeed import DeviceFeed
 from agent.rows import ImageRow, SnapshotRow
 from agent.starts import Starts
 from agent.store import Store
+from cluster.api import Api
 from imagefs import errors, holders
 
 _FRESH_SECONDS = 5.0
@@ -36,7 +37,7 @@ class Outside:
     """See the module. `cluster` is the API server to which warnings go as events of this node; `node` the
     node's name there, or else the host's."""
 
-    def __init__(self, settings: config.Settings, cluster: kubernetes.Client | None = None) -> None:
+    def __init__(self, settings: config.Settings, cluster: Api | None = None) -> None:
         self._settings = settings
         self.node = settings.kubernetes.node_name or socket.gethostname()
         self._announcer = announce.Announcer(announce.Node(cluster, self.node)) if cluster else None

@@ -18,6 +18,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Set
 
 from agent import kubelet, kubernetes
+from cluster import objects
+from cluster.api import Api
+from cluster.objects import Object
+from cluster.watching import Watcher
 from imagefs import errors
 from imagefs.origin import credentials
 
@@ -32,10 +36,10 @@ _MAX_SECRET_CHARS = 4 << 20
 Entries = Mapping[str, credentials.Credential]
 
 
-def parse(secret: kubernetes.Object) -> Entries | None:
+def parse(secret: Object) -> Entries | None:
     """The credentials of a Secret, by registry; None if it is no pull secret. InvalidInputError if broken."""
-    where = f"secret {kubernetes.object_name(secret)}"
-    kind, data = secret.get("type"), secret.get("data")
+    where = f"secret {secret.key}"
+    kind, data = secret.at("type"), secret.at("data")
     field = _TYPES.get(kind) if isinstance(kind, str) else None
     if field is None:
         return None
@@ -61,7 +65,7 @@ class PullSecrets:
 
     def __init__(
         self,
-        client: kubernetes.Client,
+        api: Api,
         namespaces: Iterable[str] = (),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,8 +73,13 @@ class PullSecrets:
         self._namespaces = tuple(namespaces)
         self._listed_by = 0.0
         self._watchers = [
-            kubernetes.Watcher(
-                client, kubernetes.collection("v1", "secrets", name), {"fieldSelector": f"type={kind}"}, parse
+            Watcher(
+                api,
+                objects.SECRET,
+                kubernetes.parser(parse),
+                namespace=name,
+                fields={"type": kind},
+                everywhere=name is None,
             )
             for name in self._namespaces or (None,)
             for kind in _TYPES

@@ -1,6 +1,6 @@
 """What the agent's database holds, as values: snapshots, block images, their layers and boot packs.
 
-Made by store.py of rows (schema.py has the tables), read by whoever decides about snapshots and images. No I/O.
+Made by store.py of rows (schema.py has the tables), read by whoever decides about them. No I/O.
 """
 
 from __future__ import annotations

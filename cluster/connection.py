@@ -1,36 +1,24 @@
-"""One API server, as this process may speak to it: address, certificates, credentials; requests and answers.
+"""One API server, as this process may speak to it: requests and answers.
 
-The kubernetes library knows where a cluster is and how one gets in (a pod's service account and its rotation,
-kubeconfig files with contexts and exec plugins, proxies, client certificates); requests go through its
-connection pool. What it would do to answers (models, whole answers in memory) is not used: here they are
-bounded, and are JSON until a caller parses them.
+How one gets in is `access`. Answers are bounded, and are JSON until a caller parses them.
 
-Called by `api` and `watching`, from any thread. Invariants: a token goes to the API server only, over TLS or
-to loopback; no header and no body of a request is part of a message or a log line; redirects are not
-followed.
+Called by `api` and `watching`, from any thread. Invariants: no header and no body of a request is part of a
+message or a log line; redirects are not followed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import os
-import socket
-import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
-import kubernetes.client
-import kubernetes.config
 import urllib3
 import urllib3.exceptions
-import yaml
-from urllib3.connection import HTTPConnection
 
-from cluster import errors, objects
+from cluster import access, errors, objects
+from cluster.access import Where as Where
 
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 30.0
@@ -38,58 +26,19 @@ _MAX_ANSWER_BYTES = 64 << 20
 _MAX_LINE_BYTES = 4 << 20
 """An object of etcd has at most 1.5 MB, JSON's escapes and managed fields included."""
 _MAX_ERROR_BYTES = 64 << 10
-_MAX_TOKEN_BYTES = 64 << 10
 _PIECE_BYTES = 64 << 10
-_POOLED = 8
-# A node that lost its network notices within a minute, not after the two hours of the kernel's default.
-_KEEPALIVE = [
-    *HTTPConnection.default_socket_options,
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Where:
-    """Which API server. `url` with its files; else `kubeconfig` (a file) and `context`; all None is what a
-    pod is given or, outside of pods, what kubectl would use."""
-
-    url: str | None = None
-    ca_file: Path | None = None
-    token_file: Path | None = None
-    kubeconfig: Path | None = None
-    context: str | None = None
 
 
 class Connection:
     """Thread-safe. ConfigurationError where there is no way in."""
 
     def __init__(self, where: Where) -> None:
-        configuration = kubernetes.client.Configuration()
-        configuration.socket_options = _KEEPALIVE
-        configuration.connection_pool_maxsize = _POOLED
-        self._namespace = _configure(configuration, where)
-        parts = urlsplit(configuration.host)
-        if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
-            raise errors.ConfigurationError(
-                f"kubernetes: {parts.scheme}://{parts.hostname} is not https; plain HTTP is for loopback only"
-            )
-        self._host = configuration.host.rstrip("/")
-        self._configuration = configuration
-        self._lock = threading.Lock()  # the library's hooks that renew a token are not made for threads
-        try:
-            self._pool: urllib3.PoolManager = kubernetes.client.ApiClient(
-                configuration
-            ).rest_client.pool_manager
-        except (OSError, ValueError, urllib3.exceptions.HTTPError) as exc:
-            raise errors.ConfigurationError(f"kubernetes: {exc}") from exc
+        self._access = access.find(where)
 
     @property
     def namespace(self) -> str:
         """The namespace that goes without saying: the pod's, or the context's."""
-        return self._namespace
+        return self._access.namespace
 
     def request(
         self,
@@ -124,7 +73,7 @@ class Connection:
 
     def close(self) -> None:
         """Let go of idle connections."""
-        self._pool.clear()
+        self._access.pool.clear()
 
     def _open(
         self,
@@ -136,13 +85,13 @@ class Connection:
         silence_seconds: float,
         accept: str = "application/json",
     ) -> urllib3.BaseHTTPResponse:
-        headers = {"User-Agent": "glowplug", "Accept": accept, **self._credentials()}
+        headers = {"User-Agent": "glowplug", "Accept": accept, **self._access.headers()}
         if body is not None:
             headers["Content-Type"] = content_type
         try:
-            answer = self._pool.request(
+            answer = self._access.pool.request(
                 method,
-                f"{self._host}{path}{'?' + urlencode(query) if query else ''}",
+                f"{self._access.url}{path}{'?' + urlencode(query) if query else ''}",
                 headers=headers,
                 body=None if body is None else json.dumps(body).encode(),
                 retries=False,
@@ -155,16 +104,6 @@ class Connection:
         if answer.status not in (200, 201, 202):
             raise _refused(answer, method, path)
         return answer
-
-    def _credentials(self) -> dict[str, str]:
-        with self._lock:
-            try:
-                found = self._configuration.auth_settings()
-            except (OSError, ValueError, kubernetes.config.ConfigException) as exc:
-                raise errors.ConfigurationError(f"kubernetes: no credentials: {exc}") from exc
-        return {
-            each["key"]: each["value"] for each in found.values() if each["in"] == "header" and each["value"]
-        }
 
 
 class Stream:
@@ -197,63 +136,6 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             self._answer.shutdown()  # only this wakes a reader that sleeps in recv
         self._answer.close()
-
-
-def _configure(configuration: kubernetes.client.Configuration, where: Where) -> str:
-    """Fill in the library's configuration; the namespace that goes without saying."""
-    try:
-        if where.url is not None:
-            configuration.host = where.url
-            configuration.ssl_ca_cert = None if where.ca_file is None else str(where.ca_file)
-            if where.token_file is not None:
-                configuration.refresh_api_key_hook = _token_hook(where.token_file)
-                configuration.refresh_api_key_hook(configuration)
-            return "default"
-        if where.kubeconfig is None and where.context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-            kubernetes.config.load_incluster_config(client_configuration=configuration)
-            return _pod_namespace()
-        kubernetes.config.load_kube_config(
-            config_file=None if where.kubeconfig is None else str(where.kubeconfig),
-            context=where.context,
-            client_configuration=configuration,
-            persist_config=False,
-        )
-        return _context_namespace(where)
-    except (kubernetes.config.ConfigException, OSError, ValueError, TypeError, yaml.YAMLError) as exc:
-        raise errors.ConfigurationError(
-            f"kubernetes: no way to an API server: {exc}; this is no pod, and no kubeconfig says it: name "
-            "one, or url with ca_file and token_file"
-        ) from exc
-
-
-def _token_hook(file: Path) -> Any:
-    """Others rotate the file: it is read for each request."""
-
-    def read(configuration: kubernetes.client.Configuration) -> None:
-        with file.open("rb") as opened:
-            data = opened.read(_MAX_TOKEN_BYTES)
-        token = data.decode("ascii", "replace").strip()
-        if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise ValueError(f"token_file: {file} holds no token")
-        configuration.api_key["BearerToken"] = f"Bearer {token}"
-
-    return read
-
-
-def _pod_namespace() -> str:
-    file = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-    try:
-        return file.read_text().strip() or "default"
-    except OSError:
-        return "default"
-
-
-def _context_namespace(where: Where) -> str:
-    contexts, active = kubernetes.config.list_kube_config_contexts(
-        None if where.kubeconfig is None else str(where.kubeconfig)
-    )
-    chosen = next((each for each in contexts if each["name"] == where.context), active)
-    return str(chosen["context"].get("namespace") or "default")
 
 
 def _read(answer: urllib3.BaseHTTPResponse, path: str, most_bytes: int) -> bytes:

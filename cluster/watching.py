@@ -1,8 +1,9 @@
 """A collection of objects, kept current by a thread of its own: listed, then watched.
 
 `Watcher` is given a function that turns an object into a value, so that nothing is kept longer than needed
-(None: not wanted). While the API server is away it keeps what it last knew and says so (`trouble`); a watch
-that is too far behind (410) begins again with a list, in which what has gone meanwhile is missing.
+(None: not wanted). While the API server is away it keeps what it last knew and says so (`trouble`), then goes
+on from there; a watch that is too far behind (410), or whose server goes on failing, begins again with a
+list, in which what has gone meanwhile is missing.
 
 Called from any thread; `changed` runs in the watcher's.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from cluster import errors, objects
@@ -23,6 +24,9 @@ from cluster.objects import ChangeKind, Kind, Object
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.2, 30.0
 _BETWEEN_SECONDS = 0.05
 """A server that ends watches at once is asked a few times a second, not thousands."""
+_FAILURES_BEFORE_LIST = 5
+"""A server that is back is watched from where it was left, because its other clients come back, too, and
+lists cost it most; one that goes on refusing may have lost the version that it is asked for."""
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,13 +64,17 @@ class Watcher(Generic[T]):
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; `current` keeps answering."""
+    def end(self) -> None:
+        """Have the thread end, without waiting for it; `current` keeps answering."""
         self._stopped.set()
         with self._lock:
             stream = self._stream
         if stream is not None:
             stream.close()
+
+    def stop(self) -> None:
+        """`end`, and wait for it: as long as an answer may take, where a list is under way."""
+        self.end()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -90,14 +98,17 @@ class Watcher(Generic[T]):
             try:
                 if not version:
                     version = self._list()
-                version = self._follow(version)
+                for reached in self._follow(version):
+                    version, failures = reached, 0
                 failures = 0
             except errors.ExpiredError:
                 version = ""
             except errors.ClusterError as exc:
                 if self._stopped.is_set():
                     return
-                failures, version = failures + 1, ""
+                failures += 1
+                if not isinstance(exc, errors.UnavailableError) or failures >= _FAILURES_BEFORE_LIST:
+                    version = ""
                 self._troubled(exc, first=failures == 1)
             nominal = min(_MAX_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(failures, 10))
             # Whoever watches comes back to the API server at once when it returns.
@@ -117,8 +128,8 @@ class Watcher(Generic[T]):
         self._replace({key: value for key, value in parsed.items() if value is not None})
         return found.version
 
-    def _follow(self, version: str) -> str:
-        """Apply one watch's changes until it ends; the version that it reached."""
+    def _follow(self, version: str) -> Iterator[str]:
+        """Apply one watch's changes until it ends; yields each version reached."""
         stream = self._api.watch(
             self._kind,
             version,
@@ -128,16 +139,15 @@ class Watcher(Generic[T]):
             everywhere=self._everywhere,
         )
         with self._lock:
-            self._stream = stream
+            self._stream, self._trouble = stream, None
         try:
             if self._stopped.is_set():
-                return version
+                return
             for line in stream:
                 change = objects.change(line, self._kind.plural)
                 if change.kind is not ChangeKind.BOOKMARK:
                     self._apply(change)
-                version = change.object.meta.version or version
-            return version
+                yield change.object.meta.version or version
         finally:
             with self._lock:
                 self._stream = None

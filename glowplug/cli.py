@@ -57,7 +57,7 @@ EXTRAS = {
     "simulate": "where autoscaling policies are compared",
     "operator": "where endpoints are custom resources",
     "warmpool": "where nodes are held ready",
-    "cluster": "for the Kubernetes API alone",
+    "cluster": "for API servers that a kubeconfig names",
     "s3": "for buckets",
     "docker-daemon": "for images of a Docker daemon",
     "fuse-files": "for --mode fuse",

@@ -1,7 +1,8 @@
 """Where a router that stands alone has its services from: a file, and the EndpointSlices that it names.
 
 `Sources` owns a thread with a loop: it looks at the file and at those that the file names, follows the
-Kubernetes Services in it, and calls `update` with all services whenever something changed.
+Kubernetes Services in it (a `cluster.watching.Watcher` each), and calls `update` with all services whenever
+something changed.
 
 Invariants: the first document must be good; later ones that are not are logged, and the last good one stands.
 Nothing is said before every Kubernetes Service of the first document was listed once: what is not known yet
@@ -11,15 +12,22 @@ would look like services without backends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cluster import access, objects
+from cluster import errors as cluster_errors
+from cluster.api import Api
+from cluster.connection import Connection
+from cluster.objects import Object
+from cluster.watching import Watcher
 from serving import errors, routes
 from serving import service as services
-from serving.router import document, endpointslices, kubernetes
+from serving.router import document, endpointslices
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +39,10 @@ _Stamp = Mapping[Path, tuple[int, int, int] | None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A good document. `services` without the backends from Kubernetes."""
+    """A good document. `services` without the backends from Kubernetes; `api` if it names any."""
 
     document: document.Document
+    api: Api | None
     services: tuple[services.Service, ...]
     files: tuple[Path, ...]
 
@@ -46,7 +55,7 @@ class Sources:
         self._update = update
         self._loaded = load(path)
         self._found: dict[document.Reference, tuple[services.Backend, ...]] = {}
-        self._watches: dict[document.Reference, asyncio.Task[None]] = {}
+        self._watches: dict[document.Reference, Watcher[Object]] = {}
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="sources", daemon=True)
         self._stopping = threading.Event()
 
@@ -81,29 +90,46 @@ class Sources:
             self._follow()
             self._publish()
         for watch in self._watches.values():
-            watch.cancel()
-        await asyncio.gather(*self._watches.values(), return_exceptions=True)
+            watch.end()
 
     def _follow(self) -> None:
         """Watch what the document names, and nothing else."""
         wanted = self._loaded.document.references()
         for reference in self._watches.keys() - wanted:
-            self._watches.pop(reference).cancel()
+            self._watches.pop(reference).end()
             self._found.pop(reference, None)
         for reference in wanted - self._watches.keys():
-            self._watches[reference] = asyncio.create_task(self._watch(reference))
+            self._watches[reference] = self._watch(reference)
 
-    async def _watch(self, reference: document.Reference) -> None:
-        def changed(objects: Mapping[kubernetes.Key, kubernetes.Object]) -> None:
-            found = endpointslices.backends(objects.values(), reference.port, reference.version)
-            if self._found.get(reference) != found:
-                self._found[reference] = found
-                self._publish()
+    def _watch(self, reference: document.Reference) -> Watcher[Object]:
+        loop = asyncio.get_running_loop()
 
-        where = self._loaded.document.kubernetes
-        api = kubernetes.Api(where.url, _path(where.ca), _path(where.token))
-        path = f"/apis/discovery.k8s.io/v1/namespaces/{reference.namespace}/endpointslices"
-        await api.follow(path, f"{endpointslices.SERVICE_LABEL}={reference.service}", changed)
+        def changed(slices: Mapping[str, Object]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody wants to know
+                loop.call_soon_threadsafe(self._changed, reference, watcher, slices)
+
+        assert self._loaded.api is not None
+        watcher: Watcher[Object] = Watcher(
+            self._loaded.api,
+            objects.ENDPOINT_SLICE,
+            lambda item: item,
+            namespace=reference.namespace,
+            labels={endpointslices.SERVICE_LABEL: reference.service},
+            changed=changed,
+        )
+        watcher.start()
+        return watcher
+
+    def _changed(
+        self, reference: document.Reference, watcher: Watcher[Object], slices: Mapping[str, Object]
+    ) -> None:
+        if self._watches.get(reference) is not watcher:
+            return
+        bodies = (each.body for each in slices.values())
+        found = endpointslices.backends(bodies, reference.port, reference.version)
+        if self._found.get(reference) != found:
+            self._found[reference] = found
+            self._publish()
 
     def _publish(self) -> None:
         if self._loaded.document.references() - self._found.keys():
@@ -124,10 +150,9 @@ def load(path: Path) -> _Loaded:
     """The file, and those that it names, relative to it. DocumentError, NotFoundError."""
     text = _read(path).decode(errors="replace")
     parsed = document.parse(text, str(path))
-    if parsed.references():
-        kubernetes.Api(parsed.kubernetes.url, _path(parsed.kubernetes.ca), _path(parsed.kubernetes.token))
+    api = _connect(parsed.kubernetes) if parsed.references() else None
     files = (path, *(path.parent / name for name in sorted(parsed.files())))
-    return _Loaded(parsed, tuple(_service(entry, path) for entry in parsed.services), files)
+    return _Loaded(parsed, api, tuple(_service(entry, path) for entry in parsed.services), files)
 
 
 def _service(entry: document.Entry, path: Path) -> services.Service:
@@ -165,6 +190,16 @@ def _service(entry: document.Entry, path: Path) -> services.Service:
         )
     except errors.DocumentError as exc:
         raise errors.DocumentError(f"{where}: {exc}") from exc
+
+
+def _connect(named: document.Cluster) -> Api:
+    """ConfigurationError. The router may be up before its token is: that is an error of each request."""
+    ca, token = _path(named.ca), _path(named.token)
+    try:
+        where = access.in_pod(ca, token) if named.url is None else access.Where(named.url, ca, token)
+        return Api(Connection(dataclasses.replace(where, token_may_come_later=True)))
+    except cluster_errors.ConfigurationError as exc:
+        raise errors.ConfigurationError(f"kubernetes.url, ca, token: {exc}") from exc
 
 
 def _path(name: str | None) -> Path | None:

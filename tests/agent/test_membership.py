@@ -189,7 +189,7 @@ def test_the_ready_endpoints_of_a_service() -> None:
         api.put("discovery.k8s.io/v1/endpointslices", _slice("two", "10.0.0.9", ready=False))
         api.put("discovery.k8s.io/v1/endpointslices", _slice("other", "10.9.9.9", service="web"))
         settings = config.Peers(listen="10.0.0.1:7311", discovery="endpointslice", service="system/agents")
-        found = membership.discovery(settings, kubernetes.Client(api.url))
+        found = membership.discovery(settings, kubernetes.connect(config.Kubernetes(api_url=api.url)))
         try:
             assert found.members() == ["10.0.0.1:7311", "10.0.0.2:7311"]
             api.put("discovery.k8s.io/v1/endpointslices", _slice("two", "10.0.0.9", ready=None))

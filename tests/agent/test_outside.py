@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent import announce, api, client, devicefeed, observer, outside, starts, store
+from agent import announce, api, client, config, devicefeed, kubernetes, observer, outside, starts, store
 from agent.images import Images
 from imagefs import errors
 from tests.agent import outside_world
@@ -18,6 +18,7 @@ from tests.agent.lazy_node import BASE, LazyNode
 from tests.agent.lazy_node import node as node
 from tests.agent.outside_world import BLOCK_DIGEST, REFERENCE, event
 from tests.fixtures import images
+from tests.fixtures.kubernetes_api import KubernetesApi
 from tests.imagefs.fuse import stack
 
 
@@ -151,19 +152,11 @@ def test_a_cluster_that_is_away_stops_nothing() -> None:
     announcer.stop()
 
 
-class _Api:
-    def __init__(self) -> None:
-        self.created: list[tuple[str, Any]] = []
-
-    def create(self, path: str, document: Any) -> None:
-        self.created.append((path, document))
-
-
-def test_a_node_event_is_what_the_api_server_takes() -> None:
-    server = _Api()
-    announce.Node(server, "node-7").post("Quarantined", "why", warning=True)  # type: ignore[arg-type]
-    ((path, document),) = server.created
-    assert path == "/api/v1/namespaces/default/events"
+def test_a_node_event_is_what_the_api_server_takes(kubernetes_api: KubernetesApi) -> None:
+    api = kubernetes.connect(config.Kubernetes(api_url=kubernetes_api.url))
+    assert api is not None
+    announce.Node(api, "node-7").post("Quarantined", "why", warning=True)
+    (document,) = kubernetes_api.objects("v1/events")
     assert document["involvedObject"]["name"] == "node-7"
     assert document["metadata"]["namespace"] == "default"
     assert (document["type"], document["reason"], document["message"]) == ("Warning", "Quarantined", "why")

@@ -13,7 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import kubernetes, pullsecrets
+from agent import pullsecrets
+from cluster import objects
+from cluster.api import Api
+from cluster.connection import Connection, Where
+from cluster.watching import Watcher
 from imagefs import errors
 from imagefs.origin.credentials import Credential
 from tests.fixtures.kubernetes_api import KubernetesApi
@@ -43,19 +47,27 @@ def secret(
     }
 
 
+def parse(item: dict[str, Any]) -> pullsecrets.Entries | None:
+    return pullsecrets.parse(objects.parse(item, "secrets"))
+
+
+def api_at(url: str) -> Api:
+    return Api(Connection(Where(url=url)))
+
+
 class TestParse:
     @pytest.mark.parametrize("kind", [CONFIG_JSON, CFG])
     def test_both_types(self, kind: str) -> None:
-        found = pullsecrets.parse(secret("s", "https://r.example/v1/", "p", kind=kind))
+        found = parse(secret("s", "https://r.example/v1/", "p", kind=kind))
         assert found == {"r.example": Credential("user", "p")}
 
     def test_others_are_none_of_ours(self) -> None:
-        assert pullsecrets.parse({"metadata": {"name": "s"}, "type": "Opaque", "data": {"a": "b"}}) is None
+        assert parse({"metadata": {"name": "s"}, "type": "Opaque", "data": {"a": "b"}}) is None
 
     def test_helpers_in_a_secret_are_not_run(self) -> None:
         content = {"credsStore": "evil", "credHelpers": {"r.example": "evil"}, "auths": {}}
         item = {"type": CONFIG_JSON, "data": {".dockerconfigjson": encode(content)}}
-        assert pullsecrets.parse(item) == {}
+        assert parse(item) == {}
 
     @pytest.mark.parametrize(
         "data",
@@ -72,21 +84,21 @@ class TestParse:
     def test_broken(self, data: object) -> None:
         item = {"metadata": {"name": "name", "namespace": "space"}, "type": CONFIG_JSON, "data": data}
         with pytest.raises(errors.InvalidInputError, match="space/name") as caught:
-            pullsecrets.parse(item)
+            parse(item)
         assert "p4ss" not in str(caught.value)
 
     @given(st.sampled_from([CONFIG_JSON, CFG]), JSON)
     def test_any_content(self, kind: str, content: object) -> None:
         field = ".dockerconfigjson" if kind == CONFIG_JSON else ".dockercfg"
         try:
-            pullsecrets.parse({"type": kind, "data": {field: encode(content)}})
+            parse({"type": kind, "data": {field: encode(content)}})
         except errors.InvalidInputError:
             return
 
     @given(JSON)
     def test_any_object(self, item: object) -> None:
         try:
-            pullsecrets.parse({"type": CONFIG_JSON, "data": item})
+            parse({"type": CONFIG_JSON, "data": item})
         except errors.InvalidInputError:
             return
 
@@ -96,7 +108,7 @@ def started(kubernetes_api: KubernetesApi) -> Iterator[Callable[..., pullsecrets
     made: list[pullsecrets.PullSecrets] = []
 
     def start(*namespaces: str) -> pullsecrets.PullSecrets:
-        secrets = pullsecrets.PullSecrets(kubernetes.Client(kubernetes_api.url), namespaces)
+        secrets = pullsecrets.PullSecrets(api_at(kubernetes_api.url), namespaces)
         secrets.start()
         made.append(secrets)
         return secrets
@@ -158,10 +170,9 @@ class TestWatched:
 
     def test_a_dead_api_server_holds_up_no_pull(self, monkeypatch: pytest.MonkeyPatch) -> None:
         waits: list[float] = []
-        monkeypatch.setattr(kubernetes.Watcher, "wait", lambda self, seconds: waits.append(seconds))
+        monkeypatch.setattr(Watcher, "wait", lambda self, seconds: waits.append(seconds))
         clock = [1000.0]
-        client = kubernetes.Client("http://127.0.0.1:1")
-        secrets = pullsecrets.PullSecrets(client, now=lambda: clock[0])
+        secrets = pullsecrets.PullSecrets(api_at("http://127.0.0.1:1"), now=lambda: clock[0])
         secrets.start()
         try:
             passwords(secrets)

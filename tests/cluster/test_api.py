@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from pathlib import Path
 
 import pytest
 
 from cluster import errors, objects
 from cluster.api import Api, with_conflicts
-from cluster.connection import Connection, Where
 from tests.fixtures.kubernetes_api import KubernetesApi
 
 
@@ -165,55 +162,3 @@ def test_every_refusal_is_the_error_of_who_can_act(
     with pytest.raises(expected, match=says) as found:
         api.list(objects.POD)
     assert type(found.value) is expected
-
-
-def test_an_api_server_that_is_away(api: Api, kubernetes_api: KubernetesApi) -> None:
-    with KubernetesApi() as gone:
-        url = gone.url
-    connection = Connection(Where(url=url))
-    with pytest.raises(errors.UnavailableError):
-        Api(connection).get(objects.POD, "p")
-
-
-def test_a_token_is_read_again_and_never_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    file = tmp_path / "token"
-    file.write_text("first-secret\n")
-    with KubernetesApi(token="second-secret") as server:
-        api = Api(Connection(Where(url=server.url, token_file=file)))
-        with pytest.raises(errors.ForbiddenError) as found:
-            api.get(objects.POD, "p")
-        file.write_text("second-secret\n")
-        with pytest.raises(errors.NotFoundError):
-            api.get(objects.POD, "p")
-        file.write_text("")
-        with pytest.raises(errors.ConfigurationError, match="holds no token"):
-            api.get(objects.POD, "p")
-    assert "secret" not in caplog.text + str(found.value)
-
-
-def test_a_kubeconfig_and_its_context(tmp_path: Path, kubernetes_api: KubernetesApi) -> None:
-    text = f"""
-apiVersion: v1
-kind: Config
-current-context: none
-clusters: [{{name: here, cluster: {{server: "{kubernetes_api.url}"}}}}]
-users: [{{name: me, user: {{token: t}}}}]
-contexts:
-- {{name: none, context: {{cluster: here, user: me}}}}
-- {{name: team, context: {{cluster: here, user: me, namespace: models}}}}
-"""
-    file = tmp_path / "config"
-    file.write_text(text)
-    api = Api(Connection(Where(kubeconfig=file, context="team")))
-    assert api.namespace == "models"
-    assert api.list(objects.POD).objects == ()
-    assert kubernetes_api.requests[-1].authorization == "Bearer t"
-    with pytest.raises(errors.ConfigurationError, match="kubeconfig"):
-        Connection(Where(kubeconfig=file, context="nobody"))
-
-
-@pytest.mark.parametrize("url", ["http://10.0.0.1:6443", "http://api.example.com"])
-def test_plain_http_is_for_loopback_only(url: str) -> None:
-    with pytest.raises(errors.ConfigurationError, match="not https"):
-        Connection(Where(url=url))

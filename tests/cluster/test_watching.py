@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster import errors, objects
+import pytest
+
+from cluster import errors, objects, watching
 from cluster.api import Api
+from cluster.connection import Connection, Where
 from cluster.objects import Object
 from cluster.watching import Watcher
 from tests.cluster.waiting import until
@@ -55,3 +58,69 @@ def test_stop_ends_a_watch_that_says_nothing(api: Api, kubernetes_api: Kubernete
     until(lambda: bool(kubernetes_api.seen(watch="true")))
     watcher.stop()
     assert not watcher._thread.is_alive()
+
+
+def test_a_watch_goes_on_where_it_ended(api: Api, kubernetes_api: KubernetesApi) -> None:
+    kubernetes_api.put("v1/pods", {"metadata": {"name": "a"}})
+    watcher = Watcher(api, objects.POD, _names)
+    watcher.start()
+    try:
+        until(lambda: bool(kubernetes_api.seen(watch="true")))
+        kubernetes_api.bookmark()
+        kubernetes_api.drop_watches()
+        kubernetes_api.fail_next(500)
+        kubernetes_api.put("v1/pods", {"metadata": {"name": "b"}})
+        until(lambda: set(watcher.current()) == {"default/a", "default/b"})
+        assert len(kubernetes_api.seen(limit="500")) == 1, "no second list"
+    finally:
+        watcher.stop()
+
+
+def test_a_server_that_goes_on_refusing_is_asked_for_all_of_it(
+    api: Api, kubernetes_api: KubernetesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "_MAX_DELAY_SECONDS", 0.1)
+    watcher = Watcher(api, objects.POD, _names)
+    watcher.start()
+    try:
+        until(lambda: bool(kubernetes_api.seen(watch="true")))
+        kubernetes_api.fail_next(*[500] * watching._FAILURES_BEFORE_LIST)
+        kubernetes_api.drop_watches()
+        until(lambda: len(kubernetes_api.seen(limit="500")) == 2)
+    finally:
+        watcher.stop()
+
+
+def test_selectors(api: Api, kubernetes_api: KubernetesApi) -> None:
+    def put(name: str, app: str) -> None:
+        kubernetes_api.put("v1/secrets", {"metadata": {"name": name, "labels": {"app": app}}, "type": "t"})
+
+    put("a", "x")
+    put("b", "y")
+    watcher = Watcher(api, objects.SECRET, _names, labels={"app": "x"}, fields={"type": "t"}, everywhere=True)
+    watcher.start()
+    try:
+        until(lambda: set(watcher.current()) == {"default/a"})
+        put("c", "y")
+        put("d", "x")
+        until(lambda: set(watcher.current()) == {"default/a", "default/d"})
+    finally:
+        watcher.stop()
+
+
+def test_what_was_known_stays_while_the_server_is_away() -> None:
+    with KubernetesApi() as server:
+        server.put("v1/pods", {"metadata": {"name": "a"}})
+        watcher = Watcher(Api(Connection(Where(url=server.url))), objects.POD, _names)
+        watcher.start()
+        until(lambda: set(watcher.current()) == {"default/a"})
+        port = server.port
+    try:
+        assert set(watcher.current()) == {"default/a"}
+        with KubernetesApi(port=port) as server:
+            server.compact()
+            server.compact()
+            server.put("v1/pods", {"metadata": {"name": "b"}})
+            until(lambda: set(watcher.current()) == {"default/b"})
+    finally:
+        watcher.stop()
