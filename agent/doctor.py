@@ -22,6 +22,8 @@ KUBELET_GC_PERCENT = 15
 _RESEND_KERNEL = (6, 9)
 _RESEND_FEW = "reads that are under way when a process of the device server dies fail"
 _LOW_INODES = 10_000
+_LOW_PERCENT = 5
+"""Of a disk: less is a problem whatever it is for."""
 _CLOCK_SECONDS = 300.0
 
 
@@ -296,10 +298,15 @@ def _disk(name: str, disk: Disk) -> Iterator[Finding]:
         yield Finding(
             f"disk-{name}", "problem", found, "remove files, or make the file system anew with more"
         )
-    elif disk.free_bytes * 100 < disk.total_bytes * 5:
+    elif _has_less(disk, _LOW_PERCENT):
         yield Finding(f"disk-{name}", "problem", f"{disk.path}: {free}", "free space, or use a larger disk")
     else:
         yield Finding(f"disk-{name}", "ok", f"{disk.path}: {free}")
+
+
+def _has_less(disk: Disk, percent: int) -> bool:
+    """Free space, than that part of the whole."""
+    return disk.free_bytes * 100 < disk.total_bytes * percent
 
 
 def _limits(facts: Facts) -> Iterator[Finding]:
@@ -311,6 +318,15 @@ def _limits(facts: Facts) -> Iterator[Finding]:
             f"cache.free_floor_percent is {cache.free_floor_percent}: kubelet begins to delete images "
             f"below {KUBELET_GC_PERCENT} % free, before the cache gives anything up",
             f"set it above {KUBELET_GC_PERCENT} (or above what imageGCHighThresholdPercent leaves)",
+        )
+    elif _has_less(disk, cache.free_floor_percent) and not _has_less(disk, _LOW_PERCENT):
+        yield Finding(
+            "cache-limits",
+            "warning",
+            f"{_size(disk.free_bytes)} of {_size(disk.total_bytes)} are free, less than "
+            f"cache.free_floor_percent ({cache.free_floor_percent} %): the cache keeps nothing new, blocks "
+            "are served from memory and fetched again",
+            "free space, put cache.directory on another disk, or lower cache.free_floor_percent",
         )
     elif disk.total_bytes and cache.quota_bytes > disk.total_bytes * (100 - cache.free_floor_percent) // 100:
         yield Finding(

@@ -105,6 +105,11 @@ def _server_lines(status: dict[str, Any], mounted: list[Mounted]) -> Iterator[st
         f"{terminal.size(cache['quota_bytes'])}, {cache['blocks']} blocks, "
         f"{cache['evicted_blocks']} evicted, {cache['disk_errors']} disk errors"
     )
+    if cache["memory_blocks"]:
+        yield (
+            f"  {cache['memory_blocks']} blocks, {terminal.size(cache['memory_bytes'])}, were served from "
+            "memory: the disk is full, or less of it is free than --free-floor says; make room on it"
+        )
     yield (
         f"fetched    {fetch['fetched_blocks']} blocks, {terminal.size(fetch['fetched_bytes'])} in "
         f"{fetch['origin_requests']} requests, {fetch['expired_reads']} reads past their deadline; "

@@ -92,6 +92,12 @@ def test_a_node_that_is_well_has_nothing_to_mend() -> None:
             "kubelet begins",
         ),
         (
+            _worse(cache=dataclasses.replace(_DISK, free_bytes=_DISK.total_bytes * 16 // 100)),
+            "cache-limits",
+            "warning",
+            "served from memory",
+        ),
+        (
             _worse(settings=config.Settings(cache=config.Cache(quota_bytes=99 << 30))),
             "cache-limits",
             "warning",

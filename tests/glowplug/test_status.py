@@ -44,3 +44,21 @@ def test_with_devices(tmp_path: Path) -> None:
             assert "for a mount" in text
     finally:
         blobs.close()
+
+
+@pytest.mark.root
+def test_a_disk_without_room_is_said_to_be_why_nothing_is_kept(tmp_path: Path) -> None:
+    blobs = stack.BlobServer()
+    layer = stack.make_layer(stack.random_image(1 << 17, 1))
+    values = stack.settings(tmp_path, free_floor_bytes=1 << 60)
+    try:
+        with stack.running(values) as client:
+            (device,) = client.attach("a mount", [blobs.add(layer)], stack.OPTIONS)
+            assert "from memory" not in _status(values.state_dir).stdout
+            assert device.read_bytes() == layer.image
+            said = _status(values.state_dir).stdout
+            assert (
+                "2 blocks, 128 KiB, were served from memory: the disk is full, or less of it is free" in said
+            )
+    finally:
+        blobs.close()
