@@ -158,7 +158,7 @@ def replicas(level: float, deviation: float, capacity: Capacity) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Shown:
-    """Requests in flight, the window that shows them, and how long ago they were, if they grow."""
+    """Requests in flight, the window that shows them, and how long ago that was, for what grows."""
 
     level: float
     window_seconds: float
@@ -183,7 +183,8 @@ def _level(history: windows.History, service: float, policy: Policy) -> _Shown:
             break
     if not seconds:
         return _Shown(0.0, 0.0, 0.0)
-    found.append(_Shown(max(arrivals * service, in_service) / seconds, seconds, seconds / 2))
+    # The mean counts as of now: where nothing that has lasted is more, little grows.
+    found.append(_Shown(max(arrivals * service, in_service) / seconds, seconds, 0.0))
     lasting_seconds = max(policy.lasting_seconds, _LASTING_SERVICES * service)
     while lasting_seconds < min(seconds, enough_seconds):
         found.append(_lasted(history, lasting_seconds, service))

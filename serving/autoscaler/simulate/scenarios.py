@@ -146,29 +146,46 @@ def _reactive(endpoint: Endpoint) -> list[Point]:
 
 
 def _ours(endpoint: Endpoint) -> list[Point]:
+    """What a document can set: the target, and a manner."""
     limit, default = endpoint.rules.limit, _default(endpoint)
     made = [
         Point("ours", f"target {_OURS_DEFAULT_PART:.0%}", functools.partial(policies.Ours, default), True)
     ]
-    for part, (down_seconds, evidence, level_seconds) in itertools.product(_PARTS, _OURS_MANNERS):
+    for part, manner in itertools.product(_OURS_PARTS, _OURS_MANNERS):
         settings = dataclasses.replace(
             default,
             target=part * limit,
-            headroom=0.5,
+            headroom=0.0,
             tolerance=0.0,
-            down_window_seconds=down_seconds,
-            evidence=evidence,
-            level_seconds=level_seconds,
+            level_seconds=manner.level_seconds,
+            lasting_seconds=manner.lasting_seconds,
+            down_window_seconds=manner.down_window_seconds,
+            drain_seconds=manner.drain_seconds,
         )
-        label = f"{part:.0%}, down {down_seconds:.0f}, evidence {evidence:.0f}, level {level_seconds:.0f}"
+        label = f"{part:.0%}, {manner.name}"
         made.append(Point("ours", label, functools.partial(policies.Ours, settings)))
     return made
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Manner:
+    """How quick ours is, up and down. The settings are the document's."""
+
+    name: str
+    level_seconds: float
+    lasting_seconds: float
+    down_window_seconds: float
+    drain_seconds: float
+
+
 _OURS_DEFAULT_PART = 0.8
-_OURS_MANNERS = ((300.0, 3.0, 30.0), (300.0, 3.0, 8.0), (60.0, 3.0, 30.0), (60.0, 10.0, 30.0))
-"""The window down, the evidence, the window of the level: quick up and slow down; the same, for bursts that
-come back; quick both ways; slow up and quick down."""
+_OURS_PARTS = (0.5, 0.7, 0.8, 0.9, 1.0)
+_OURS_MANNERS = (
+    _Manner("quick up, slow down", 30.0, 5.0, 300.0, 10.0),
+    _Manner("quick both ways", 30.0, 5.0, 20.0, 10.0),
+    _Manner("mean of 8 s, slow down", 8.0, 8.0, 300.0, 60.0),
+    _Manner("mean of 300 s", 300.0, 300.0, 10.0, 60.0),
+)
 _PARTS = (0.5, 0.7, 0.8, 1.0)
 _SPARE_PART = 1.25
 _CLAIRVOYANT_PART = 0.9
