@@ -88,7 +88,7 @@ def test_engines_say_how_long_requests_take_without_waiting_and_what_they_refuse
     signals = Signals()
     first, second = (
         Vitals(0.0, 0, 0, 10, 0, 5.0, 2.0, 1.0, 0.5),
-        Vitals(2.0, 4, 3, 30, 6, 15.0, 2.0, 3.0, 0.5),
+        Vitals(2.0, 4, 3, 30, 6, 15.0, 2.0, 3.0, 0.5, 0.97),
     )
     signals.observe(Pressure((), {}), None, [_replica(1, first)], "v", 0.0)
     found = signals.observe(Pressure((_load(1, 7),), {}), None, [_replica(1, second)], "v", 2.0)
@@ -96,7 +96,7 @@ def test_engines_say_how_long_requests_take_without_waiting_and_what_they_refuse
     assert demand.service_seconds == pytest.approx(0.5)
     assert (demand.rejected_per_second, demand.queued) == (3.0, 3.0)
     assert (instance.completed_per_second, instance.latency_seconds) == (10.0, 0.5)
-    assert (instance.cpu, instance.memory, instance.queued) == (0.5, 0.5, 3.0)
+    assert (instance.cpu, instance.gpu, instance.memory, instance.queued) == (0.5, 0.97, 0.5, 3.0)
     again = signals.observe(Pressure((_load(1, 2),), {}), None, [_replica(1, second)], "v", 2.5)
     assert _demand(again).queued == 2  # it cannot be more than is in flight
     assert again.instances == (instance._replace(in_flight=2.0),)  # not asked since: as it was
