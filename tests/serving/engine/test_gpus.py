@@ -153,8 +153,8 @@ def test_an_error_of_nvmls_is_said_once_and_fails_nothing(
         assert len(engine.events("gpus")) == 1
 
 
-def test_without_a_driver_there_is_nothing_to_say(tmp_path: Path) -> None:
-    with running.engine(tmp_path, engine=running.stub()) as engine:
+def test_of_an_engine_without_gpus_there_is_nothing_to_say(tmp_path: Path) -> None:
+    with running.engine(tmp_path, engine=running.stub(), gpus=[]) as engine:
         engine.wait_for("ready")
         assert engine.status()["usage"]["gpus"] is None
         assert not engine.events("gpus")
