@@ -62,7 +62,7 @@ _LONGEST_PLATEAU_SECONDS = 240.0
 @dataclasses.dataclass(frozen=True, slots=True)
 class Phase:
     """A stretch of load; the rate goes from one to the other exponentially. `kill`: a replica, from half of
-    it on, once there are two."""
+    it on, as soon as there are two: where starts are slow, in a later one, but not in the last."""
 
     name: str
     seconds: float
@@ -371,7 +371,7 @@ def measure(folder: Path, target: Target, out: Path) -> dict[str, Any]:
         sent = schedule(phases, plan.scale, random.Random(1))
         begins = [sum(each.seconds for each in phases[:number]) for number in range(len(phases))]
         kills = [
-            (begin + each.seconds / 2, begin + each.seconds)
+            (begin + each.seconds / 2, begins[-1])
             for begin, each in zip(begins, phases, strict=True)
             if each.kill
         ]
