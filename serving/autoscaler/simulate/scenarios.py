@@ -179,7 +179,7 @@ class _Manner:
 
 
 _OURS_DEFAULT_PART = 0.8
-_OURS_PARTS = (0.5, 0.7, 0.8, 0.9, 1.0)
+_OURS_PARTS = (0.6, 0.7, 0.8, 0.9, 1.0)
 _OURS_MANNERS = (
     _Manner("quick up, slow down", 30.0, 5.0, 300.0, 10.0),
     _Manner("quick both ways", 30.0, 5.0, 20.0, 10.0),
