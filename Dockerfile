@@ -20,6 +20,7 @@ COPY serving serving
 COPY warmpool warmpool
 COPY cluster cluster
 COPY documents documents
+COPY pages pages
 
 # One environment per image, so that the node does not carry what only the converter needs.
 FROM build AS converter-build
@@ -43,7 +44,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY deploy/bundle deploy/bundle
 ARG SERVING_EXTRAS=operator,imagefs,s3
-RUN EXTRAS="$SERVING_EXTRAS" PACKAGES="glowplug imagefs serving cluster documents" deploy/bundle/build.sh /opt/glowplug
+RUN EXTRAS="$SERVING_EXTRAS" PACKAGES="glowplug imagefs serving cluster documents pages" deploy/bundle/build.sh /opt/glowplug
 
 FROM debian:12-slim AS runtime
 RUN apt-get update \

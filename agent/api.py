@@ -19,13 +19,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 import json
 import logging
 import os
 import socket
-import threading
-import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +32,8 @@ from aiohttp import web
 from agent import errors as agent_errors
 from imagefs import errors
 from imagefs.fuse import control, statedirectory
+from pages import guard, middleware
+from pages.loopthread import LoopThread
 
 MAX_BODY_BYTES = 1 << 20
 """Requests are references and digests; nothing that is uploaded."""
@@ -47,15 +46,6 @@ _ACTING_THREADS = 8
 _BODY_SECONDS = 10.0
 _IDLE_SECONDS = 30.0
 _STOP_SECONDS = 2.0
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-}
-
 _log = logging.getLogger(__name__)
 
 _STATUS_CODES: tuple[tuple[type[errors.ImagefsError], int], ...] = (
@@ -125,14 +115,11 @@ class Api:
     def __init__(self, socket_path: Path, listen: str | None, host_names: Iterable[str] = ()) -> None:
         self._socket_path = socket_path
         self._listen = listen
-        self._host_names = frozenset(
-            name.lower() for name in ("localhost", socket.gethostname(), *host_names)
-        )
+        self._host_names = guard.own_names(host_names)
         self._routes: list[tuple[str, str, Handler, bool]] = []
         self._looking = _Threads(_LOOKING_THREADS, "api-look")
         self._acting = _Threads(_ACTING_THREADS, "api-act")
-        self._loop = asyncio.new_event_loop()
-        self._thread: threading.Thread | None = None
+        self._loop = LoopThread("api-loop")
         self._runners: list[web.AppRunner] = []
         self.port: int | None = None
         self.tcp_error: str | None = None
@@ -141,28 +128,25 @@ class Api:
         """See Routes."""
         if public and method != "GET":
             raise ValueError(f"{method} {path}: what is public is read-only")
-        if self._thread is not None:
+        if self._loop.running:
             raise RuntimeError(f"{method} {path}: the API is running already")
         self._routes.append((method, path, handler, public))
 
     def start(self) -> None:
         """Returns when the sockets take requests. ConfigurationError if the unix socket cannot be had."""
-        self._thread = threading.Thread(target=self._loop.run_forever, name="api-loop", daemon=True)
-        self._thread.start()
+        self._loop.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            self._loop.run(self._open())
         except OSError as exc:
             self.stop()
             raise errors.ConfigurationError(f"cannot listen on {self._socket_path}: {exc.strerror}") from exc
 
     def stop(self) -> None:
         """Refuse new requests, give those in progress a moment, end."""
-        if self._thread is None or self._loop.is_closed():
+        if not self._loop.running:
             return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._loop.run(self._close())
+        self._loop.stop()
         self._looking.end()
         self._acting.end()
 
@@ -202,7 +186,9 @@ class Api:
             await runner.cleanup()
 
     def _application(self, *, tcp: bool) -> web.Application:
-        guards = [_errors_as_json, _host_guard(self._host_names), _read_only] if tcp else [_errors_as_json]
+        guards = (
+            [_errors_as_json, middleware.own_host(self._host_names), _read_only] if tcp else [_errors_as_json]
+        )
         application = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=guards)
         application.router.add_get("/healthz", _health)
         for method, path, handler, public in self._routes:
@@ -227,7 +213,7 @@ class Api:
                 plain = Request(
                     request.method, request.path, dict(request.match_info), dict(request.query), body
                 )
-                return response(await self._loop.run_in_executor(threads.pool, handler, plain))
+                return response(await self._loop.loop.run_in_executor(threads.pool, handler, plain))
 
         return answer
 
@@ -284,7 +270,7 @@ async def _errors_as_json(
         _log.exception("%s %s failed", request.method, request.path)
         reply = control.encode_error(errors.ImagefsError(f"the agent failed: {type(exc).__name__}"))
         response = web.json_response(reply, status=500)
-    response.headers.update(_SECURITY_HEADERS)
+    response.headers.update(guard.HEADERS)
     return response
 
 
@@ -295,35 +281,6 @@ async def _read_only(
     if request.method not in ("GET", "HEAD"):
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD"])
     return await handler(request)
-
-
-def _host_guard(names: frozenset[str]) -> Any:
-    @web.middleware
-    async def guard(
-        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        if not _is_this_host(request.headers.get("Host", ""), names):
-            raise web.HTTPMisdirectedRequest(
-                reason="this is not the host that was asked for: use its address or its name"
-            )
-        return await handler(request)
-
-    return guard
-
-
-def _is_this_host(header: str, names: frozenset[str]) -> bool:
-    """An address cannot be renamed; a name must be one of ours."""
-    try:
-        host = urllib.parse.urlsplit(f"//{header}").hostname
-    except ValueError:
-        return False
-    if not host:
-        return False
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host.lower() in names
-    return True
 
 
 def status_code(error: errors.ImagefsError) -> int:

@@ -65,7 +65,8 @@ EXTRAS = {
 }
 """What pip installs, and for what: a package that is missing is in one of them."""
 
-_OURS = ("", "agent", "cluster", "converter", "documents", "glowplug", "imagefs", "serving", "warmpool")
+_OURS = ["agent", "cluster", "converter", "documents", "glowplug", "imagefs", "pages", "serving", "warmpool"]
+"""Packages that no pip can bring: one that is missing is a bug."""
 
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.InvalidInputError, 3),
@@ -141,7 +142,7 @@ def main() -> None:
         _leave(130)
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
-        if missing in _OURS:
+        if missing in ("", *_OURS):
             raise
         choice = ", ".join(f"'glowplug[{extra}]' {purpose}" for extra, purpose in EXTRAS.items())
         click.echo(

@@ -9,21 +9,19 @@ document in it, for a document may hold secrets. Bodies are bounded by what a do
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
-import socket
-import threading
-import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
 
+from pages import guard, middleware
+from pages.loopthread import LoopThread
+from pages.middleware import Answer
 from serving import endpoint, endpointmetrics, errors, statuspage
 
 _STOP_SECONDS = 2.0
@@ -35,17 +33,7 @@ _STATUS_CODES: tuple[tuple[type[errors.ServingError], int], ...] = (
     (errors.ConfigurationError, 422),
     (errors.UnavailableError, 503),
 )
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'",
-}
 _log = logging.getLogger(__name__)
-
-_Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Actions(Protocol):
@@ -70,29 +58,26 @@ class Api:
         self._socket_path = socket_path
         self._listen = listen
         self._actions = actions
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="status-api", daemon=True)
+        self._loop = LoopThread("status-api")
         self._runners: list[web.AppRunner] = []
         self.tcp_address: tuple[str, int] | None = None
 
     def start(self) -> None:
         """Returns when the sockets answer. ConfigurationError if the unix socket cannot be had; a TCP port
         that is taken is logged and done without, because serving must not depend on being watched."""
-        self._thread.start()
+        self._loop.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            self._loop.run(self._open())
         except OSError as exc:
             self.stop()
             raise errors.ConfigurationError(f"cannot listen on {self._socket_path}: {exc.strerror}") from exc
 
     def stop(self) -> None:
         """Refuse new requests, give those in progress a moment. Without a start, nothing."""
-        if not self._thread.is_alive():
+        if not self._loop.running:
             return
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._loop.run(self._close())
+        self._loop.stop()
 
     # -- on the loop -------------------------------------------------------------------------------
 
@@ -103,7 +88,7 @@ class Api:
         await web.UnixSite(runner, os.fspath(self._socket_path)).start()
         if self._listen is None:
             return
-        runner = await self._runner([_errors_as_json, own_host], acting=False)
+        runner = await self._runner([_errors_as_json, middleware.own_host(guard.own_names())], acting=False)
         site = web.TCPSite(runner, *self._listen)
         try:
             await site.start()
@@ -140,10 +125,10 @@ class Api:
         await runner.setup()
         return runner
 
-    def _json(self, handler: Callable[[web.Request, Mapping[str, Any]], dict[str, Any]]) -> _Answer:
+    def _json(self, handler: Callable[[web.Request, Mapping[str, Any]], dict[str, Any]]) -> Answer:
         async def answer(request: web.Request) -> web.StreamResponse:
             body = _object(await request.read(), request.path)
-            result = await self._loop.run_in_executor(None, handler, request, body)
+            result = await self._loop.loop.run_in_executor(None, handler, request, body)
             return web.json_response(result)
 
         return answer
@@ -155,11 +140,11 @@ class Api:
         return self._actions.logs(request.query.get("replica", ""), min(int(lines), _MAX_LOG_LINES))
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
-        status = await self._loop.run_in_executor(None, self._actions.status)
+        status = await self._loop.loop.run_in_executor(None, self._actions.status)
         return web.Response(text=statuspage.render(status), content_type="text/html")
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        text = await self._loop.run_in_executor(None, self._actions.metrics)
+        text = await self._loop.loop.run_in_executor(None, self._actions.metrics)
         return web.Response(body=text, headers={"Content-Type": endpointmetrics.CONTENT_TYPE})
 
 
@@ -168,7 +153,7 @@ async def _alive(request: web.Request) -> web.StreamResponse:
 
 
 @web.middleware
-async def _errors_as_json(request: web.Request, handler: _Answer) -> web.StreamResponse:
+async def _errors_as_json(request: web.Request, handler: Answer) -> web.StreamResponse:
     try:
         response = await handler(request)
     except errors.ServingError as exc:
@@ -179,25 +164,8 @@ async def _errors_as_json(request: web.Request, handler: _Answer) -> web.StreamR
     except Exception as exc:
         _log.exception("%s %s failed", request.method, request.path)
         response = _refused("ServingError", f"the server failed: {type(exc).__name__}", 500)
-    response.headers.update(_HEADERS)
+    response.headers.update(guard.HEADERS)
     return response
-
-
-@web.middleware
-async def own_host(request: web.Request, handler: _Answer) -> web.StreamResponse:
-    """Answers those who ask for this host by an address or its own name."""
-    try:
-        host = urllib.parse.urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
-    except ValueError:
-        host = ""
-    if host.lower() not in ("localhost", socket.gethostname().lower()):
-        try:
-            ipaddress.ip_address(host)
-        except ValueError as exc:
-            raise web.HTTPMisdirectedRequest(
-                reason="this is not the host that was asked for: use its address or its name"
-            ) from exc
-    return await handler(request)
 
 
 def _refused(kind: str, message: str, status: int) -> web.Response:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import ipaddress
 import json
 import socket
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pages import guard
 from warmpool import errors, view
 from warmpool.settings import Settings
 
@@ -112,9 +111,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if not _is_this_host(self.headers.get("Host", "")):
-            # A page of somebody else's must not read ours through a name of its own.
-            self._answer(421, "text/plain", b"ask for this host by its address or its name\n")
+        if not guard.is_this_host(self.headers.get("Host", ""), guard.own_names()):
+            self._answer(421, "text/plain", f"{guard.REFUSAL}\n".encode())
         elif path == "/healthz":
             healthy = self.shown.healthy
             self._answer(200 if healthy else 503, "text/plain", b"ok\n" if healthy else b"no rounds\n")
@@ -129,26 +127,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        for name, value in (
-            ("Content-Type", kind),
-            ("Content-Length", str(len(data))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            (
-                "Content-Security-Policy",
-                "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-            ),
-        ):
+        told = {"Content-Type": kind, "Content-Length": str(len(data)), **guard.HEADERS}
+        for name, value in told.items():
             self.send_header(name, value)
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(data)
-
-
-def _is_this_host(header: str) -> bool:
-    try:
-        host = urllib.parse.urlsplit(f"//{header}").hostname or ""
-        ipaddress.ip_address(host)
-    except ValueError:
-        return header.partition(":")[0].lower() in ("localhost", socket.gethostname().lower())
-    return True

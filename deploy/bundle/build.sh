@@ -6,7 +6,7 @@
 #   deploy/bundle/build.sh OUT          OUT/versions/VERSION/{bin,lib}, OUT/current -> versions/VERSION
 #
 #   EXTRAS=agent,s3   what of pyproject.toml's extras goes in (agent)
-#   PACKAGES=...      which of our packages (agent glowplug imagefs converter cluster)
+#   PACKAGES=...      which of our packages (agent glowplug imagefs converter cluster pages)
 #   PYTHON=python3    the distribution's interpreter, 3.11 or newer
 #
 # Needs patchelf, and python3 with venv. The kernel wants the loader's path absolute, so a bundle works at its
@@ -17,7 +17,7 @@ out=${1:?usage: build.sh OUT}
 source=$(cd "$(dirname "$0")/../.." && pwd)
 python=$(readlink -f "$(command -v "${PYTHON:-python3}")")
 extras=${EXTRAS:-agent}
-read -ra packages <<<"${PACKAGES:-agent glowplug imagefs converter cluster}"
+read -ra packages <<<"${PACKAGES:-agent glowplug imagefs converter cluster pages}"
 
 number=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$source/pyproject.toml")
 sum=$(cd "$source" && find pyproject.toml "${packages[@]}" -type f ! -path '*/__pycache__/*' -print0 |

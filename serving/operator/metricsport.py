@@ -6,13 +6,13 @@ Owned by `process`: `MetricsPort(...)`, `start`, `stop`. An aiohttp loop in a th
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable
 
 from aiohttp import web
 
-from serving import endpointmetrics, errors, statusapi
+from pages import guard, middleware
+from pages.loopthread import LoopThread
+from serving import endpointmetrics, errors
 
 
 class MetricsPort:
@@ -21,15 +21,14 @@ class MetricsPort:
     def __init__(self, listen: tuple[str, int], metrics: Callable[[], bytes]) -> None:
         self._listen = listen
         self._metrics = metrics
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="metrics", daemon=True)
+        self._loop = LoopThread("metrics")
         self._runner: web.AppRunner | None = None
 
     def start(self) -> tuple[str, int]:
         """Returns where it listens. ConfigurationError if it cannot."""
-        self._thread.start()
+        self._loop.start()
         try:
-            return asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            return self._loop.run(self._open())
         except OSError as exc:
             self.stop()
             raise errors.ConfigurationError(
@@ -39,16 +38,14 @@ class MetricsPort:
 
     def stop(self) -> None:
         """Without a start, nothing."""
-        if not self._thread.is_alive():
+        if not self._loop.running:
             return
         if self._runner is not None:
-            asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            self._loop.run(self._runner.cleanup())
+        self._loop.stop()
 
     async def _open(self) -> tuple[str, int]:
-        application = web.Application(middlewares=[statusapi.own_host])
+        application = web.Application(middlewares=[middleware.own_host(guard.own_names())])
         application.router.add_get("/healthz", self._alive)
         application.router.add_get("/metrics", self._answer)
         self._runner = web.AppRunner(application, access_log=None)
