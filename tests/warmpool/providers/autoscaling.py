@@ -17,12 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import boto3
-import moto.autoscaling.exceptions
-import moto.autoscaling.models
-import moto.autoscaling.responses
 import pytest
-from moto.core.responses import ActionResult, EmptyResult
-from moto.server import ThreadedMotoServer
 
 from tests.warmpool.providers.platform import CLASSES
 from warmpool.provider import Provider
@@ -222,6 +217,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Autoscali
     worlds: list[Autoscaling] = []
     for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
         monkeypatch.setenv(name, value)
+    # Here, because each process of a test run imports this file, and moto's EC2 takes it a second.
+    from moto.server import ThreadedMotoServer
+
     _extend(monkeypatch, worlds)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -233,6 +231,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[Autoscali
 
 
 def _extend(monkeypatch: pytest.MonkeyPatch, worlds: list[Autoscaling]) -> None:
+    import moto.autoscaling.exceptions
+    import moto.autoscaling.models
+    import moto.autoscaling.responses
+    from moto.core.responses import ActionResult, EmptyResult
+
     responses = moto.autoscaling.responses.AutoScalingResponse
     backend = moto.autoscaling.models.AutoScalingBackend
     error = moto.autoscaling.exceptions.AutoscalingClientError
