@@ -43,6 +43,7 @@ LIBZSTD_VERSION: Final = (
     zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
 )
 _MOVED_PIECE_BYTES = 1 << 20
+_ZEROS_AHEAD_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class LayerBlobWriter:
         self._lock = threading.Condition()
         self._in_flight = 0
         self._error: BaseException | None = None
-        self._waiting: dict[int, tuple[_Packed, bytearray | None]] = {}
+        self._waiting: dict[int, tuple[_Packed, memoryview | None]] = {}
         self._next = 1
         self._entries: dict[int, _Entry] = {}
         self._first: _Packed | None = None
@@ -120,7 +121,7 @@ class LayerBlobWriter:
 
     # -- BlockSink ---------------------------------------------------------------------------------------
 
-    def acquire(self) -> bytearray:
+    def acquire(self) -> memoryview:
         """A buffer of `block_bytes`; waits for one, raises the first error of any thread."""
         around = self._laps.enter(None)
         try:
@@ -128,9 +129,9 @@ class LayerBlobWriter:
         finally:
             self._laps.enter(around)
 
-    def put(self, index: int, buffer: bytearray, length: int) -> None:
+    def put(self, index: int, buffer: memoryview, length: int) -> None:
         """Take block `index`; `buffer` is not the caller's any more."""
-        if length == self._block_bytes and buffer == _zeros(length):
+        if length == self._block_bytes and _is_zeros(buffer):
             self._pool.release(buffer)
             self.put_zeros(index)
             return
@@ -221,7 +222,7 @@ class LayerBlobWriter:
 
     # -- in the executor's threads -----------------------------------------------------------------------
 
-    def _work(self, index: int, buffer: bytearray, length: int) -> None:
+    def _work(self, index: int, buffer: memoryview, length: int) -> None:
         # Reading an error without the lock risks one block of wasted work, no more.
         if self._error is None:
             with memoryview(buffer) as view, self._laps.meter.laps() as laps:
@@ -243,7 +244,7 @@ class LayerBlobWriter:
         if error is not None:
             self._pool.wake()
 
-    def _arrive(self, index: int, packed: _Packed, buffer: bytearray | None) -> None:
+    def _arrive(self, index: int, packed: _Packed, buffer: memoryview | None) -> None:
         """Take a packed block (lock held), and write all blocks whose turn has come."""
         if index == 0:
             self._first = packed
@@ -350,6 +351,12 @@ def _seek_table(entries: Iterable[_Entry]) -> bytes:
 def _zeros(length: int) -> bytes:
     """One constant for all layers of a conversion: it is as large as a block."""
     return bytes(length)
+
+
+def _is_zeros(buffer: memoryview) -> bool:
+    # Views are compared byte by byte, bytes at once; a copy only of what begins like one.
+    zeros = _zeros(len(buffer))
+    return buffer[:_ZEROS_AHEAD_BYTES] == zeros[:_ZEROS_AHEAD_BYTES] and bytes(buffer) == zeros
 
 
 def _compress_bound(length: int) -> int:

@@ -40,7 +40,7 @@ _SMALLEST_GAP = 2 * _SLOT
 class Target(Protocol):
     """Where the region is written; offsets are bytes in the image."""
 
-    def at(self, offset: int) -> tuple[bytearray, int]:
+    def at(self, offset: int) -> tuple[memoryview, int]:
         """A buffer and the position in it for `offset`, good to the end of that 4 KiB."""
 
     def done_below(self, offset: int) -> None:

@@ -46,10 +46,10 @@ _MAX_IMAGE_BYTES = 1 << 44
 class BlockSink(Protocol):
     """Where the blocks go."""
 
-    def acquire(self) -> bytearray:
+    def acquire(self) -> memoryview:
         """A buffer of `block_bytes`, whatever it holds; may block until one is free."""
 
-    def put(self, index: int, buffer: bytearray, length: int) -> None:
+    def put(self, index: int, buffer: memoryview, length: int) -> None:
         """Take the first `length` bytes as block `index`: less than all only of the image's last block."""
 
     def put_zeros(self, index: int) -> None:
@@ -147,7 +147,7 @@ class ErofsWriter:
         return self._finish_first(first, root, plan, self._block_bytes, self._block_bytes + self._position)
 
     def _finish_first(
-        self, first: bytearray, root: Node, plan: erofs_metadata.Plan, data_start: int, end: int
+        self, first: memoryview, root: Node, plan: erofs_metadata.Plan, data_start: int, end: int
     ) -> Layout:
         """Complete a block 0 that the metadata goes into."""
         erofs_metadata.write(root, plan, _BLOCK_BYTES, data_start, _OneBuffer(first))
@@ -165,7 +165,7 @@ class ErofsWriter:
         return self._put_first(_zeroed(self._sink, self._block_bytes), plan, start, end, digest)
 
     def _put_first(
-        self, first: bytearray, plan: erofs_metadata.Plan, start: int, end: int, digest: bytes
+        self, first: memoryview, plan: erofs_metadata.Plan, start: int, end: int, digest: bytes
     ) -> Layout:
         superblock = ondisk.Superblock(
             root_nid=plan.root_nid,
@@ -192,7 +192,7 @@ class _DataBlocks:
         self._next = 0
         """Which block of the data is put next, and stands in `_buffer` if there is one: block `_next` + 1 of
         the image."""
-        self._buffer: bytearray | None = None
+        self._buffer: memoryview | None = None
         self._view = memoryview(b"")
         self._filled = 0
 
@@ -207,7 +207,7 @@ class _DataBlocks:
         self._filled = within + got
         return got
 
-    def move(self, length: int, offset: int) -> bytearray:
+    def move(self, length: int, offset: int) -> memoryview:
         """The `length` bytes of data so far (none was put yet), moved to `offset` of a buffer that has zeros
         before it. The buffer is the caller's to put."""
         if self._buffer is None:
@@ -261,10 +261,10 @@ class _DataBlocks:
 class _OneBuffer:
     """Block 0 as `erofs_metadata.Target`."""
 
-    def __init__(self, buffer: bytearray) -> None:
+    def __init__(self, buffer: memoryview) -> None:
         self._buffer = buffer
 
-    def at(self, offset: int) -> tuple[bytearray, int]:
+    def at(self, offset: int) -> tuple[memoryview, int]:
         return self._buffer, offset
 
     def done_below(self, offset: int) -> None:
@@ -279,10 +279,10 @@ class _MetadataBlocks:
         self._block_bytes = block_bytes
         self._next = start // block_bytes
         self._end = end
-        self._open: dict[int, bytearray] = {}
+        self._open: dict[int, memoryview] = {}
         self._hasher = hashlib.sha256()
 
-    def at(self, offset: int) -> tuple[bytearray, int]:
+    def at(self, offset: int) -> tuple[memoryview, int]:
         index, within = divmod(offset, self._block_bytes)
         buffer = self._open.get(index)
         if buffer is None:
@@ -310,7 +310,7 @@ class _MetadataBlocks:
         self._next += 1
 
 
-def _zeroed(sink: BlockSink, length: int) -> bytearray:
+def _zeroed(sink: BlockSink, length: int) -> memoryview:
     buffer = sink.acquire()
     buffer[:] = bytes(length)
     return buffer
