@@ -32,7 +32,7 @@ from tests.imagefs.fuse import packing, stack
 pytestmark = pytest.mark.root
 
 BLOCK_BYTES = 65536
-IMAGE = stack.random_image(12 * BLOCK_BYTES, 77)
+IMAGE = stack.layer_image(12 * BLOCK_BYTES, 77)
 LAYER = stack.make_layer(IMAGE)
 OTHER = stack.make_layer(stack.random_image(4 * BLOCK_BYTES, 78))
 

@@ -283,7 +283,7 @@ def test_an_origin_that_dies_in_the_middle_of_the_frames(tmp_path: Path, blobs: 
     frame_pages = pack.table.frames[0].uncompressed_bytes // 4096
     values = stack.settings(tmp_path, read_deadline_seconds=8.0)
     with stack.running(values) as client:
-        blobs.cut_after_bytes = 3 * pack.table.frames[0].compressed_bytes + 1
+        blobs.cut_after_bytes = pack.table.frames[3].offset + 1
         (device,) = client.attach("owner", [blobs.add(layer)], stack.OPTIONS, packing.add(blobs, pack))
         frames = len(pack.table.frames)
         eventually(lambda: _pack_status(client)["failed_frames"] == frames - 3, "frames fail")
