@@ -14,6 +14,7 @@ import pytest
 from imagefs import errors, kernelreadahead, mount
 from imagefs.fuse.startreadahead import START_SECONDS, StartReadAhead
 from imagefs.mount import Mode
+from tests.fixtures import layer_image
 from tests.imagefs.fuse import packing, stack
 from tests.imagefs.fuse.stack import eventually
 
@@ -152,7 +153,7 @@ def test_the_server_raises_it_once_the_pack_is_of_no_more_use(
     tmp_path: Path, blobs: stack.BlobServer
 ) -> None:
     """Not while it is recorded, nor while the pack comes; by a successor of the server, too."""
-    layer = stack.make_layer(_erofs(tmp_path), 65536)
+    layer = _layer()
     pages = len(layer.image) // 4096
     pack = packing.make([layer], [(0, 0, pages // 2)])
     with stack.running(stack.settings(tmp_path)) as client:
@@ -176,9 +177,8 @@ def test_the_server_raises_it_once_the_pack_is_of_no_more_use(
             mount.unmount_all(points)
 
 
-def _erofs(folder: Path) -> bytes:
-    tree = folder / "tree"
-    tree.mkdir()
-    (tree / "file").write_bytes(os.urandom(1 << 20))
-    subprocess.run(["mkfs.erofs", folder / "image", tree], check=True, capture_output=True)
-    return (folder / "image").read_bytes()
+def _layer() -> stack.Layer:
+    """Of our writer's making: with a boot pack, nothing else is shown to the kernel."""
+    node = layer_image.file()
+    image = layer_image.build(layer_image.directory({b"file": node}), {node: os.urandom(1 << 20)})
+    return stack.make_layer(image, 65536)
