@@ -11,7 +11,7 @@ import click
 
 from glowplug import settings
 from glowplug.startup import result, speed
-from glowplug.verbs.trace import until_options
+from glowplug.verbs.trace import up_options
 from imagefs import duration, errors
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Starts of each kind.")
 @click.option("--rate", default="1gbit", show_default=True, help="The link's rate, as tc writes it.")
 @click.option("--rtt", default="0", show_default=True, help="Round-trip time to add, as in 50ms.")
-@until_options
+@up_options
 @click.option("-e", "--env", "environment", metavar="K=V", multiple=True, help="As in run.")
 @click.option(
     "--json",
@@ -85,8 +85,6 @@ def command(
     The image is copied into a registry of its own, behind a link of the given speed; what it lacks, block
     image or boot pack, is made there. It is ready when --until-log or --until-http say so, or when CMD ends.
     """
-    if until.seconds is not None:
-        raise click.UsageError("--seconds says nothing of a start: use --until-log or --until-http")
     if (result.TUNED in modes) != bool(others) and modes:
         raise click.UsageError("mode tuned and --containerd go together")
     for path in filter(None, (document, page)):

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 def until_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """When the start is over, as keyword `until` (readiness.Until)."""
+    seconds = click.option(
+        "--seconds", type=click.FloatRange(min=0, min_open=True), help="Stop after that time."
+    )
+    return seconds(up_options(function))
+
+
+def up_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `until_options`, without the one that says nothing of when a start is up."""
 
     @click.option(
         "--until-log",
@@ -36,14 +44,13 @@ def until_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Stop when URL answers with 2xx; [HOST]:PORT: when it takes a connection.",
     )
     @click.option("--until-exit", is_flag=True, help="Stop when CMD ends (the default).")
-    @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Stop after that time.")
     @functools.wraps(function)
     def wrapper(
         *args: Any,
         until_log: str | None,
         until_http: str | None,
         until_exit: bool,
-        seconds: float | None,
+        seconds: float | None = None,
         **kwargs: Any,
     ) -> Any:
         from glowplug import readiness

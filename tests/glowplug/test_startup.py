@@ -203,7 +203,7 @@ def test_a_command_that_fails_says_so_and_leaves_nothing(ref: str) -> None:
     [
         (["oci:x", "--rate", "fast"], 3, "not a rate"),
         (["oci:x", "--rtt", "5 parsecs"], 3, "--rtt"),
-        (["oci:x", "--seconds", "3"], 2, "--until-log or --until-http"),
+        (["oci:x", "--seconds", "3"], 2, "No such option"),
         (["oci:x", "--mode", "magic"], 2, "magic"),
         (["oci:x", "--containerd", "/nowhere,mine"], 8, "/nowhere/containerd"),
         (["oci:x", "--mode", "tuned"], 2, "go together"),
