@@ -222,7 +222,7 @@ def _sized(state: State, demand: Demand, there: list[Instance], now: float) -> _
         step_from=step_from,
         step_seconds=step_seconds,
     )
-    resting = "" if season.trusted else "the forecast rests: for a day it cost and saved nothing"
+    resting = "" if season.trusted else "the forecast rests: a day cost more than it saved"
     note = "; ".join(filter(None, (relimited, resting)))
     because = Explanation("demand", need.level, need.window_seconds, need.formula, note=note)
     return _moved(state, need, because, quiet, lowers)

@@ -5,10 +5,10 @@ remembers the mean demand at that time, yesterday's most. What the bins of a sta
 under the size: it raises, and never lowers. A bin that was not watched for most of its time learns nothing,
 and expects nothing before its first day.
 
-It is held to account, day for day: `extra` replica-seconds that nobody would have asked for without it, and
-`saved` seconds, in which demand was more than would have been ready without it and it had asked for more. A
-day with extras that saved nothing ends the trust in it; it goes on expecting, unheeded, and a day on which it
-would have saved something brings the trust back.
+It is held to account, day for day, in replica-seconds: `extra`, that nobody would have asked for without it,
+and `saved`, that were needed, would not have been ready without it, and for which it had asked. A day whose
+extras are more than what it saved is worth ends the trust in it; it goes on expecting, unheeded, and a day on
+which it would have been worth them brings the trust back.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _WATCHED = 0.8
 """Of a bin, for it to learn."""
 _NEWEST = 0.5
 """What the latest day counts in a bin."""
+_WORTH = 10.0
+"""Idle replica-seconds that one is worth which was needed and there. Not any number: chance alone saves some
+seconds on any day on which there is more than without it."""
 _RECENT = 16
 """Entries that tell what was asked for a start's time ago."""
 
@@ -91,7 +94,7 @@ def scored(
         past += 1
     if past:
         _, was_without, was_with = recent[past - 1]
-        saved = seconds if needed > was_without and was_with > was_without else 0.0
+        saved = max(0.0, min(needed, was_with) - was_without) * seconds
         recent = recent[past - 1 :]
     if not recent or stamp - recent[-1][0] >= start_seconds / _RECENT:
         recent = (*recent, (stamp, without, max(without, floor)))
@@ -108,10 +111,8 @@ def scored(
 def _judged(season: Season) -> Season:
     """The account of a day is closed, and another opened."""
     trusted = season.trusted
-    if season.saved_seconds:
-        trusted = True
-    elif season.extra_seconds:
-        trusted = False
+    if season.extra_seconds or season.saved_seconds:
+        trusted = _WORTH * season.saved_seconds >= season.extra_seconds
     return dataclasses.replace(
         season, trusted=trusted, scored_seconds=0.0, extra_seconds=0.0, saved_seconds=0.0, recent=()
     )

@@ -137,3 +137,20 @@ def test_a_crowd_at_another_hour_each_day_ends_the_trust_and_then_costs_nothing(
     assert cost[1] > 1.3 * without_cost[1]  # the second day was to be like the first
     assert trusted == [True, True, False, False]
     assert cost[2:] == without_cost[2:]
+
+
+def account(extra: float, saved: float) -> forecast.Season:
+    """A day: `extra` replicas beyond need for an hour, then 5 for as long, of which `saved` were needed."""
+    season = forecast.Season()
+    hour = (3600.0, 100.0)
+    season = forecast.scored(season, 1.0, 1, 1 + extra, *hour)
+    season = forecast.scored(season, 1.0 + saved, 1, 6.0, *hour)
+    return forecast.scored(season, 1.0, 6, 0.0, DAY, 100.0)
+
+
+def test_what_it_saves_by_chance_does_not_keep_the_trust() -> None:
+    assert account(1, 5.0).trusted
+    assert account(45, 5.0).trusted  # ten idle replica-seconds for one that was needed
+    assert not account(46, 5.0).trusted
+    assert not account(50, 0.1).trusted
+    assert not account(1, 0.0).trusted
