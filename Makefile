@@ -46,8 +46,9 @@ test: setup ## Run all tests but the soak ones, and report coverage
 	$(PYTHON) -m coverage erase
 	@# A file's tests stay in one process, in order: what they share is built once. Files go out in the order of
 	@# tests/conftest.py. Two processes a core, because many tests wait for what they have started.
-	$(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
-	    -m "not soak" $(TEST_ARGS)
+	@# They start thousands of interpreters: with bytecode, also where the environment asks for none.
+	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile \
+	    --no-loadscope-reorder -m "not soak" $(TEST_ARGS)
 	@# A report must not fail what every test passed.
 	$(PYTHON) -m tests.torncoverage
 	$(PYTHON) -m coverage combine -q
