@@ -68,7 +68,7 @@ def test_bars_are_drawn_on_a_terminal_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["nonsense"], 3, "not an image reference"),
+        (["nonsense"], 3, "names no transport"),
         (["oci:{}/absent"], 4, "absent"),
         (["oci:{}:latest", "--block-size", "3M"], 3, "power of two"),
         (["oci:{}:latest", "--frame-size", "8M"], 3, "frame size"),
