@@ -49,9 +49,8 @@ _UNKNOWN_OPERATION = "control: unknown operation"
 _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
 WORKERS = 4
-"""FUSE processes: more than processors, so that the disk has a next request while an answer is copied. By
-four on two cores a library of 434 MB came in 0.95 of the time of local EROFS, by two in 1.06
-(docs/benchmarks.md)."""
+"""FUSE processes: more than processors, so that the disk has a next request while an answer is copied. On two
+cores four of them bring a large library in 0.82 to 0.89 of the time of two (docs/benchmarks.md)."""
 
 
 class StoppingError(errors.UnavailableError):
