@@ -32,8 +32,8 @@ def find(file: Path | None, context: str | None) -> Access:
         namespace = _namespace(name, context)
     except (kubernetes.config.ConfigException, OSError, ValueError, TypeError, yaml.YAMLError) as exc:
         raise errors.ConfigurationError(
-            f"kubernetes: no way to an API server: {exc}; this is no pod, and no kubeconfig says it: name "
-            "one, or url with ca_file and token_file"
+            f"kubernetes: no way to an API server: {exc} This is no pod, and no kubeconfig says it: set "
+            "KUBECONFIG to one that kubectl can use, or run as a pod with a service account"
         ) from exc
     try:
         pool = kubernetes.client.ApiClient(configuration).rest_client.pool_manager
