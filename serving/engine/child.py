@@ -27,6 +27,7 @@ _LINE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _AFTER_KILL_SECONDS = 20.0
+_LAST_LINES_SECONDS = 1.0
 _REAP_SECONDS = 0.02
 
 _GUARD = (sys.executable, "-I", "-S", "-c", "import os, sys; os.read(0, 1); os.killpg(int(sys.argv[1]), 9)")
@@ -96,8 +97,11 @@ class Child:
         """Its exit status, negative for a signal."""
         return await self._process.wait()
 
-    def why(self) -> str:
+    async def why(self) -> str:
         """How it ended, with the last lines that it wrote."""
+        if not self.running:
+            # They may be in the pipe still. A grandchild may hold that open: it is not waited for.
+            await asyncio.wait({self._reading}, timeout=_LAST_LINES_SECONDS)
         status = self._process.returncode
         if status is None:
             how = "the engine was killed"

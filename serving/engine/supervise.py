@@ -322,9 +322,9 @@ class Supervisor:
         why = "its servers are not up"
         while not self._leaving.is_set():
             if not child.running:
-                return child.why()
+                return await child.why()
             if time.monotonic() > deadline:
-                return f"not ready within {self._kind.start_timeout_seconds:g} s: {why}\n{child.why()}"
+                return f"not ready within {self._kind.start_timeout_seconds:g} s: {why}\n{await child.why()}"
             if waiting_for is None and self._kind.up():
                 waiting_for = set(self._kind.servers())
                 self._phases = phases.enter(self._phases, phases.FIRST_TOKEN, time.monotonic())
@@ -356,7 +356,7 @@ class Supervisor:
             while not self._leaving.is_set():
                 await self._tick(child, watch.TICK_SECONDS)
                 if not child.running:
-                    return child.why()
+                    return await child.why()
                 if (why := watching.look(time.monotonic())) is not None:
                     self._hangs += 1
                     self._ledger.set_state(State.HUNG)
