@@ -14,7 +14,7 @@ DEMO ?= torch
 BENCH_ARGS ?=
 STARTUP_ARGS ?=
 TEST_ARGS ?=
-TEST_PROCESSES ?= $(shell echo $$((2 * $$(nproc))))
+TEST_PROCESSES ?= $(shell echo $$(($$(nproc) + 1)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup debian demo test soak check fmt bench benchrouter benchautoscale proto clean
