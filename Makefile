@@ -45,7 +45,7 @@ test: setup ## Run all tests but the soak ones, and report coverage
 	@deploy/setup-debian tests
 	$(PYTHON) -m coverage erase
 	@# A file's tests stay in one process, in order: what they share is built once. Files go out in the order of
-	@# tests/conftest.py. Two processes a core, because many tests wait for what they have started.
+	@# tests/conftest.py. One process more than processors, because many tests wait for what they have started.
 	@# They start thousands of interpreters: with bytecode, also where the environment asks for none.
 	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile \
 	    --no-loadscope-reorder -m "not soak" $(TEST_ARGS)

@@ -38,7 +38,6 @@ MOST_BUFFERS: Final = 2
 """Sink buffers that a writer holds at most, both of them only while it writes a metadata region of several
 blocks. With two it waits for nothing but the sink."""
 
-_BLOCK_BITS = ondisk.BLOCK_BITS
 _BLOCK_BYTES = ondisk.BLOCK_BYTES
 _MAX_IMAGE_BYTES = 1 << 44
 

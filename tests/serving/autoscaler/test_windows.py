@@ -36,6 +36,22 @@ def buckets(
     return history
 
 
+@given(
+    st.lists(st.tuples(st.floats(0.1, 3.0), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=80),
+    st.sampled_from([5.0, 20.0, 300.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_peak_of_more_at_any_moment_is_never_less(
+    steps: list[tuple[float, int, int]], window_seconds: float
+) -> None:
+    less, more, stamp = Peak(), Peak(), 0.0
+    for seconds, value, surplus in steps:
+        stamp += seconds
+        less = less.pushed(stamp, float(value), window_seconds)
+        more = more.pushed(stamp, float(value + surplus), window_seconds)
+        assert less.value <= more.value
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200), st.floats(0.05, 20))
 def test_a_history_keeps_the_last_minute_whatever_the_cadence(counts: list[float], seconds: float) -> None:
     history = buckets(counts, seconds)
