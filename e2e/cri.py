@@ -49,7 +49,7 @@ def push_pause(server: registry.Registry, folder: Path) -> str:
 def cold(over: link.Link, workload: workloads.Workload, image: str, sandbox_image: str) -> Start:
     """One start from nothing: PullImage, then a container of it, by the agent."""
     with _folder() as folder, contextlib.ExitStack() as stack:
-        agent = node.Agent(folder, folder / "containerd/certs.d", over.client.command([]))
+        agent = node.Agent(folder, folder / "containerd/certs.d", over.client.command([]), workers=0)
         stack.callback(agent.stop_devices)
         stack.callback(machine.unmount_below, folder)
         stack.callback(agent.stop)
