@@ -27,11 +27,13 @@ _SIZE_SUFFIXES = ("_bytes", "_bytes_per_second")
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cache:
     """The block cache. `free_floor_percent` of its filesystem stays free: more than the 15 % below which
-    kubelet begins to delete images, so that our blocks go before anybody's images do."""
+    kubelet begins to delete images, so that our blocks go before anybody's images do. `layer_files`: a
+    layer that is here whole gets a file of its own, where there is room, and is mounted from it."""
 
     directory: Path = Path("/var/lib/glowplug/cache")
     quota_bytes: int = 20 << 30
     free_floor_percent: int = 17
+    layer_files: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ _KEPT = {
     "cache.directory": "cache_dir",
     "cache.quota_bytes": "cache_quota_bytes",
     "cache.free_floor_percent": "free_floor_bytes",
+    "cache.layer_files": "layer_files",
     "reads.deadline_seconds": "read_deadline_seconds",
     "reads.connections": "connections",
     "reads.workers": "workers",
@@ -206,6 +207,7 @@ class Agent:
         for step in (
             self._watch_devices,
             self._images.sweep,
+            self._images.note_files,
             self._images.start_read_ahead.tell,
             self._reconciler.heal,
             self._fills.tick,
@@ -277,6 +279,7 @@ def server_settings(settings: config.Settings, origins: connect.Options) -> cont
         workers=settings.reads.workers or control.WORKERS,
         read_deadline_seconds=settings.reads.deadline_seconds,
         connections=settings.reads.connections,
+        layer_files=settings.cache.layer_files,
         origins=origins,
     )
 

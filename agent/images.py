@@ -86,6 +86,8 @@ class Images:
         self._attached: set[str] = set()
         self._told: set[str] = set()
         self._attaching: dict[str, threading.Lock] = {}
+        self._files: dict[str, Mapping[str, Path]] = {}
+        """Of attached images: map digest -> file, of the layers that have one."""
         self._roots: dict[str, RootAttributes | None] = {}
         self._inodes: dict[str, int] = {}
         self._coverage: dict[str, tuple[float, Mapping[str, Coverage]]] = {}
@@ -131,17 +133,30 @@ class Images:
     def directory(self, block_digest: str, layer: int) -> Path:
         """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
         row, found = self._layer(block_digest, layer)
-        path = self._mounts.find(found.mount_number, row.device(found))
+        file = self._files.get(block_digest, {}).get(found.map_digest)
+        path = self._mounts.find(found.mount_number, row.device(found), in_file=file is not None)
         if path is not None:
             return path
         started = self._clock()
         device = self.attach(block_digest)[layer]
+        if block_digest not in self._files:
+            self._note_files(block_digest)
+            file = self._files[block_digest].get(found.map_digest)
         name = f"{row.reference}: layer {layer} ({found.map_digest})"
-        kib = self.start_read_ahead.kib(row, recorded=row.boot_pack is None and self._is_recorded(row))
-        path = self._mounts.ensure(found.mount_number, name, device, kib)
+        recorded = row.boot_pack is None and self._is_recorded(row)
+        kib = self.start_read_ahead.kib(row, recorded=recorded)
+        path = self._mounts.ensure(found.mount_number, name, device, kib, None if recorded else file)
         self.start_read_ahead.mounted(owner_of(block_digest), [found])
         self._observer.phase(row.reference, "mount", self._clock() - started)
         return path
+
+    def note_files(self) -> None:
+        """Ask which layers of the attached images have files of their own by now."""
+        for block_digest in list(self._attached):
+            self._note_files(block_digest)
+
+    def _note_files(self, block_digest: str) -> None:
+        self._files[block_digest] = self._devices.layer_files(owner_of(block_digest))
 
     def _is_recorded(self, row: ImageRow) -> bool:
         if self._sampler is None:
@@ -376,6 +391,7 @@ class Images:
 
     def _detach(self, block_digest: str) -> None:
         self._attached.discard(block_digest)
+        self._files.pop(block_digest, None)
         self._told.discard(block_digest)
         with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
             self._devices.detach(owner_of(block_digest))

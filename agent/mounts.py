@@ -1,8 +1,12 @@
-"""The mount points of lazy layers: root/layers/<number>, EROFS on a device file each.
+"""The mount points of lazy layers: root/layers/<number>, EROFS on a device file each, or on a layer file.
 
 Owned by the agent's images.py, which says what is to be mounted; any thread. Layers are mounted at first use
 and stay: every container's overlay has private clones of them, so that taking a mount point away never hurts
 who runs, and the mounts outlive the agent.
+
+A layer that got a file of its own in the block cache (imagefs/layerfiles.py) is mounted from there, over the
+mount of its device if there is one: what comes later sees the file, and at no moment is there nothing to see.
+The file is mounted by a link that has the device's name, .files/<name>, by which a later agent knows it.
 
 A mount is as good as the FUSE mount under its device file. When that one is replaced (keeper and server died
 together, or were stopped), every layer mount from before is dead, though a look at it shows nothing. So the
@@ -24,6 +28,7 @@ from imagefs.fuse.devices import write_atomically
 from imagefs.mount import Mode
 
 _GENERATION = ".generation"
+_FILES = ".files"
 _LOOP = "/dev/loop"
 
 
@@ -36,6 +41,8 @@ class LayerMounts:
         self._lock = threading.Lock()
         self._placing: dict[int, threading.Lock] = {}
         self._mounted: dict[int, str] = {}
+        self._in_files: set[int] = set()
+        """Those of `_mounted` that lie on a layer file."""
         self._mode: Mode | None = None
 
     def path(self, number: int) -> Path:
@@ -46,11 +53,11 @@ class LayerMounts:
         """Take stock of what an earlier agent left mounted. Whether it is alive: if not, it is unmounted.
         The device server must be running. ConfigurationError if the directory cannot be written."""
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self._directory, self._directory / _FILES):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
             raise errors.ConfigurationError(f"cannot make {self._directory}: {exc.strerror}") from exc
-        for number, device in self._found().items():
-            self._mounted[number] = device
+        self._mounted, self._in_files = self._found()
         return self.renew()
 
     def renew(self) -> bool:
@@ -76,16 +83,26 @@ class LayerMounts:
         with self._lock:
             return dict(self._mounted)
 
-    def find(self, number: int, device_name: str) -> Path | None:
-        """The mount point, if this layer is mounted there."""
+    def find(self, number: int, device_name: str, *, in_file: bool = False) -> Path | None:
+        """The mount point, if this layer is mounted there, and, where that is wanted, from its file."""
+        if in_file and number not in self._in_files:
+            return None
         return self.path(number) if self._has(number, device_name) else None
 
     def ensure(
-        self, number: int, name: str, device: Path, read_ahead_kib: int = kernelreadahead.READ_AHEAD_KIB
+        self,
+        number: int,
+        name: str,
+        device: Path,
+        read_ahead_kib: int = kernelreadahead.READ_AHEAD_KIB,
+        file: Path | None = None,
     ) -> Path:
-        """Mount a layer (`name` for messages) unless it is mounted. Raises what imagefs.mount raises."""
+        """Mount a layer (`name` for messages) unless it is mounted: from its `file`, if that is there
+        to be mounted. Raises what imagefs.mount raises."""
         target = self.path(number)
         with self._place(number):
+            if file is not None and self._ensure_file(number, name, device.name, file):
+                return target
             if self._has(number, device.name):
                 return target
             if number in self._mounted:
@@ -98,6 +115,26 @@ class LayerMounts:
             with self._lock:
                 self._mounted[number] = device.name
         return target
+
+    def _ensure_file(self, number: int, name: str, device_name: str, file: Path) -> bool:
+        """With the number's lock held. False where the file cannot be mounted: it went, most likely."""
+        target, link = self.path(number), self._directory / _FILES / device_name
+        present = self._has(number, device_name)
+        if present and number in self._in_files:
+            return True
+        try:
+            if number in self._mounted and not present:
+                self._take_away(number)
+            target.mkdir(mode=0o700, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(file)
+            self._mode = mount.mount_layer(self._mode, name, link, target).mode
+        except (OSError, errors.ImagefsError):
+            return False
+        with self._lock:
+            self._mounted[number] = device_name
+            self._in_files.add(number)
+        return True
 
     def backing_device(self, number: int) -> str | None:
         """What backs the mount (kernelreadahead.py); None where nothing is mounted."""
@@ -145,7 +182,11 @@ class LayerMounts:
         with contextlib.suppress(OSError):
             target.rmdir()
         with self._lock:
-            self._mounted.pop(number, None)
+            name = self._mounted.pop(number, None)
+            self._in_files.discard(number)
+        if name is not None:
+            with contextlib.suppress(OSError):
+                (self._directory / _FILES / name).unlink()
 
     def _generation(self) -> str:
         devices = statedirectory.mounted(statedirectory.device_directory(self._state_dir))
@@ -154,15 +195,24 @@ class LayerMounts:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {devices[-1]}\n"
 
-    def _found(self) -> dict[int, str]:
-        """What is mounted below the directory, by the kernel's account: the topmost at each number."""
+    def _found(self) -> tuple[dict[int, str], set[int]]:
+        """What is mounted below the directory, by the kernel's account: the topmost at each number, and which
+        of them lie on layer files."""
         found: dict[int, str] = {}
+        in_files: set[int] = set()
         prefix = f"{os.path.realpath(self._directory)}/"
+        links = list((self._directory / _FILES).iterdir())
+        # A loop device knows its file, not the link that it was named by.
+        names = {str(link): link.name for link in links} | {
+            os.path.realpath(link): link.name for link in links
+        }
         for point in holders.mount_points():
             number = point.directory.removeprefix(prefix)
             if point.directory.startswith(prefix) and number.isdigit():
-                found[int(number)] = Path(_backing(point.source)).name
-        return found
+                backing = _backing(point.source)
+                found[int(number)] = names.get(backing, Path(backing).name)
+                (in_files.add if backing in names else in_files.discard)(int(number))
+        return found, in_files
 
 
 def _backing(source: str) -> str:

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,45 +77,60 @@ class Bench:
 
 
 def warm(bench: Bench) -> Result:
-    """Block cache full, page cache dropped: the lazy mount against the same layer images on local disk."""
+    """Block cache full, page cache dropped: the lazy mount, by its devices and from layer files, against the
+    same layer images on local disk."""
     name = bench.push()
-    root, local = bench.folder / "lazy-root", bench.folder / "local-root"
+    places = {
+        "local EROFS": bench.folder / "local-root",
+        "glowplug, by devices": bench.folder / "device-root",
+        "glowplug, whole layers": bench.folder / "lazy-root",
+    }
+    local, by_devices, whole = places.values()
     with lazy.use(bench.link, bench.folder / "glowplug") as glowplug:
         glowplug.convert(name)
         with (
-            glowplug.mounted(name, root, near=True),
+            glowplug.mounted(name, by_devices, near=True),
             plain.mounted(bench.workload, bench.folder / "plain", local),
         ):
-            _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
-            largest = weights.largest(local)
-            actions: dict[str, Callable[[Path], None]] = {
-                f"read one library of {(local / largest).stat().st_size / 1e6:.0f} MB": lambda at: _shell(
-                    f"dd if={at / largest} of=/dev/null bs=1M"
-                ),
-                "read every file": lambda at: _shell(
-                    f"find {at} -xdev -type f -print0 | xargs -0 cat >/dev/null"
-                ),
-                "find, with every inode": lambda at: _shell(f"find {at} -xdev -printf %s%m >/dev/null"),
-                "start to ready": lambda at: _start(at, bench.workload.command),
-            }
-            rows: Result = []
-            for action, carry_out in actions.items():
-                rows += _in_turns(action, carry_out, root, local, bench.runs)
+            _read_all(by_devices)
+            glowplug.await_layer_files(len(bench.workload.layers))
+            with glowplug.mounted(name, whole, near=True):
+                largest = weights.largest(local)
+                actions: dict[str, Callable[[Path], None]] = {
+                    f"read one library of {(local / largest).stat().st_size / 1e6:.0f} MB": lambda at: _shell(
+                        f"dd if={at / largest} of=/dev/null bs=1M"
+                    ),
+                    "read every file": _read_all,
+                    "find, with every inode": lambda at: _shell(f"find {at} -xdev -printf %s%m >/dev/null"),
+                    "start to ready": lambda at: _start(at, bench.workload.command),
+                }
+                rows: Result = []
+                for action, carry_out in actions.items():
+                    rows += _in_turns(action, carry_out, places, bench.runs)
     return rows
 
 
-def _in_turns(action: str, carry_out: Callable[[Path], None], root: Path, local: Path, runs: int) -> Result:
-    values: dict[Path, list[float]] = {local: [], root: []}
+def _read_all(root: Path) -> None:
+    _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
+
+
+def _in_turns(
+    action: str, carry_out: Callable[[Path], None], places: Mapping[str, Path], runs: int
+) -> Result:
+    """An action at each place, the first of which the others are compared with."""
+    values: dict[str, list[float]] = {name: [] for name in places}
     for number in range(runs):
-        # Either goes first as often as the other.
-        for place in (local, root) if number % 2 else (root, local):
+        # Each goes first as often as the others.
+        names = list(places)
+        at = number % len(names)
+        for name in [*names[at:], *names[:at]]:
             machine.drop_page_cache()
             began = time.monotonic()
-            carry_out(place)
-            values[place].append(time.monotonic() - began)
-    left = _row("warm", f"{action}: local EROFS", "s", values[local])
-    right = _row("warm", f"{action}: glowplug", "s", values[root])
-    return [left, right, _ratio("warm", f"{action}: glowplug takes, of local", right, left)]
+            carry_out(places[name])
+            values[name].append(time.monotonic() - began)
+    first, *others = [_row("warm", f"{action}: {name}", "s", values[name]) for name in places]
+    ratios = [_ratio("warm", f"{other.name}, of local", other, first) for other in others]
+    return [first, *others, *ratios]
 
 
 def convert(bench: Bench) -> Result:

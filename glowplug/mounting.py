@@ -205,7 +205,14 @@ def _assemble(
     """As assembly.assemble; a read that failed comes with the device server's own account of it. The server
     is told of the mounts, which read ahead more once the start is over."""
     try:
-        assembled = assembly.assemble(image, devices, folder, directory, options)
+        files = client.layer_files(record.id)
+        try:
+            assembled = assembly.assemble(image, devices, folder, directory, options, files)
+        except errors.ImagefsError:
+            if all(file.exists() for file in files.values()):
+                raise
+            # The cache needed the room meanwhile.
+            assembled = assembly.assemble(image, devices, folder, directory, options, {})
     except errors.UnavailableError as exc:
         why = _last_error(client, record.id)
         raise errors.UnavailableError(f"{exc}: {why}" if why else str(exc)) from exc

@@ -15,7 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagefs import bootpack, erofs, errors, futures, kernelreadahead, mount, syscalls
@@ -132,11 +132,23 @@ def pack_spec(image: LazyImage) -> PackSpec | None:
 
 
 def assemble(
-    image: LazyImage, devices: Sequence[Path], folder: Path, directory: Path, options: Options
+    image: LazyImage,
+    devices: Sequence[Path],
+    folder: Path,
+    directory: Path,
+    options: Options,
+    files: Mapping[str, Path],
 ) -> Assembled | None:
-    """Mount the image at `directory`, with `folder` for what lies behind it (`directory` is not inside).
+    """Mount the image at `directory`, with `folder` for what lies behind it (`directory` is not inside). A
+    layer whose map digest `files` has is mounted from there, unless its start is traced.
     None when the kernel cannot mount EROFS here and the mode was left to us: nothing is mounted then, and a
     file-level mount may do."""
+    traced_kib = options.traced_read_ahead_kib
+    in_files = 0
+    if traced_kib is None:
+        digests = [layer.map_digest for layer in image.layers]
+        in_files = sum(digest in files for digest in digests)
+        devices = [files.get(digest, device) for digest, device in zip(digests, devices, strict=True)]
     root = prepare(image, devices)
     names = [
         (f"{image.reference}: layer {number} ({layer.map_digest})", device)
@@ -151,11 +163,11 @@ def assemble(
             f"--mode {options.mode} needs the right to mount: {exc.strerror}"
         ) from exc
     try:
-        read_ahead_kib = options.traced_read_ahead_kib or _start_read_ahead_kib(image.boot_pack)
+        read_ahead_kib = traced_kib or _start_read_ahead_kib(image.boot_pack, lazy=in_files < len(devices))
         choice, mounted = mount.mount_layers(options.mode, names, folder, read_ahead_kib)
         if choice is None:
             return None
-        backing = _backing_devices(mounted, options.traced_read_ahead_kib)
+        backing = _backing_devices(mounted, traced_kib)
         if options.writable and root is None:
             root = root_attributes(devices[-1])
         mount.mount_overlay(
@@ -168,11 +180,16 @@ def assemble(
         )
     finally:
         mount.unmount_all([folder])
+    if in_files:
+        why = f"{choice.why}; {in_files} of {len(devices)} layers are whole, in files of the block cache"
+        choice = dataclasses.replace(choice, why=why)
     return Assembled(choice, backing)
 
 
-def _start_read_ahead_kib(boot_pack: bootpack.Table | None) -> int:
+def _start_read_ahead_kib(boot_pack: bootpack.Table | None, *, lazy: bool) -> int:
     """What the kernel reads ahead, in KiB, until the start of an image with this boot pack is over."""
+    if not lazy:
+        return kernelreadahead.READ_AHEAD_KIB
     return kernelreadahead.START_READ_AHEAD_KIB if boot_pack is None else boot_pack.read_ahead_kib
 
 

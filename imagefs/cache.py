@@ -118,13 +118,12 @@ class BlockCache:
                 _log.warning("block cache: cannot read %s: %s", self._files.block_path(digest), exc)
                 intact = whole = False
             if intact and whole:
-                self._checked.add(digest)
-                self._files.mark_checked(fd)
+                self.mark_checked(digest, fd)
                 self._used(digest, fd)
                 return fd
             os.close(fd)
             if not intact:
-                self._discard(digest)
+                self.discard(digest)
             return None
 
     def get_checked(self, digest: bytes, length: int) -> int | None:
@@ -197,7 +196,18 @@ class BlockCache:
         """Every owner, and the digests that it pins."""
         return self._files.pins()
 
-    def copy_room_bytes(self) -> int:
+    def use(self, digest: bytes) -> bool:
+        """Say that a block, or a layer file, is used though nobody asks for it; False if it is not here."""
+        now = time.time()
+        path = self._files.block_path(digest)
+        self._used_at[digest] = now
+        if abs(now - self._touched_at.get(digest, 0.0)) >= _TOUCH_SECONDS:
+            self._touched_at[digest] = now
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return os.path.exists(path)
+
+    def copy_room_bytes(self, percent: int = eviction.COPIES_PERCENT) -> int:
         """How much full copies may add now; see eviction.copy_room_bytes. 0 or less for nothing, as before
         the first look at the directory, and while the disk refuses blocks."""
         if not self.index.ready.is_set() or time.monotonic() < self._disk_retry_at:
@@ -210,7 +220,8 @@ class BlockCache:
                 with contextlib.suppress(OSError):  # it has its name by now
                     unsynced_bytes += os.stat(path).st_blocks * 512
         kept_bytes = self.index.occupied_bytes(kept) + unsynced_bytes
-        return eviction.copy_room_bytes(kept_bytes, self.index.used_bytes + unsynced_bytes, self._space())
+        used_bytes = self.index.used_bytes + unsynced_bytes
+        return eviction.copy_room_bytes(kept_bytes, used_bytes, self._space(), percent)
 
     def collect(self) -> cachehousekeeping.Collected:
         """Bring the cache under its limits now, and wait for it."""
@@ -295,7 +306,13 @@ class BlockCache:
         with self._lock:
             self._counts["hits"] += 1
 
-    def _discard(self, digest: bytes) -> None:
+    def mark_checked(self, digest: bytes, fd: int) -> None:
+        """The file was compared with its name."""
+        self._checked.add(digest)
+        self._files.mark_checked(fd)
+
+    def discard(self, digest: bytes) -> None:
+        """The file is not what its name says."""
         path = self._files.block_path(digest)
         _log.warning("block cache: %s is damaged; removed, it will be fetched again", path)
         self._checked.discard(digest)

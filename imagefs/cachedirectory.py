@@ -2,6 +2,7 @@
 
     DIR/blocks/ab/abcdef...   one block each; a name appears by rename only, after its data was synced
     DIR/writers/TOKEN/        files being written by one process, which holds a lock on TOKEN/lock
+    DIR/layers/               names of layer files (layerfiles.py), which lie among the blocks
     DIR/pins/SHA256_OF_OWNER  the owner's name and the digests that it pins, one a line
 
 Any thread; processes share the directory, so that every name may vanish at any moment. Methods raise OSError
@@ -48,7 +49,7 @@ class CacheDirectory:
         self._writer_lock = threading.Lock()
         self._numbers = itertools.count()
         try:
-            for folder in (path, path / "blocks", path / "writers", path / "pins"):
+            for folder in (path, path / "blocks", path / "layers", path / "writers", path / "pins"):
                 privatedirectory.make(folder)
         except OSError as exc:
             if exc.errno not in DISK_FULL_OR_BROKEN:
@@ -136,6 +137,16 @@ class CacheDirectory:
                     continue  # not ours, or removed meanwhile
                 if len(digest) == 32 and stat.S_ISREG(status.st_mode):
                     yield eviction.Entry(digest, status.st_blocks * 512, status.st_mtime)
+
+    def layer_files(self) -> list[bytes]:
+        """Those of the entries that are layer files (layerfiles.py)."""
+        found = []
+        for item in _list(f"{self.path}/layers"):
+            with contextlib.suppress(OSError, ValueError):
+                digest = bytes.fromhex(os.path.basename(os.readlink(item.path)))
+                if os.path.exists(self.block_path(digest)):
+                    found.append(digest)
+        return found
 
     def space(self) -> tuple[int, int]:
         """Free and total bytes of the filesystem."""

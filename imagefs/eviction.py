@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 
 _SLACK_BYTES = 256 * 1024 * 1024
-_COPIES_PERCENT = 90
+COPIES_PERCENT = 90
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,17 +79,18 @@ def choose(
     return Choice(tuple(victims), max(0, needed - freed))
 
 
-def copy_room_bytes(kept_bytes: int, used_bytes: int, space: Space) -> int:
+def copy_room_bytes(kept_bytes: int, used_bytes: int, space: Space, percent: int = COPIES_PERCENT) -> int:
     """How many bytes full copies may still add to a cache of `used_bytes`, of which `kept_bytes` belong to
     images in use or are pinned. 0 or less for none.
 
     Copies may push out what nobody uses, and nothing else. A tenth of what the cache can hold stays for reads
     of other images, more than eviction takes at once: a copy never fetches again what its own bytes pushed
-    out, and copies that are complete, and pinned, leave room for blocks that somebody waits for.
+    out, and copies that are complete, and pinned, leave room for blocks that somebody waits for. `percent` is
+    less for what is worth less than a copy.
     """
-    return most_copied_bytes(space.most_bytes(used_bytes)) - kept_bytes
+    return space.most_bytes(used_bytes) * percent // 100 - kept_bytes
 
 
 def most_copied_bytes(most_bytes: int) -> int:
     """What full copies and pins may take of a cache that can hold `most_bytes`."""
-    return most_bytes * _COPIES_PERCENT // 100
+    return most_bytes * COPIES_PERCENT // 100

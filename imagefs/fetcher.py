@@ -77,7 +77,14 @@ class _Attached:
 class Fetcher:
     """See the module."""
 
-    def __init__(self, cache: BlockCache, settings: FetchSettings, peers: Peers | None = None) -> None:
+    def __init__(
+        self,
+        cache: BlockCache,
+        settings: FetchSettings,
+        peers: Peers | None = None,
+        from_file: carrier.FromFile = lambda layer, index: None,
+    ) -> None:
+        """`from_file`: what a layer's file has is not fetched."""
         self._cache = cache
         self._peers = peers
         self._settings = settings
@@ -93,7 +100,7 @@ class Fetcher:
         self._closed = False
         self._arrivals: dict[tuple[str, int], Arrival] = {}
         self._log = fetchlog.FetchLog(settings.events)
-        self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds)
+        self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds, from_file)
         self._zeros = answering.zeros()
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)

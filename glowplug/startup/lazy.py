@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from imagefs.fuse import control
 COMMAND = Path(sys.executable).with_name("glowplug")
 _OWNER = "bench"
 _TRACES = 2
+_LAYER_FILES_SECONDS = 120.0
 _NOT_FOUND = 4
 """The command's exit code for what is not there."""
 
@@ -143,6 +145,16 @@ class Glowplug:
         finally:
             umount = [str(COMMAND), "umount", "--state", str(self.folder / "state"), str(directory)]
             machine.check_call(umount)
+
+    def await_layer_files(self, count: int) -> None:
+        """Wait until so many layers have files of their own in the cache (imagefs/layerfiles.py).
+        CommandError when that takes too long: does the disk have the room?"""
+        until = time.monotonic() + _LAYER_FILES_SECONDS
+        folder = self.folder / "cache/layers"
+        while sum(path.exists() for path in folder.iterdir()) < count:
+            if time.monotonic() > until:
+                raise machine.CommandError(f"{folder}: {count} layers should have files there by now")
+            time.sleep(0.5)
 
     def forget(self) -> None:
         """Empty the block cache."""

@@ -104,6 +104,11 @@ def ls(state_dir: Path, cache_dir: Path | None, as_json: bool) -> None:
         f"{document['directory']}: {terminal.size(document['used_bytes'])}{of} in {document['blocks']} "
         f"blocks, {terminal.size(document['free_bytes'])} free on its disk"
     )
+    if files := document["layer_files"]:
+        click.echo(
+            f"  of it   {terminal.size(document['layer_files_bytes'])} in {files} whole layers, "
+            "as files beside their blocks"
+        )
     for pin in document["pins"]:
         click.echo(
             f"  pinned  {terminal.printable(pin['name'])}  {pin['present_blocks']} of {pin['blocks']} blocks "
@@ -135,10 +140,13 @@ def _images(state_dir: Path) -> list[dict[str, Any]]:
 def _listing(place: _Place) -> dict[str, Any]:
     sizes = {entry.digest: entry.allocated_bytes for entry in place.files.scan()}
     free_bytes, _ = place.files.space()
+    files = place.files.layer_files()
     return {
         "directory": str(place.files.path),
-        "blocks": len(sizes),
+        "blocks": len(sizes.keys() - set(files)),
         "used_bytes": sum(sizes.values()),
+        "layer_files": len(files),
+        "layer_files_bytes": sum(sizes.get(digest, 0) for digest in files),
         "quota_bytes": place.status["cache"]["quota_bytes"] if place.status is not None else None,
         "free_bytes": free_bytes,
         "pins": [

@@ -121,9 +121,10 @@ def _server_lines(status: dict[str, Any], mounted: list[Mounted]) -> Iterator[st
         image = "not served" if device["image_bytes"] is None else terminal.size(device["image_bytes"])
         table_digest = device.get("table_digest")  # servers of before there were packs do not say
         pack = f" with boot pack {table_digest[:19]}" if table_digest else ""
+        whole = ", whole in a file" if device.get("has_file") else ""
         yield (
             f"  {device['map_digest'][:19]}{pack}  "
-            f"{image} ({terminal.size(device['blob_bytes'])} compressed)  "
+            f"{image} ({terminal.size(device['blob_bytes'])} compressed{whole})  "
             f"{', '.join(device['origins'])}  for {', '.join(places.get(o, o) for o in device['owners'])}"
         )
         if (last := device["last_error"]) is not None:

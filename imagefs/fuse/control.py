@@ -60,8 +60,8 @@ class StoppingError(errors.UnavailableError):
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerSettings:
     """What the device server of `state_dir` is started with. `workers` is the number of FUSE processes,
-    `connections` that of parallel requests to one origin, `origins` how this client's origins are reached
-    (each attach brings its own)."""
+    `connections` that of parallel requests to one origin, `layer_files` whether whole layers get files
+    (layerfiles.py), `origins` how this client's origins are reached (each attach brings its own)."""
 
     state_dir: Path
     cache_dir: Path
@@ -70,6 +70,7 @@ class ServerSettings:
     workers: int = WORKERS
     read_deadline_seconds: float = 60.0
     connections: int = 8
+    layer_files: bool = True
     origins: Options = dataclasses.field(default_factory=Options)
 
 
@@ -240,6 +241,16 @@ class DeviceClient:
         request = {"op": "coverage"} if owner is None else {"op": "coverage", "owner": owner}
         found: dict[str, Any] = self._checked_request(request)
         return {map_digest: coverage.decode(value) for map_digest, value in found.items()}
+
+    def layer_files(self, owner: str) -> dict[str, Path]:
+        """Map digest -> file, of those of an owner's layers that can be mounted from a file of the block
+        cache (layerfiles.py), which may be gone when it is opened. Empty, too, when the server cannot say:
+        the devices do as well, slower."""
+        try:
+            found: dict[str, str] = self._checked_request({"op": "layer_files", "owner": owner})
+        except errors.ImagefsError:
+            return {}
+        return {map_digest: Path(path) for map_digest, path in found.items()}
 
     def pin(self, owner: str) -> None:
         """Keep the blocks of an owner's layers, once they are in the cache, from eviction, also after a

@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from imagefs.fuse.devices import (
     write_atomically,
 )
 from imagefs.fuse.fill import Filler
+from imagefs.fuse.layerwriter import LayerWriter
 from imagefs.fuse.packs import Packs
 from imagefs.fuse.startreadahead import StartReadAhead
 from imagefs.lazylayer import LazyLayer
@@ -74,6 +75,13 @@ class Layers:
         self._cache = BlockCache(
             settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes, self._blocks_in_use
         )
+        self._files = LayerWriter(
+            self._cache,
+            settings.cache_dir,
+            self._attached,
+            self._quiet_seconds,
+            enabled=settings.layer_files,
+        )
         patience_seconds = min(peers.LONGEST_WAIT_SECONDS, settings.read_deadline_seconds / 2)
         self._peers = peers.Peers(
             self._cache, self._peer_target, peers.Policy(longest_wait_seconds=patience_seconds)
@@ -85,6 +93,7 @@ class Layers:
                 policy=plan.Policy(connections_per_origin=settings.connections),
             ),
             self._peers,
+            self._files.block,
         )
         self._lock = threading.Lock()
         self._closed = False
@@ -302,6 +311,7 @@ class Layers:
         self._filler.close()
         self._starts.close()
         self._fetcher.close()
+        self._files.close()
         self._cache.close()
 
     def status(self) -> dict[str, Any]:
@@ -317,6 +327,7 @@ class Layers:
                     "image_bytes": served.device.size if (served := self._by_node.get(record.node)) else None,
                     "origins": sorted({source.origin_ref for source in record.owners.values()}),
                     "owners": sorted(record.owners),
+                    "has_file": self._files.digest(record.spec.map_digest) is not None,
                     "last_error": self._last_error(record.spec.map_digest),
                 }
                 for record in self._table.records()
@@ -361,13 +372,17 @@ class Layers:
 
     def coverage(self, owner: str | None) -> dict[str, list[float]]:
         """How much of each layer (of one owner, or of all) is in the cache; no disk is asked."""
-        layers = [served.layer for served in list(self._by_digest.values())]
         return {
             layer.map_digest: coverage.encode(
-                coverage.count(layer.block_map, self._cache, self._fetcher.quiet_seconds(layer.map_digest))
+                coverage.count(layer.block_map, self._present(layer), self._quiet_seconds(layer.map_digest))
             )
-            for layer in (layers if owner is None else self._required_layers(owner))
+            for layer in (self._attached() if owner is None else self._required_layers(owner))
         }
+
+    def layer_files(self, owner: str) -> dict[str, str]:
+        """Map digest -> file, of those of an owner's layers that can be mounted from one (layerfiles.py)."""
+        found = self._files.mountable(self._required_layers(owner))
+        return {map_digest: str(path) for map_digest, path in found.items()}
 
     def pin(self, owner: str) -> None:
         """Keep all blocks of the owner's layers, once they are here, until `unpin`: the pin's name is the
@@ -403,8 +418,23 @@ class Layers:
 
     def _blocks_in_use(self) -> set[bytes]:
         self._taken_up.wait(_TAKE_UP_SECONDS)
-        layers = [served.layer for served in list(self._by_digest.values())]
-        return {block.digest for layer in layers for block in layer.block_map.blocks} | self._packs.digests()
+        used = self._packs.digests()
+        for layer in self._attached():
+            file = self._files.digest(layer.map_digest)
+            used |= {block.digest for block in layer.block_map.blocks} if file is None else {file}
+        return used
+
+    def _present(self, layer: LazyLayer) -> Container[bytes]:
+        """The blocks of a layer that need no origin, and maybe others."""
+        if self._files.digest(layer.map_digest) is None:
+            return self._cache
+        return {block.digest for block in layer.block_map.blocks}
+
+    def _attached(self) -> list[LazyLayer]:
+        return [served.layer for served in list(self._by_digest.values())]
+
+    def _quiet_seconds(self, map_digest: str) -> float:
+        return self._fetcher.quiet_seconds(map_digest)
 
     def _layers_of(self, owner: str) -> list[LazyLayer]:
         served = [self._by_node.get(row.node) for row in self._table.records() if owner in row.owners]

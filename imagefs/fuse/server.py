@@ -337,6 +337,8 @@ class Server:
             return layers.stop_fill(control.string(request, "owner"))
         if operation == "coverage":
             return layers.coverage(control.string(request, "owner") if "owner" in request else None)
+        if operation == "layer_files":
+            return layers.layer_files(control.string(request, "owner"))
         if operation == "pin":
             return layers.pin(control.string(request, "owner"))
         if operation == "unpin":

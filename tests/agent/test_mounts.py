@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import subprocess
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 
 from agent import daemon
+from agent.images import owner_of
 from agent.mounts import LayerMounts
 from agent.reconcile import attached
-from imagefs import syscalls
+from agent.rows import ImageRow
+from imagefs import blockmap, cachedirectory, holders, kernelreadahead, syscalls
 from imagefs.fuse.control import DeviceClient
 from tests.agent.lazy_node import BASE, LazyNode
 from tests.agent.lazy_node import node as node
 from tests.fixtures import images, tars
+from tests.imagefs.fuse import stack
+from tests.imagefs.scripted import eventually
 
 pytestmark = pytest.mark.root
 
@@ -104,3 +109,105 @@ def _effective_uid_of_nobody(directory: Path) -> str:
         return result.stdout.strip()
     finally:
         os.close(fd)
+
+
+# -- layers that have files of their own -----------------------------------------------------------------
+
+
+def write_files(node: LazyNode, row: ImageRow) -> None:
+    """The files of an image's layers, as the device server writes them when all blocks are here."""
+    devices = node.images.attach(row.block_digest)
+    for layer, device in zip(row.layers, devices, strict=True):
+        device.read_bytes()
+        data = node.images._maps.read(layer.map_digest)
+        assert data is not None
+        stack.write_layer_file(node.settings.cache.directory, layer.map_digest, blockmap.decode(data))
+
+
+def sources(node: LazyNode) -> list[str]:
+    """Of the mounts of layers, in mount order."""
+    root = str(node.settings.root / "layers")
+    return [point.source for point in holders.mount_points() if point.directory.startswith(root)]
+
+
+def test_a_layer_with_a_file_is_mounted_from_there(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    write_files(node, row)
+    path = node.images.directory(row.block_digest, 0)
+    (source,) = sources(node)
+    assert Path(source).resolve().is_relative_to(node.settings.cache.directory)
+    assert (path / "etc/motd").read_text() == "base\n"
+    number, device = row.layers[0].mount_number, row.device(row.layers[0])
+    assert node.mounts.read_ahead_kib(number) == kernelreadahead.READ_AHEAD_KIB
+    successor = LayerMounts(node.settings.root / "layers", node.settings.state)
+    assert successor.open()
+    assert successor.find(number, device, in_file=True) == path
+    successor.unmount(number, device)
+    assert not node.mounted()
+    assert not list((node.settings.root / "layers/.files").iterdir())
+
+
+def test_a_file_that_comes_later_is_mounted_over_the_device_and_no_container_notices(
+    node: LazyNode, tmp_path: Path
+) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    lower = node.images.directory(row.block_digest, 0)
+    for name in ("empty", "merged"):
+        (tmp_path / name).mkdir()
+    merged = tmp_path / "merged"
+    syscalls.mount("test", merged, "overlay", 0, f"lowerdir={lower}:{tmp_path / 'empty'}")
+    try:
+        with (merged / "etc/motd").open() as earlier:
+            write_files(node, row)
+            assert node.images.directory(row.block_digest, 0) == lower
+            assert len(sources(node)) == 1, "nobody has asked yet whether there are files"
+            node.images.note_files()
+            assert node.images.directory(row.block_digest, 0) == lower
+            assert len(sources(node)) == 2
+            assert node.images.directory(row.block_digest, 0) == lower
+            assert len(sources(node)) == 2
+            assert earlier.read() == (lower / "etc/motd").read_text() == "base\n"
+            assert (merged / "data").read_bytes() == b"d" * 200_000
+    finally:
+        syscalls.umount(merged, syscalls.MNT_DETACH)
+    node.mounts.unmount(row.layers[0].mount_number)
+    assert not node.mounted()
+
+
+def test_a_file_that_went_meanwhile_leaves_the_device(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    write_files(node, row)
+    node.images.note_files()
+    for path in (node.settings.cache.directory / "layers").iterdir():
+        path.resolve().unlink()
+    path = node.images.directory(row.block_digest, 0)
+    (source,) = sources(node)
+    assert Path(source) == node.images.attach(row.block_digest)[0]
+    assert (path / "etc/motd").read_text() == "base\n"
+
+
+def test_files_survive_a_boot_once_they_were_hashed(node: LazyNode) -> None:
+    row = node.images.pull(node.push([BASE]).name)
+    write_files(node, row)
+    (path,) = (node.settings.cache.directory / "layers").iterdir()
+    os.removexattr(path, cachedirectory.BOOT_ATTRIBUTE)
+    node.reboot()
+    node.images.directory(row.block_digest, 0)
+    (source,) = sources(node)
+    assert Path(source) == node.images.attach(row.block_digest)[0], "not before it was hashed"
+    eventually(lambda: bool(node.devices.layer_files(owner_of(row.block_digest))))
+    node.images.note_files()
+    node.images.directory(row.block_digest, 0)
+    assert Path(sources(node)[-1]).resolve() == path.resolve()
+
+
+def test_where_files_are_not_wanted_there_are_none(node: LazyNode) -> None:
+    node.settings = dataclasses.replace(
+        node.settings, cache=dataclasses.replace(node.settings.cache, layer_files=False)
+    )
+    row = node.images.pull(node.push([BASE]).name)
+    write_files(node, row)
+    node.reboot()
+    node.images.directory(row.block_digest, 0)
+    (source,) = sources(node)
+    assert Path(source) == node.images.attach(row.block_digest)[0]

@@ -144,7 +144,7 @@ def test_a_layer_that_does_not_mount_undoes_the_ones_before(devices: list[Path],
 @pytest.mark.root
 def test_a_mount_that_fails_halfway_is_undone(opened: LazyImage, devices: list[Path], folder: Path) -> None:
     with pytest.raises(errors.ConfigurationError, match="overlayfs over 2 layers"):
-        assembly.assemble(opened, devices, folder, folder / "missing", assembly.Options())
+        assembly.assemble(opened, devices, folder, folder / "missing", assembly.Options(), {})
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
 
 
@@ -155,7 +155,7 @@ def test_only_the_assembled_mount_is_left(
     where = tmp_path / "root"
     where.mkdir()
     before = os.getcwd()
-    assembly.assemble(opened, devices, folder, where, assembly.Options())
+    assembly.assemble(opened, devices, folder, where, assembly.Options(), {})
     try:
         text = Path("/proc/self/mountinfo").read_text()
         assert text.count(str(tmp_path)) == 1
@@ -183,7 +183,7 @@ def test_features_that_our_writer_does_not_set_are_refused_before_mounting(
     incompatible = ondisk.SUPERBLOCK_OFFSET + 80
     damage(devices[1], incompatible, struct.pack("<I", 1))
     with pytest.raises(errors.InvalidInputError, match=r"layer 1 .*refused before mounting: .*incompatible"):
-        assembly.assemble(opened, devices, folder, folder, assembly.Options())
+        assembly.assemble(opened, devices, folder, folder, assembly.Options(), {})
     assert seen == []
 
 

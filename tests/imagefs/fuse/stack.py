@@ -19,8 +19,10 @@ from pathlib import Path
 import zstandard
 
 from imagefs import blockmap
+from imagefs.cache import BlockCache
 from imagefs.erofs import ondisk
 from imagefs.fuse import control, statedirectory
+from imagefs.layerfiles import GaveUpError, LayerFiles
 from imagefs.origin import connect
 
 Client = control.DeviceClient
@@ -214,6 +216,25 @@ def settings(directory: Path, **changes: object) -> control.ServerSettings:
         read_deadline_seconds=30.0,
     )
     return dataclasses.replace(values, **changes)  # type: ignore[arg-type]
+
+
+def write_layer_file(cache_dir: Path, map_digest: str, block_map: blockmap.BlockMap) -> None:
+    """The file of a layer whose blocks somebody has brought, as a device server writes it: by another process
+    that shares the cache, and waits for blocks that have no name yet."""
+    cache = BlockCache(cache_dir, 1 << 30, 0)
+    files = LayerFiles(cache, cache_dir)
+    until = time.monotonic() + 30
+    try:
+        while True:
+            try:
+                files.write(map_digest, block_map, lambda: True)
+                return
+            except GaveUpError:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+    finally:
+        files.close()
+        cache.close()
 
 
 OPTIONS = connect.Options(read_timeout_seconds=60.0)
