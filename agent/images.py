@@ -46,6 +46,10 @@ HOLD_SECONDS = 5.0
 """From an image's being found to its first snapshot: containerd asks for the next layer at once."""
 PULL_HOLD_SECONDS = 300.0
 """The same after a `pull` by name, when a person or a program is to act next."""
+FILES_SECONDS = 30.0
+"""A layer that is mounted through its device, and got a file meanwhile, is mounted from that for whoever
+comes so much later."""
+_START_SECONDS = 1.0
 _COVERAGE_SECONDS = 2.0
 _OWNER = "image:"
 
@@ -86,8 +90,9 @@ class Images:
         self._attached: set[str] = set()
         self._told: set[str] = set()
         self._attaching: dict[str, threading.Lock] = {}
-        self._files: dict[str, Mapping[str, Path]] = {}
-        """Of attached images: map digest -> file, of the layers that have one."""
+        self._files: Mapping[str, Path] = {}
+        """Map digest -> file, of the layers that had one when that was asked."""
+        self._files_at = -FILES_SECONDS
         self._roots: dict[str, RootAttributes | None] = {}
         self._inodes: dict[str, int] = {}
         self._coverage: dict[str, tuple[float, Mapping[str, Coverage]]] = {}
@@ -133,15 +138,16 @@ class Images:
     def directory(self, block_digest: str, layer: int) -> Path:
         """The mount point of a layer, mounted now if it is not. UnavailableError, ConfigurationError."""
         row, found = self._layer(block_digest, layer)
-        file = self._files.get(block_digest, {}).get(found.map_digest)
+        file = self._files.get(found.map_digest)
         path = self._mounts.find(found.mount_number, row.device(found), in_file=file is not None)
         if path is not None:
             return path
         started = self._clock()
         device = self.attach(block_digest)[layer]
-        if block_digest not in self._files:
-            self._note_files(block_digest)
-            file = self._files[block_digest].get(found.map_digest)
+        if self._mounts.find(found.mount_number, row.device(found)) is None:
+            # As it is now, because what is mounted stays for long: asked once for all layers of a start.
+            self.note_files(_START_SECONDS)
+            file = self._files.get(found.map_digest)
         name = f"{row.reference}: layer {layer} ({found.map_digest})"
         recorded = row.boot_pack is None and self._is_recorded(row)
         kib = self.start_read_ahead.kib(row, recorded=recorded)
@@ -150,13 +156,11 @@ class Images:
         self._observer.phase(row.reference, "mount", self._clock() - started)
         return path
 
-    def note_files(self) -> None:
-        """Ask which layers of the attached images have files of their own by now."""
-        for block_digest in list(self._attached):
-            self._note_files(block_digest)
-
-    def _note_files(self, block_digest: str) -> None:
-        self._files[block_digest] = self._devices.layer_files(owner_of(block_digest))
+    def note_files(self, seconds: float = FILES_SECONDS) -> None:
+        """Ask which layers have files of their own by now, unless that was asked less than `seconds` ago."""
+        if self._clock() - self._files_at >= seconds:
+            self._files = self._devices.layer_files()
+            self._files_at = self._clock()
 
     def _is_recorded(self, row: ImageRow) -> bool:
         if self._sampler is None:
@@ -391,7 +395,6 @@ class Images:
 
     def _detach(self, block_digest: str) -> None:
         self._attached.discard(block_digest)
-        self._files.pop(block_digest, None)
         self._told.discard(block_digest)
         with contextlib.suppress(errors.NotFoundError, errors.UnavailableError):
             self._devices.detach(owner_of(block_digest))

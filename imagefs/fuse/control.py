@@ -242,12 +242,13 @@ class DeviceClient:
         found: dict[str, Any] = self._checked_request(request)
         return {map_digest: coverage.decode(value) for map_digest, value in found.items()}
 
-    def layer_files(self, owner: str) -> dict[str, Path]:
-        """Map digest -> file, of those of an owner's layers that can be mounted from a file of the block
-        cache (layerfiles.py), which may be gone when it is opened. Empty, too, when the server cannot say:
-        the devices do as well, slower."""
+    def layer_files(self, owner: str | None = None) -> dict[str, Path]:
+        """Map digest -> file, of those of all layers, or an owner's, that can be mounted from a file of the
+        block cache (layerfiles.py), which may be gone when it is opened. Empty, too, when the server
+        cannot say: the devices do as well, slower."""
         try:
-            found: dict[str, str] = self._checked_request({"op": "layer_files", "owner": owner})
+            request = {"op": "layer_files"} if owner is None else {"op": "layer_files", "owner": owner}
+            found: dict[str, str] = self._checked_request(request)
         except errors.ImagefsError:
             return {}
         return {map_digest: Path(path) for map_digest, path in found.items()}

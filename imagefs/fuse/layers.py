@@ -379,9 +379,10 @@ class Layers:
             for layer in (self._attached() if owner is None else self._required_layers(owner))
         }
 
-    def layer_files(self, owner: str) -> dict[str, str]:
-        """Map digest -> file, of those of an owner's layers that can be mounted from one (layerfiles.py)."""
-        found = self._files.mountable(self._required_layers(owner))
+    def layer_files(self, owner: str | None) -> dict[str, str]:
+        """Map digest -> file, of those layers (of one owner, or of all) that can be mounted from one
+        (layerfiles.py)."""
+        found = self._files.mountable(self._attached() if owner is None else self._required_layers(owner))
         return {map_digest: str(path) for map_digest, path in found.items()}
 
     def pin(self, owner: str) -> None:

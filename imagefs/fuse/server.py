@@ -338,7 +338,7 @@ class Server:
         if operation == "coverage":
             return layers.coverage(control.string(request, "owner") if "owner" in request else None)
         if operation == "layer_files":
-            return layers.layer_files(control.string(request, "owner"))
+            return layers.layer_files(control.string(request, "owner") if "owner" in request else None)
         if operation == "pin":
             return layers.pin(control.string(request, "owner"))
         if operation == "unpin":

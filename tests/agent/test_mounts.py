@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import daemon
-from agent.images import owner_of
+from agent.images import FILES_SECONDS, owner_of
 from agent.mounts import LayerMounts
 from agent.reconcile import attached
 from agent.rows import ImageRow
@@ -124,6 +124,12 @@ def write_files(node: LazyNode, row: ImageRow) -> None:
         stack.write_layer_file(node.settings.cache.directory, layer.map_digest, blockmap.decode(data))
 
 
+def note_files(node: LazyNode) -> None:
+    """As the agent's upkeep does, half a minute after it did last."""
+    node.clock.now += FILES_SECONDS
+    node.images.note_files()
+
+
 def sources(node: LazyNode) -> list[str]:
     """Of the mounts of layers, in mount order."""
     root = str(node.settings.root / "layers")
@@ -161,7 +167,7 @@ def test_a_file_that_comes_later_is_mounted_over_the_device_and_no_container_not
             write_files(node, row)
             assert node.images.directory(row.block_digest, 0) == lower
             assert len(sources(node)) == 1, "nobody has asked yet whether there are files"
-            node.images.note_files()
+            note_files(node)
             assert node.images.directory(row.block_digest, 0) == lower
             assert len(sources(node)) == 2
             assert node.images.directory(row.block_digest, 0) == lower
@@ -177,7 +183,7 @@ def test_a_file_that_comes_later_is_mounted_over_the_device_and_no_container_not
 def test_a_file_that_went_meanwhile_leaves_the_device(node: LazyNode) -> None:
     row = node.images.pull(node.push([BASE]).name)
     write_files(node, row)
-    node.images.note_files()
+    note_files(node)
     for path in (node.settings.cache.directory / "layers").iterdir():
         path.resolve().unlink()
     path = node.images.directory(row.block_digest, 0)
@@ -196,7 +202,7 @@ def test_files_survive_a_boot_once_they_were_hashed(node: LazyNode) -> None:
     (source,) = sources(node)
     assert Path(source) == node.images.attach(row.block_digest)[0], "not before it was hashed"
     eventually(lambda: bool(node.devices.layer_files(owner_of(row.block_digest))))
-    node.images.note_files()
+    note_files(node)
     node.images.directory(row.block_digest, 0)
     assert Path(sources(node)[-1]).resolve() == path.resolve()
 

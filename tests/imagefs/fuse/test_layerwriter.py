@@ -168,6 +168,7 @@ def test_a_server_names_the_files_of_an_owners_layers(tmp_path: Path, blobs: sta
         ((map_digest, path),) = client.layer_files("me").items()
         assert map_digest == layers[0].map_digest
         assert path.read_bytes() == layers[0].image
+        assert client.layer_files() == {map_digest: path}
         assert client.layer_files("nobody") == {}
 
 
