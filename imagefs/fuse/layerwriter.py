@@ -6,7 +6,8 @@ attached layers every few seconds. Rules:
 * A layer whose blocks are all here, and of which no read has missed the cache for a while, gets a file: the
   start that brought them is over.
 * The file stands beside the blocks, so it is written only where there is room to spare: with it, what images
-  in use have, and what is pinned, take half of what the cache can hold at most.
+  in use have, and what is pinned, take half of what the cache can hold at most. It is written at half speed,
+  and not while another image starts.
 * Of a layer with a file the cache keeps the file, and the blocks are the first to go when room is needed:
   who still reads them through a device gets them from the file (`block`).
 * A file from before a boot is hashed before it is handed out again; until then its layer's device is mounted.
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 5.0
 _QUIET_SECONDS = 10.0
+_CALM_SECONDS = 1.0
+"""So long no read of any layer must have missed the cache for the next block to be written."""
 _RETRY_SECONDS = 300.0
 """After a file could not be written."""
 _ROOM_PERCENT = 50
@@ -145,13 +148,19 @@ class LayerWriter:
         )
 
     def _pacing(self) -> Callable[[], bool]:
-        """Called before each block: whether to go on, after a rest as long as the work was."""
+        """Called before each block: whether to go on, after a rest as long as the work was, and when nothing is
+        being started."""
         at = time.monotonic()
 
         def may_go_on() -> bool:
             nonlocal at
             self._wake.wait((time.monotonic() - at) * (1 / _SHARE - 1))
+            while not self._closed and not self._is_calm():
+                self._wake.wait(_CALM_SECONDS)
             at = time.monotonic()
             return not self._closed
 
         return may_go_on
+
+    def _is_calm(self) -> bool:
+        return all(self._quiet_seconds(layer.map_digest) >= _CALM_SECONDS for layer in self._layers())

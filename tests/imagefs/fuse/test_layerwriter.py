@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from imagefs import cache, cachedirectory, image, kernelreadahead, mount, reference
+from imagefs import cache, cachedirectory, image, kernelreadahead, layerfiles, mount, reference
 from imagefs.fuse import layerwriter
 from imagefs.lazylayer import LazyLayer
 from tests.fixtures import block_images, images
@@ -103,6 +104,28 @@ def test_a_layer_that_is_still_read_from_its_origin_waits(bench: Bench) -> None:
     assert not bench.writer.mountable(bench.layers)
     bench.quiet_seconds = layerwriter._QUIET_SECONDS
     scripted.eventually(lambda: bool(bench.writer.mountable(bench.layers)))
+
+
+def test_a_start_is_not_disturbed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = layerfiles.LayerFiles._read
+    reads = []
+
+    def read(self: layerfiles.LayerFiles, digest: bytes, out: memoryview) -> None:
+        reads.append(digest)
+        if len(reads) == 3:
+            bench.quiet_seconds = 0.0  # another image is started
+        real(self, digest, out)
+
+    monkeypatch.setattr(layerwriter, "_CALM_SECONDS", 0.05)
+    monkeypatch.setattr(layerfiles.LayerFiles, "_read", read)
+    layer = bench.attach(8)
+    scripted.eventually(lambda: len(reads) == 3)
+    time.sleep(0.3)
+    assert len(reads) == 3
+    assert bench.writer.digest(layer.map_digest) is None
+    bench.quiet_seconds = 60.0
+    scripted.eventually(lambda: bench.writer.digest(layer.map_digest) is not None)
+    assert len(reads) == 6
 
 
 def test_there_is_no_file_where_the_room_is_for_blocks(tmp_path: Path) -> None:
