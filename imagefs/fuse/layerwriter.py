@@ -148,7 +148,7 @@ class LayerWriter:
         )
 
     def _pacing(self) -> Callable[[], bool]:
-        """Called before each block: whether to go on, after a rest as long as the work was, and when nothing is
+        """Called before each block: whether to go on, after a rest as long as the work was, once nothing is
         being started."""
         at = time.monotonic()
 
