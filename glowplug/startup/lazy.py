@@ -29,6 +29,17 @@ _NOT_FOUND = 4
 """The command's exit code for what is not there."""
 
 
+def await_layer_files(cache_dir: Path, count: int) -> None:
+    """Wait until so many layers have files of their own in the cache (imagefs/layerfiles.py). CommandError
+    when that takes too long: does the disk have the room?"""
+    until = time.monotonic() + _LAYER_FILES_SECONDS
+    folder = cache_dir / "layers"
+    while sum(path.exists() for path in folder.iterdir()) < count:
+        if time.monotonic() > until:
+            raise machine.CommandError(f"{folder}: {count} layers should have files there by now")
+        time.sleep(0.5)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Glowplug:
     """The command with its directories. `image` is HOST/REPOSITORY:TAG everywhere. `starter` is how it is
@@ -145,16 +156,6 @@ class Glowplug:
         finally:
             umount = [str(COMMAND), "umount", "--state", str(self.folder / "state"), str(directory)]
             machine.check_call(umount)
-
-    def await_layer_files(self, count: int) -> None:
-        """Wait until so many layers have files of their own in the cache (imagefs/layerfiles.py).
-        CommandError when that takes too long: does the disk have the room?"""
-        until = time.monotonic() + _LAYER_FILES_SECONDS
-        folder = self.folder / "cache/layers"
-        while sum(path.exists() for path in folder.iterdir()) < count:
-            if time.monotonic() > until:
-                raise machine.CommandError(f"{folder}: {count} layers should have files there by now")
-            time.sleep(0.5)
 
     def forget(self) -> None:
         """Empty the block cache."""
