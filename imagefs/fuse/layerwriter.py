@@ -35,6 +35,7 @@ _CALM_SECONDS = 1.0
 _RETRY_SECONDS = 300.0
 """After a file could not be written."""
 _ROOM_PERCENT = 50
+_ROOM_SECONDS = 30.0
 _SHARE = 0.5
 """Of the time that this thread works while it writes."""
 
@@ -60,6 +61,8 @@ class LayerWriter:
         self._digests: dict[str, bytes] = {}
         """Of the files that may be mounted."""
         self._not_before: dict[str, float] = {}
+        self._room_bytes = 0
+        self._room_until = 0.0
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="layer-writer", daemon=True)
@@ -121,7 +124,7 @@ class LayerWriter:
             if digest is not None:
                 # A file that is mounted is used, though nobody says so.
                 if not self._cache.use(digest):
-                    del self._digests[layer.map_digest]
+                    self._digests.pop(layer.map_digest, None)
             elif time.monotonic() >= self._not_before.get(layer.map_digest, 0.0):
                 self._provide(layer)
 
@@ -132,6 +135,7 @@ class LayerWriter:
             digest = self._files.check(layer.map_digest, image_bytes, self._pacing())
             if digest is None and self._may_begin(layer):
                 digest = self._files.write(layer.map_digest, layer.block_map, self._pacing())
+                self._room_until = 0.0
                 _log.info("layer %s: written to a file of %d bytes", layer.map_digest, image_bytes)
         except (errors.ImagefsError, OSError) as exc:
             self._not_before[layer.map_digest] = time.monotonic() + _RETRY_SECONDS
@@ -143,9 +147,17 @@ class LayerWriter:
     def _may_begin(self, layer: LazyLayer) -> bool:
         return (
             self._quiet_seconds(layer.map_digest) >= _QUIET_SECONDS
+            and layer.block_map.image_bytes <= self._room()
             and all(block.zero or block.digest in self._cache for block in layer.block_map.blocks)
-            and self._cache.copy_room_bytes(_ROOM_PERCENT) >= layer.block_map.image_bytes
         )
+
+    def _room(self) -> int:
+        """What files may still take, as it was a moment ago: with many images it is dear to know."""
+        now = time.monotonic()
+        if now >= self._room_until:
+            self._room_bytes = self._cache.copy_room_bytes(_ROOM_PERCENT)
+            self._room_until = now + _ROOM_SECONDS
+        return self._room_bytes
 
     def _pacing(self) -> Callable[[], bool]:
         """Called before each block: whether to go on, after a rest as long as the work was, once nothing is

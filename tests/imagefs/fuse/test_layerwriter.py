@@ -76,6 +76,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
         looks[0] += 1
 
     monkeypatch.setattr(layerwriter, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(layerwriter, "_ROOM_SECONDS", 0.01)
     monkeypatch.setattr(layerwriter.LayerWriter, "_look", look)
 
 
