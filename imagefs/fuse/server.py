@@ -51,6 +51,8 @@ _STUCK_SECONDS = 10
 _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
 _FIRST_WORKERS = 2
+_LATER_SECONDS = 0.5
+"""From the first attach that can be answered to the start of the other workers."""
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 60.0
 _ACCEPT_PAUSE_SECONDS = 0.1
@@ -177,7 +179,9 @@ class Server:
     def _tend_worker(self, slot: int, clone: int, left: list[protocol.Read]) -> None:
         """One worker after another on one clone. The first answers what was `left` there."""
         if slot >= _FIRST_WORKERS and not left:
-            self._loaded.wait()  # a mount waits for that and reads little before: the processors' time is its
+            # A mount waits for that, then reads metadata and little else: the processors' time is its.
+            self._loaded.wait()
+            time.sleep(_LATER_SECONDS)
         failures = 0
         while not (self._stopping or self._finishing):
             started = time.monotonic()
