@@ -176,9 +176,18 @@ def metadata(bench: Bench) -> Result:
                 _shell(f"find {root} -xdev -printf %s%m >/dev/null")
                 listing.append(time.monotonic() - began)
             glowplug.forget()
+        served = []
+        with glowplug.server_held(name, root):
+            for _ in range(bench.runs):
+                glowplug.forget_blocks()
+                machine.drop_page_cache()
+                began = time.monotonic()
+                with glowplug.mounted(name, root, near=True):
+                    served.append(time.monotonic() - began)
     entries = f"{bench.workload.entries:,} files"
     return [
         _row("metadata", f"{entries}: `glowplug mount`, all of it", "s", mounting),
+        _row("metadata", f"{entries}: the same, by a device server that runs, as on a node", "s", served),
         _row("metadata", f"{entries}: then the first find", "s", listing),
     ]
 

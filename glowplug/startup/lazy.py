@@ -25,6 +25,7 @@ COMMAND = Path(sys.executable).with_name("glowplug")
 _OWNER = "bench"
 _TRACES = 2
 _LAYER_FILES_SECONDS = 120.0
+_SETTLE_SECONDS = 1.0
 _NOT_FOUND = 4
 """The command's exit code for what is not there."""
 
@@ -156,6 +157,22 @@ class Glowplug:
         finally:
             umount = [str(COMMAND), "umount", "--state", str(self.folder / "state"), str(directory)]
             machine.check_call(umount)
+
+    @contextlib.contextmanager
+    def server_held(self, image: str, directory: Path) -> Iterator[None]:
+        """With a device server that runs whether something is mounted or not; mounting starts it."""
+        with self.mounted(image, directory, near=True):
+            self._hold_server()
+        try:
+            yield
+        finally:
+            self._stop_server()
+
+    def forget_blocks(self) -> None:
+        """Empty the block cache of a device server that runs."""
+        for folder in (self.folder / "cache/blocks").iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_SETTLE_SECONDS)
 
     def forget(self) -> None:
         """Empty the block cache."""
