@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from imagefs import errors, fetchlog, frames, plan
@@ -20,9 +20,6 @@ from imagefs.arrival import Arrival
 from imagefs.cache import BlockCache
 from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin
-
-FromFile = Callable[[LazyLayer, int], int | None]
-"""A descriptor of a layer's block that its file has (layerfiles.py)."""
 
 
 class Desk(Protocol):
@@ -52,15 +49,9 @@ class Carrier:
     """See the module. `read_deadline_seconds` bounds each request."""
 
     def __init__(
-        self,
-        cache: BlockCache,
-        desk: Desk,
-        log: fetchlog.FetchLog,
-        read_deadline_seconds: float,
-        from_file: FromFile,
+        self, cache: BlockCache, desk: Desk, log: fetchlog.FetchLog, read_deadline_seconds: float
     ) -> None:
         self._cache = cache
-        self._from_file = from_file
         self._desk = desk
         self._log = log
         self._read_deadline_seconds = read_deadline_seconds
@@ -94,13 +85,10 @@ class Carrier:
                     break
 
     def _missing(self, fetch: plan.Fetch, layer: LazyLayer) -> list[int]:
-        """The blocks that no other layer or process has brought since they were asked for, and that no file
-        of the layer has."""
+        """The blocks that neither another layer nor another process has brought since they were asked for."""
         missing = []
         for index in fetch.indices:
             fd = self._cache.get(layer.block_map.blocks[index].digest, layer.block_map.block_length(index))
-            if fd is None:
-                fd = self._from_file(layer, index)
             if fd is None:
                 missing.append(index)
             else:

@@ -22,7 +22,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from imagefs import answering, blockreading, carrier, errors, fetchlog, framemask, frames, plan
 from imagefs.answering import Done, PartDone
@@ -74,17 +74,26 @@ class _Attached:
     patience_seconds: float | None
 
 
+class Files(Protocol):
+    """The layers that are here whole, in files of their own (fuse/layerwriter.py)."""
+
+    def digest(self, map_digest: str) -> bytes | None:
+        """The file's sha256, of a layer that has one."""
+
+    def block(self, layer: LazyLayer, index: int) -> int | None:
+        """A descriptor of a verified block of it."""
+
+
 class Fetcher:
-    """See the module."""
+    """See the module. What `files` have is not fetched."""
 
     def __init__(
         self,
         cache: BlockCache,
         settings: FetchSettings,
         peers: Peers | None = None,
-        from_file: carrier.FromFile = lambda layer, index: None,
+        files: Files | None = None,
     ) -> None:
-        """`from_file`: what a layer's file has is not fetched."""
         self._cache = cache
         self._peers = peers
         self._settings = settings
@@ -100,7 +109,8 @@ class Fetcher:
         self._closed = False
         self._arrivals: dict[tuple[str, int], Arrival] = {}
         self._log = fetchlog.FetchLog(settings.events)
-        self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds, from_file)
+        self._carrier = carrier.Carrier(cache, self, self._log, settings.read_deadline_seconds)
+        self._files = files
         self._zeros = answering.zeros()
         self._checkers = concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS, "block-check")
         self._clock = threading.Thread(target=self._run_clock, name="fetch-clock", daemon=True)
@@ -196,8 +206,8 @@ class Fetcher:
         if fd is not None:
             self._log.note_hit(map_digest, index, request.priority, request.wanted_at, length)
             answering.call(request.done, fd)
-        elif self._cache.present(block.digest):
-            # Hashed in a thread of its own: a dead origin must not stand between a reader and the disk.
+        elif self._is_here(map_digest, block.digest):
+            # Read in a thread of its own: a dead origin must not stand between a reader and the disk.
             self._checkers.submit(self._check, request)
         else:
             missing = True
@@ -341,6 +351,8 @@ class Fetcher:
             block_map = known.layer.block_map
             length = block_map.block_length(request.index)
             fd = self._cache.get(block_map.blocks[request.index].digest, length)
+            if fd is None and self._files is not None:
+                fd = self._files.block(known.layer, request.index)
         if known is None:
             answering.call(request.done, errors.NotFoundError(f"layer {request.map_digest} is not attached"))
         elif fd is None:
@@ -349,13 +361,18 @@ class Fetcher:
             self._log.note_hit(request.map_digest, request.index, request.priority, request.wanted_at, length)
             answering.call(request.done, fd)
 
+    def _is_here(self, map_digest: str, digest: bytes) -> bool:
+        """Whether a block is on this machine's disk: in a file of its own, or in its layer's."""
+        in_file = self._files is not None and self._files.digest(map_digest) is not None
+        return in_file or self._cache.present(digest)
+
     def _read_ahead(self, map_digest: str, index: int, frames_demanded: int) -> None:
         with self._lock:
             known = self._layers.get(map_digest)
             proposed = self._plan.demanded(map_digest, index, frames_demanded) if known else range(0)
         for ahead in proposed:
             block = known.layer.block_map.blocks[ahead] if known else None
-            if known and block is not None and not block.zero and not self._cache.present(block.digest):
+            if known and block is not None and not block.zero and not self._is_here(map_digest, block.digest):
                 now = time.monotonic()
                 self._miss(known.layer, _Request(map_digest, ahead, Priority.READ_AHEAD, None, now, 0.0))
 

@@ -23,13 +23,12 @@ import os
 import pathlib
 from collections.abc import Callable, Collection
 
-from imagefs import blockmap, cachedirectory, erofs, errors, syscalls
+from imagefs import blockmap, cachedirectory, errors, syscalls
 from imagefs.cache import BlockCache
-from imagefs.erofs import ondisk
+from imagefs.fuse import superblocks
 from imagefs.lazylayer import LazyLayer
 
 _ALGORITHM = "sha256:"
-_PIECE_BYTES = 4 << 20
 
 
 class GaveUpError(errors.UnavailableError):
@@ -77,7 +76,9 @@ class LayerFiles:
         except FileNotFoundError:
             return None
         try:
-            if os.fstat(fd).st_size == image_bytes and _hash(fd, may_go_on) == digest:
+            found = cachedirectory.hash_file(fd, lambda: _go_on(may_go_on))
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if found == digest and os.fstat(fd).st_size == image_bytes:
                 self._cache.mark_checked(digest, fd)
                 return digest
         finally:
@@ -108,7 +109,7 @@ class LayerFiles:
 
     def write(self, map_digest: str, block_map: blockmap.BlockMap, may_go_on: Callable[[], bool]) -> bytes:
         """Put a layer's file together; its sha256. Raises GaveUpError, IntegrityError for a layer whose
-        superblock may not be shown to the kernel, and OSError: nothing is left of the file then."""
+        superblock may not be shown to the kernel, and OSError: no half of a file is left then."""
         file = self._files.begin(block_map.image_bytes)
         try:
             digest = self._copy(file.fd, block_map, may_go_on)
@@ -140,17 +141,26 @@ class LayerFiles:
         for index, block in enumerate(block_map.blocks):
             _go_on(may_go_on)
             offset, length = index * block_map.block_bytes, block_map.block_length(index)
+            if index == 0:
+                self._check_superblock(block_map)
             if block.zero:
                 hasher.update(zeros[:length])
                 with contextlib.suppress(OSError):  # a filesystem without holes has zeros there anyway
                     syscalls.punch_hole(out, offset, length)
                 continue
             self._read(block.digest, buffer[:length])
-            if index == 0:
-                _check_superblock(buffer, block_map.image_bytes)
             hasher.update(buffer[:length])
             _write(out, buffer[:length], offset)
         return hasher.digest()
+
+    def _check_superblock(self, block_map: blockmap.BlockMap) -> None:
+        fd = self._cache.get(block_map.blocks[0].digest, block_map.block_length(0))
+        if fd is None:
+            raise GaveUpError("block 0 was evicted, or is of zeros")
+        checked = superblocks.checked_block(fd, block_map)
+        if isinstance(checked, Exception):
+            raise checked
+        os.close(fd)
 
     def _read(self, digest: bytes, out: memoryview) -> None:
         fd = self._cache.get(digest, len(out))
@@ -172,28 +182,9 @@ class LayerFiles:
         temporary.rename(path)
 
 
-def _hash(fd: int, may_go_on: Callable[[], bool]) -> bytes:
-    hasher = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE_BYTES))
-    offset = 0
-    while count := os.preadv(fd, [buffer], offset):
-        hasher.update(buffer[:count])
-        os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
-        offset += count
-        _go_on(may_go_on)
-    return hasher.digest()
-
-
 def _go_on(may_go_on: Callable[[], bool]) -> None:
     if not may_go_on():
         raise GaveUpError("its writer is to stop")
-
-
-def _check_superblock(block: memoryview, image_bytes: int) -> None:
-    try:
-        erofs.check_superblock_of(bytes(block[: ondisk.BLOCK_BYTES]), image_bytes)
-    except errors.InvalidInputError as exc:
-        raise errors.IntegrityError(f"not shown to the kernel: {exc}") from exc
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -93,7 +93,7 @@ class Layers:
                 policy=plan.Policy(connections_per_origin=settings.connections),
             ),
             self._peers,
-            self._files.block,
+            self._files,
         )
         self._lock = threading.Lock()
         self._closed = False

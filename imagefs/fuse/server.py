@@ -52,7 +52,7 @@ _SHORT_LIFE_SECONDS = 1.0
 _LONGEST_BACKOFF_SECONDS = 2.0
 _FIRST_WORKERS = 2
 _LATER_SECONDS = 0.5
-"""From the first attach that can be answered to the start of the other workers."""
+"""From when attaches are answered to the start of the other workers."""
 _MAX_CONNECTIONS = 64
 _IDLE_SECONDS = 60.0
 _ACCEPT_PAUSE_SECONDS = 0.1

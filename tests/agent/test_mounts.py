@@ -83,16 +83,21 @@ def test_a_kernel_that_wants_block_devices_gets_loop(node: LazyNode, monkeypatch
     assert successor.mounted() == node.mounts.mounted()
 
 
+def overlay(lower: Path, folder: Path) -> Path:
+    """What a container sees of a layer; its caller unmounts it."""
+    for name in ("empty", "merged"):
+        (folder / name).mkdir()
+    syscalls.mount("test", folder / "merged", "overlay", 0, f"lowerdir={lower}:{folder / 'empty'}")
+    return folder / "merged"
+
+
 def test_setuid_counts_in_the_overlay_and_not_in_the_layer(node: LazyNode, tmp_path: Path) -> None:
     """A container may need setuid programs and capabilities: its own mount's flags decide, as everywhere."""
     layer = tars.Builder().directory(b"./")
     layer.file(b"id", Path("/usr/bin/id").read_bytes(), tars.Attributes(mode=0o4755))
     row = node.images.pull(node.push([bytes(layer)]).name)
     lower = node.images.directory(row.block_digest, 0)
-    for name in ("empty", "merged"):
-        (tmp_path / name).mkdir()
-    merged = tmp_path / "merged"
-    syscalls.mount("test", merged, "overlay", 0, f"lowerdir={lower}:{tmp_path / 'empty'}")
+    merged = overlay(lower, tmp_path)
     try:
         through = [_effective_uid_of_nobody(where) for where in (merged, lower)]
     finally:
@@ -158,10 +163,7 @@ def test_a_file_that_comes_later_is_mounted_over_the_device_and_no_container_not
 ) -> None:
     row = node.images.pull(node.push([BASE]).name)
     lower = node.images.directory(row.block_digest, 0)
-    for name in ("empty", "merged"):
-        (tmp_path / name).mkdir()
-    merged = tmp_path / "merged"
-    syscalls.mount("test", merged, "overlay", 0, f"lowerdir={lower}:{tmp_path / 'empty'}")
+    merged = overlay(lower, tmp_path)
     try:
         with (merged / "etc/motd").open() as earlier:
             write_files(node, row)

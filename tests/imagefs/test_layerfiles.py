@@ -137,6 +137,13 @@ def test_a_superblock_that_the_kernel_may_not_see_is_in_no_file(bench: Bench) ->
     assert not bench.leftovers()
 
 
+def test_a_layer_whose_first_block_is_of_zeros_gets_none(bench: Bench) -> None:
+    layer = bench.layer(image(4, 15, zeros=(0,)))
+    with pytest.raises(GaveUpError, match="of zeros"):
+        bench.write(layer)
+    assert not bench.leftovers()
+
+
 def test_after_a_boot_a_file_is_hashed_before_it_counts(bench: Bench) -> None:
     data = image(4, 5)
     layer = bench.layer(data)
