@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from imagefs import image, mount, reference, trace
+from glowplug import mounting
+from imagefs import assembly, image, mount, mounts, reference, trace
 from imagefs.fuse import control
+from imagefs.origin import connect
 from tests.fixtures import block_images, images
 from tests.fixtures.block_images import Command
 from tests.glowplug.test_run import shell_layer
@@ -131,3 +133,36 @@ def test_a_trace_sees_what_is_read_though_files_could_be_mounted(
     file = tmp_path / "trace"
     glowplug("trace", "--output", file, ref, "--", "/bin/sh", "-c", "read line < /etc/motd; : < /data")
     assert trace.decode(file.read_bytes()).reads
+
+
+def test_a_file_that_goes_between_the_question_and_the_mount(
+    glowplug: Command, ref: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache may need the room at any moment: the devices do as well."""
+    asked = []
+
+    def named(self: control.DeviceClient, owner: str | None = None) -> dict[str, Path]:
+        asked.append(owner)
+        layers = image.open_image(reference.parse(ref)).layers
+        return {layer.map_digest: tmp_path / "gone" for layer in layers}
+
+    glowplug("mount", ref, directory)  # it starts the server, with the test's settings
+    client = control.DeviceClient.connect(glowplug.state_dir)
+    assert client is not None
+    opened = image.open_image(reference.parse(ref))
+    origins = connect.Options()
+    record = mounts.Record("test", "", ref, "", False, None, None)
+    monkeypatch.setattr(control.DeviceClient, "layer_files", named)
+    folder, target = tmp_path / "behind", tmp_path / "target"
+    for each in (folder, target):
+        each.mkdir()
+    devices = client.attach(record.id, assembly.layer_specs(opened), origins)
+    try:
+        mounting._assemble(opened, devices, folder, target, assembly.Options(), record, client)
+        assert asked == [record.id]
+        assert (target / "data").read_bytes() == DATA
+    finally:
+        mount.unmount_all([target])
+        client.detach(record.id)
+    glowplug("umount", directory)
+    assert glowplug.left() == []
