@@ -3,7 +3,7 @@
 Seven parts, each measured against something in the same run, so that a noisy or slow machine falls on both
 sides: `warm` (the mount against the same EROFS files on local disk), `convert`, `metadata`, `cri` (the agent
 under containerd against containerd alone), `readahead` (what the kernel reads ahead during a start, one value
-against the other), `weights` (a large file, read cold, against `curl | zstd -d` of its blob; best with
+against the other), `weights` (a large file, read cold, against `curl` and `zstd -d` of its blob; best with
 `--image weights`) and `blocks` (sizes of blocks and frames, on two links), which run when they are named.
 Prints a table and writes results/bench.json. Nothing is asserted. Needs root.
 """
@@ -250,11 +250,11 @@ def read_weights(bench: Bench) -> Result:
     for each in measured:
         seconds.setdefault(each.reader, []).append(each.seconds)
     rows = {reader: _row("weights", reader, "s", values) for reader, values in sorted(seconds.items())}
-    download = rows[weights.DOWNLOAD]
     ratios = [
-        _ratio("weights", f"{reader} takes, of {weights.DOWNLOAD}", row, download)
+        _ratio("weights", f"{reader} takes, of {way}", row, rows[way])
+        for way in weights.DOWNLOADS
         for reader, row in rows.items()
-        if row is not download
+        if reader not in weights.DOWNLOADS
     ]
     return [*rows.values(), *ratios]
 

@@ -1,8 +1,10 @@
 """A large file, read cold through the lazy mount as fast as it goes: the part `weights` of bench.py.
 
-Against what no lazy reader can do without: one `curl` of the layer blob that holds the file, into `zstd -d`.
-Both from the same registry on unshaped loopback, whose files stay in the page cache, in turns; block cache
-and mount are new for each read. By one process, then by several, each a part of its own in order.
+Against `curl` of the layer blob that holds the file, and `zstd -d`, in three ways: piped into one another and
+the result thrown away, which no lazy reader can do without; the same with the result in a file, which is what
+a read through the mount leaves on the node, verified as well; and one command after the other. All from the
+same registry on unshaped loopback, whose files stay in the page cache, in turns; block cache, mount and files
+are new for each read. By one process, then by several, each a part of its own in order.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import itertools
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,11 @@ from e2e import workloads
 from glowplug.startup import lazy, machine, registry
 
 PROCESSES = (1, 2, 4)
-DOWNLOAD = "curl | zstd -d"
+DOWNLOADS = {
+    "curl | zstd -d": "curl -sf {url} | zstd -dc >/dev/null",
+    "curl | zstd -d, to a file": "curl -sf {url} | zstd -dqo {folder}/layer",
+    "curl, then zstd -d": "curl -sfo {folder}/blob {url} && zstd -dqo {folder}/layer {folder}/blob",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,14 +56,15 @@ class Trial:
         blob = max(found["layers"], key=lambda each: each["compressed_bytes"])["blob_digest"]
         url = f"http://{self.registry.host}/v2/{repository}/blobs/{blob}"
         for number in range(runs):
-            turns = [0, *PROCESSES]
+            turns = [*DOWNLOADS, *PROCESSES]
             at = number % len(turns)
-            for processes in [*turns[at:], *turns[:at]]:
-                yield self._mounted(image, processes) if processes else self._downloaded(url)
+            for way in [*turns[at:], *turns[:at]]:
+                yield self._downloaded(way, url) if isinstance(way, str) else self._mounted(image, way)
 
-    def _downloaded(self, url: str) -> Measured:
-        script = f"curl -sf {shlex.quote(url)} | zstd -dc >/dev/null"
-        return Measured(DOWNLOAD, self._timed(script))
+    def _downloaded(self, way: str, url: str) -> Measured:
+        with tempfile.TemporaryDirectory(dir=self.glowplug.folder) as folder:
+            script = DOWNLOADS[way].format(url=shlex.quote(url), folder=shlex.quote(folder))
+            return Measured(way, self._timed(script))
 
     def _mounted(self, image: str, processes: int) -> Measured:
         self.glowplug.forget()

@@ -19,7 +19,7 @@ from typing import Any
 from converter import errors, inflate
 from converter.limits import Limits
 from converter.source import MAX_CONFIG_BYTES, SourceImage, SourceLayer, media, parse_config
-from imagefs import artifact
+from imagefs import artifact, readonce
 from imagefs import errors as imagefs_errors
 
 _MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -115,7 +115,7 @@ def _open_layer(path: Path, start: int, size: int, gzip: bool) -> Iterator[Itera
 def _slice(fd: int, start: int, size: int) -> Iterator[bytes]:
     end = start + size
     while start < end:
-        piece = os.pread(fd, min(_PIECE_BYTES, end - start), start)
+        piece = readonce.pread(fd, min(_PIECE_BYTES, end - start), start)
         if not piece:
             return
         start += len(piece)

@@ -27,7 +27,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from imagefs import artifact, errors, reference
+from imagefs import artifact, errors, readonce, reference
 from imagefs.artifact import Descriptor, Manifest
 from imagefs.origin import MAX_MANIFEST_BYTES, BlobSource, Origin, referrers
 from imagefs.origin.referrers import Referrer
@@ -328,7 +328,7 @@ class FolderOrigin:
 
     def _read_piece(self, fd: int, digest: str, position: int, limit_bytes: int = _PIECE_BYTES) -> bytes:
         try:
-            return os.pread(fd, limit_bytes, position)
+            return readonce.pread(fd, limit_bytes, position)
         except OSError as exc:
             raise errors.UnavailableError(f"{self.name}: blob {digest} at byte {position}: {exc}") from exc
 
