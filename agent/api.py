@@ -31,7 +31,7 @@ from aiohttp import web
 
 from agent import errors as agent_errors
 from imagefs import errors
-from imagefs.fuse import control, statedirectory
+from imagefs.fuse import controlmessage, statedirectory
 from pages import guard, middleware
 from pages.loopthread import LoopThread
 
@@ -259,16 +259,16 @@ async def _errors_as_json(
     try:
         response = await handler(request)
     except errors.ImagefsError as exc:
-        response = web.json_response(control.encode_error(exc), status=status_code(exc))
+        response = web.json_response(controlmessage.encode_error(exc), status=status_code(exc))
         if isinstance(exc, errors.UnavailableError) and exc.retry_after_seconds is not None:
             response.headers["Retry-After"] = str(max(1, round(exc.retry_after_seconds)))
     except web.HTTPException as exc:
         error = errors.NotFoundError if exc.status == 404 else errors.InvalidInputError
-        reply = control.encode_error(error(f"{request.method} {request.path}: {exc.reason}"))
+        reply = controlmessage.encode_error(error(f"{request.method} {request.path}: {exc.reason}"))
         response = web.json_response(reply, status=exc.status)
     except Exception as exc:
         _log.exception("%s %s failed", request.method, request.path)
-        reply = control.encode_error(errors.ImagefsError(f"the agent failed: {type(exc).__name__}"))
+        reply = controlmessage.encode_error(errors.ImagefsError(f"the agent failed: {type(exc).__name__}"))
         response = web.json_response(reply, status=500)
     response.headers.update(guard.HEADERS)
     return response

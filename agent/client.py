@@ -16,7 +16,7 @@ from typing import Any
 
 from agent import errors as agent_errors
 from imagefs import errors, unixsocket
-from imagefs.fuse import control
+from imagefs.fuse import controlmessage
 
 _CONNECT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -98,4 +98,4 @@ def _decoded(data: bytes, status: int, what: str) -> dict[str, Any]:
     kind = getattr(agent_errors, str(document.get("error")), None)
     if isinstance(kind, type) and issubclass(kind, errors.ImagefsError):
         raise kind(str(document.get("message")))
-    raise control.decode_error(document)
+    raise controlmessage.decode_error(document)

@@ -21,7 +21,7 @@ from typing import Any
 from agent.observer import Observer
 from agent.starts import Starts
 from imagefs import errors, unixsocket
-from imagefs.fuse import control
+from imagefs.fuse import controlmessage
 
 _FRESH_SECONDS = 1.0
 _POLL_SECONDS = 1.0
@@ -143,10 +143,10 @@ class DeviceFeed:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_ANSWER_SECONDS)
             unixsocket.connect(connection, self._state_dir / "control.sock")
-            control.send(connection, request)
-            reply = control.receive(connection, control.MAX_REPLY_BYTES)
+            controlmessage.send(connection, request)
+            reply = controlmessage.receive(connection, controlmessage.MAX_REPLY_BYTES)
         if reply is None:
             raise ConnectionResetError("it went away")
         if "error" in reply:
-            raise control.decode_error(reply)
+            raise controlmessage.decode_error(reply)
         return reply.get("ok")

@@ -35,7 +35,7 @@ from aiohttp import web
 from agent import api, blockchannel, config, guests, membership
 from agent.observer import Observer
 from imagefs import errors, peerhttp, peersettings, plan
-from imagefs.fuse import control, peering
+from imagefs.fuse import control, controlmessage, peering
 from imagefs.origin import connect
 
 _log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class _Listener:
                     loop = asyncio.get_running_loop()
                     return api.response(await loop.run_in_executor(self._acting, handler, plain))
                 except errors.ImagefsError as exc:
-                    return web.json_response(control.encode_error(exc), status=api.status_code(exc))
+                    return web.json_response(controlmessage.encode_error(exc), status=api.status_code(exc))
 
         return answer
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from imagefs import errors, syscalls
-from imagefs.fuse import control
+from imagefs.fuse import controlmessage
 
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 2.0
@@ -112,7 +112,7 @@ class Child:
         os.set_blocking(self._failure, False)
         with contextlib.suppress(BlockingIOError):
             if said := os.read(self._failure, _READ_BYTES):
-                raise control.decode_error(json.loads(said))
+                raise controlmessage.decode_error(json.loads(said))
 
     def close(self) -> None:
         """Give everything back; the child is killed if it still runs."""
@@ -249,4 +249,4 @@ def _to_stderr(data: bytes) -> None:
 
 def _say(failures: int, error: errors.ImagefsError) -> None:
     with contextlib.suppress(OSError):
-        os.write(failures, json.dumps(control.encode_error(error)).encode())
+        os.write(failures, json.dumps(controlmessage.encode_error(error)).encode())

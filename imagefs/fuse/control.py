@@ -1,8 +1,6 @@
-"""The device server as its clients see it: its settings, its start, and the messages of its control socket.
+"""The device server as its clients see it: its settings, its start, and a client of its control socket.
 
-Called by the verbs and, later, the agent, on their own threads; the server uses the codec at the end. A
-message is four bytes of length (big-endian) and a JSON object. Requests: {"op": ..., ...}. Replies: {"ok":
-value} or {"error": class, "message": ..., "retry_after_seconds": ...}, the class being one of imagefs.errors.
+Called by the verbs and the agent, on their own threads. The messages are controlmessage.py's.
 
 STATE/ (0700, ours) holds lock (who starts processes), settings.json, devices.json, fills.json, starts.json,
 maps/, devices/ (the mount), keeper.sock, keeper.lock, control.sock, peer.sock, handover.json, server.log.
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import errors, privatedirectory, unixsocket
-from imagefs.fuse import coverage, statedirectory
+from imagefs.fuse import controlmessage, coverage, statedirectory
 from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import PackSpec as PackSpec
@@ -34,9 +32,6 @@ from imagefs.fuse.devices import device_name, encode_pack, encode_spec, write_at
 from imagefs.origin.connect import Options
 from imagefs.peersettings import PeerSettings
 
-MAX_REQUEST_BYTES = 4 << 20
-MAX_REPLY_BYTES = 64 << 20
-_LENGTH = struct.Struct(">I")
 _START_SECONDS = 20.0
 _RESTART_SECONDS = 15.0
 """How long a client waits for a server that its keeper is starting again."""
@@ -45,16 +40,11 @@ _ANSWER_SECONDS = 120
 who watches it, or is to stop."""
 _ATTEMPTS = 3
 _LOG_TAIL_BYTES = 2000
-_UNKNOWN_OPERATION = "control: unknown operation"
 _BUILD = ("imagefs.fuse.keeper", "imagefs.fuse.server", "imagefs.fuse.worker", "imagefs.fuse.layers")
 
 WORKERS = 4
 """FUSE processes: more than processors, so that the disk has a next request while an answer is copied. On two
 cores four of them bring a large library in 0.82 to 0.89 of the time of two (docs/benchmarks.md)."""
-
-
-class StoppingError(errors.UnavailableError):
-    """The server was stopping when the request came; the next one will take it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -319,8 +309,8 @@ class DeviceClient:
                 connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _ANSWER_SECONDS, 0))
             try:
                 unixsocket.connect(connection, self._settings.state_dir / "control.sock")
-                send(connection, request)
-                reply = receive(connection, MAX_REPLY_BYTES)
+                controlmessage.send(connection, request)
+                reply = controlmessage.receive(connection, controlmessage.MAX_REPLY_BYTES)
                 if until_gone and reply is not None and "error" not in reply:
                     with contextlib.suppress(ConnectionError):
                         connection.recv(1)  # the end of who answered: what answers next is its successor
@@ -332,8 +322,8 @@ class DeviceClient:
         if reply is None:
             raise ConnectionResetError("the device server went away")
         if "error" in reply:
-            error = decode_error(reply)
-            if isinstance(error, errors.InvalidInputError) and _UNKNOWN_OPERATION in str(error):
+            error = controlmessage.decode_error(reply)
+            if isinstance(error, errors.InvalidInputError) and controlmessage.UNKNOWN_OPERATION in str(error):
                 raise errors.ConfigurationError(
                     f"the device server of {self._settings.state_dir} is of an earlier version, which does "
                     f"not know {request['op']!r}: `glowplug agent upgrade` replaces it; if that cannot, end "
@@ -347,12 +337,12 @@ class DeviceClient:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._request(request)
-            except (FileNotFoundError, ConnectionError, StoppingError) as exc:
+            except (FileNotFoundError, ConnectionError, controlmessage.StoppingError) as exc:
                 if attempt == _ATTEMPTS:
                     raise errors.UnavailableError(
                         f"the device server of {self._settings.state_dir} does not answer: {exc}"
                     ) from exc
-                if isinstance(exc, StoppingError):
+                if isinstance(exc, controlmessage.StoppingError):
                     self._wait_stopped()
                 self._recover(request)
         raise AssertionError("unreachable")
@@ -470,79 +460,3 @@ def _log_tail(path: Path) -> str:
         return path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
     except OSError:
         return "no log was written"
-
-
-# -- codec -----------------------------------------------------------------------------------------
-
-
-def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """One message."""
-    data = json.dumps(message).encode()
-    connection.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def receive(connection: socket.socket, max_bytes: int = MAX_REQUEST_BYTES) -> dict[str, Any] | None:
-    """One message; None at the end of the connection. InvalidInputError for anything but a JSON object of at
-    most `max_bytes`."""
-    head = _receive_exactly(connection, _LENGTH.size)
-    if head is None:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    if length > max_bytes:
-        raise errors.InvalidInputError(f"control: a message of {length} bytes, over the limit of {max_bytes}")
-    data = _receive_exactly(connection, length)
-    if data is None:
-        return None
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise errors.InvalidInputError(f"control: not JSON: {exc}") from exc
-    if not isinstance(document, dict):
-        raise errors.InvalidInputError("control: not a JSON object")
-    return document
-
-
-def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < length:
-        piece = connection.recv(min(length - len(data), 1 << 20))
-        if not piece:
-            return None
-        data += piece
-    return bytes(data)
-
-
-def string(request: Mapping[str, Any], field: str) -> str:
-    """A field of a request. Raises InvalidInputError."""
-    value = request.get(field)
-    if not isinstance(value, str):
-        raise errors.InvalidInputError(f"control: {field} {value!r} is not a string")
-    return value
-
-
-def number(request: Mapping[str, Any], field: str) -> int:
-    """A field of a request. Raises InvalidInputError."""
-    value = request.get(field)
-    if type(value) is not int or value < 0:
-        raise errors.InvalidInputError(f"control: {field} {value!r} is not a number of 0 or more")
-    return value
-
-
-def encode_error(error: errors.ImagefsError) -> dict[str, Any]:
-    """A reply that raises the same class at the other end."""
-    reply: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, errors.UnavailableError):
-        reply["retry_after_seconds"] = error.retry_after_seconds
-    return reply
-
-
-def decode_error(reply: Mapping[str, Any]) -> errors.ImagefsError:
-    """Inverse of encode_error; a class that this build lacks becomes ImagefsError."""
-    name, message = str(reply.get("error")), str(reply.get("message"))
-    kind = StoppingError if name == StoppingError.__name__ else getattr(errors, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.ImagefsError)):
-        return errors.ImagefsError(message)
-    if issubclass(kind, errors.UnavailableError):
-        wish = reply.get("retry_after_seconds")
-        return kind(message, wish if isinstance(wish, (int, float)) else None)
-    return kind(message)

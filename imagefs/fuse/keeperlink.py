@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from imagefs import errors, unixsocket
-from imagefs.fuse import control
+from imagefs.fuse import controlmessage
 
 _KEEPER_RETRY_SECONDS = 1.0
 _KEEPER_START_SECONDS = 20.0
@@ -62,7 +62,7 @@ class KeeperLink:
         come up; then one like ours is there again. `watch` does the work."""
         with self._lock:
             if self._stopping:
-                raise control.StoppingError("the device server is stopping")
+                raise controlmessage.StoppingError("the device server is stopping")
             self._successor = python
             self._send({"op": "leave"})
             try:

@@ -1,4 +1,5 @@
-"""The layers that the device server serves: table, block maps, origins, cache and fetcher as one thing.
+"""The layers that the device server serves: table, block maps, origins, cache and fetcher as one thing. What
+of them is on this machine, and stays there, is `local`'s.
 
 Owned by the server process. `by_name`, `by_node`, `listing` and `block` are called by its worker threads
 and do no I/O but the cache's; `attach` and `detach` by its control threads. A layer whose origin or map is
@@ -8,33 +9,30 @@ missing never stands in the way of the others.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from imagefs import blockmap, bootpack, bootstream, errors, eviction, frames, peers, plan, reference
+from imagefs import blockmap, errors, eviction, peers, plan, reference
 from imagefs.arrival import Part
 from imagefs.cache import BlockCache
 from imagefs.fetcher import Fetcher, FetchSettings, Priority
-from imagefs.fuse import control, coverage, peering, statedirectory, superblocks, wire
+from imagefs.fuse import control, controlmessage, keptmaps, peering, statedirectory, superblocks, wire
 from imagefs.fuse.devices import (
     DeviceTable,
-    LayerSpec,
     PackSpec,
     Record,
     Source,
     decode_pack,
     decode_spec,
-    write_atomically,
 )
 from imagefs.fuse.fill import Filler
 from imagefs.fuse.layerwriter import LayerWriter
+from imagefs.fuse.localblocks import LocalBlocks
 from imagefs.fuse.packs import Packs
 from imagefs.fuse.startreadahead import StartReadAhead
 from imagefs.lazylayer import LazyLayer
@@ -71,6 +69,7 @@ class Layers:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="glowplug server: %(message)s")
         self._settings = settings
         self._table = table
+        self._maps = keptmaps.KeptMaps(settings.state_dir)
         self._taken_up = threading.Event()
         self._cache = BlockCache(
             settings.cache_dir, settings.cache_quota_bytes, settings.free_floor_bytes, self._blocks_in_use
@@ -108,11 +107,10 @@ class Layers:
         self._packs = Packs(self._cache, self._fetcher, settings.read_deadline_seconds * _FRAME_SHARE)
         for record in table.records():
             try:
-                block_map, data = self._read_map(
-                    record.spec, self._origin(next(iter(record.owners.values())))
-                )
+                origin = self._origin(next(iter(record.owners.values())))
+                block_map, data = self._maps.read(record.spec, origin)
                 self._serve(record, block_map)
-                self._keep_map(record.spec.map_digest, data)
+                self._maps.keep(record.spec.map_digest, data)
             except errors.ImagefsError as exc:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
         for owner, pack in table.packs().items():
@@ -124,7 +122,15 @@ class Layers:
             lambda owner: 0.0 if is_recorded(owner) else self._packs.quiet_seconds(owner),
         )
         self._taken_up.set()
-        self._filler = Filler(self._cache, self._fetcher, self._layers_of, settings.state_dir)
+        filler = Filler(self._cache, self._fetcher, self._layers_of, settings.state_dir)
+        self.local = LocalBlocks(
+            self._cache,
+            self._files,
+            filler,
+            self._chosen,
+            self._quiet_seconds,
+            eviction.most_copied_bytes(settings.cache_quota_bytes),
+        )
 
     # -- look-ups, by worker threads ---------------------------------------------------------------
 
@@ -213,20 +219,21 @@ class Layers:
         specs = [decode_spec(value) for value in listed]
         pack = decode_pack(request["pack"]) if request.get("pack") is not None else None
         origins = connect.Options.from_json(request.get("origins") or {}).to_json()
-        owner = control.string(request, "owner")
+        owner = controlmessage.string(request, "owner")
         maps: dict[str, blockmap.BlockMap] = {}
         encoded: dict[str, bytes] = {}
         for spec in specs:
             if spec.map_digest not in maps:
                 # Outside the lock: it may ask the origin for the map.
                 origin = self._origin(Source(spec.origin_ref, origins))
-                maps[spec.map_digest], encoded[spec.map_digest] = self._read_map(spec, origin)
-            self._check_blob(spec, maps[spec.map_digest])
+                maps[spec.map_digest], encoded[spec.map_digest] = self._maps.read(spec, origin)
+            keptmaps.check_blob(spec, maps[spec.map_digest])
         with self._lock:
             if self._closed:
-                raise control.StoppingError("the device server is stopping")
+                raise controlmessage.StoppingError("the device server is stopping")
             for map_digest, data in encoded.items():
-                self._keep_map(map_digest, data)
+                # Under the lock: until then another owner's detach may remove it.
+                self._maps.keep(map_digest, data)
             for record in self._table.attach(specs, origins, owner, pack):
                 self._serve(record, maps[record.spec.map_digest], owner)
         return self._start_pack(owner, pack, origins) if pack is not None else []
@@ -239,7 +246,7 @@ class Layers:
             stopped = self._packs.stop(owner)
             changed = self._nodes_of(stopped.devices)
             for table_digest in stopped.table_digests:
-                map_path(self._settings.state_dir, table_digest).unlink(missing_ok=True)
+                self._maps.remove(table_digest)
             lost = self._table.detach(owner)
             left = self._table.records()
             for record in lost:
@@ -255,7 +262,7 @@ class Layers:
             if not self._table.records():
                 self._forget_all()
         self._starts.forget(owner)
-        self._filler.stop(owner)
+        self.local.stop_fill(owner)
         return changed, gone + stopped.nodes
 
     def _keep_for(self, map_digest: str, records: Sequence[Record]) -> None:
@@ -270,13 +277,11 @@ class Layers:
             self._by_digest.pop(map_digest, None)
         if not sources:
             self._last_errors.pop(map_digest, None)
-            map_path(self._settings.state_dir, map_digest).unlink(missing_ok=True)
+            self._maps.remove(map_digest)
 
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind."""
-        for path in map_path(self._settings.state_dir, "").iterdir():
-            if not path.name.startswith("."):  # a client is writing that one, for an attach to come
-                path.unlink(missing_ok=True)
+        self._maps.clear()
         self._last_errors.clear()
 
     def _close_unused_origins(self) -> None:
@@ -296,7 +301,7 @@ class Layers:
         """Stay, also without a device, until `owner` is detached."""
         with self._lock:
             if self._closed:
-                raise control.StoppingError("the device server is stopping")
+                raise controlmessage.StoppingError("the device server is stopping")
             self._table.hold(owner)
 
     def close_if_idle(self) -> bool:
@@ -308,7 +313,7 @@ class Layers:
     def close(self) -> None:
         """Stop fetching, and let the cache write what it still holds."""
         self._ended = True  # whoever still waits is answered by our successor, or went before us
-        self._filler.close()
+        self.local.close()
         self._starts.close()
         self._fetcher.close()
         self._files.close()
@@ -341,7 +346,7 @@ class Layers:
             "peers": self._peers.status(),
             "boot_packs": self._packs.status(),
             "starting": self._starts.owners(),
-            "fill": self._filler.status(),
+            "fill": self.local.fills(),
         }
 
     def _last_error(self, map_digest: str) -> dict[str, Any] | None:
@@ -355,67 +360,7 @@ class Layers:
             for event in self._fetcher.events(after)
         ]
 
-    # -- the cache ---------------------------------------------------------------------------------
-
-    def fill(self, owner: str, bandwidth_bytes_per_second: int) -> None:
-        """Have the rest of an owner's layers fetched in the background. NotFoundError if it has none."""
-        self._required_layers(owner)
-        self._filler.start(owner, bandwidth_bytes_per_second)
-
-    def fills(self) -> dict[str, Any]:
-        """A JSON object: the copies that were asked for; see Filler.status."""
-        return self._filler.status()
-
-    def stop_fill(self, owner: str) -> None:
-        """No further copy for the owner."""
-        self._filler.stop(owner)
-
-    def coverage(self, owner: str | None) -> dict[str, list[float]]:
-        """How much of each layer (of one owner, or of all) is in the cache; no disk is asked."""
-        return {
-            layer.map_digest: coverage.encode(
-                coverage.count(layer.block_map, self._present(layer), self._quiet_seconds(layer.map_digest))
-            )
-            for layer in (self._attached() if owner is None else self._required_layers(owner))
-        }
-
-    def layer_files(self, owner: str | None) -> dict[str, str]:
-        """Map digest -> file, of those layers (of one owner, or of all) that can be mounted from one
-        (layerfiles.py)."""
-        found = self._files.mountable(self._attached() if owner is None else self._required_layers(owner))
-        return {map_digest: str(path) for map_digest, path in found.items()}
-
-    def pin(self, owner: str) -> None:
-        """Keep all blocks of the owner's layers, once they are here, until `unpin`: the pin's name is the
-        owner's. ConfigurationError when pins would leave no room for anything else."""
-        digests: dict[bytes, int] = {}
-        for layer in self._required_layers(owner):
-            for index, block in enumerate(layer.block_map.blocks):
-                if not block.zero:
-                    digests[block.digest] = layer.block_map.block_length(index)
-        others = {digest for name, pinned in self._cache.pins() if name != owner for digest in pinned}
-        wanted_bytes = sum(length for digest, length in digests.items() if digest not in others)
-        pinned_bytes = self._cache.index.occupied_bytes(others)
-        most_bytes = eviction.most_copied_bytes(self._settings.cache_quota_bytes)
-        if pinned_bytes + wanted_bytes > most_bytes:
-            raise errors.ConfigurationError(
-                f"cannot pin {owner}: its {wanted_bytes} bytes and the {pinned_bytes} pinned already are "
-                f"more than the {most_bytes} that may be pinned; unpin others, or raise the cache's quota"
-            )
-        self._cache.pin(owner, digests)
-
-    def unpin(self, owner: str) -> None:
-        """Drop the pin of that name."""
-        self._cache.unpin(owner)
-
-    def collect(self) -> dict[str, int]:
-        """Bring the cache under its limits now. A JSON object: what went, and what could not."""
-        collected = self._cache.collect()
-        return {
-            "removed_blocks": len(collected.removed),
-            "removed_bytes": sum(entry.allocated_bytes for entry in collected.removed),
-            "short_bytes": collected.short_bytes,
-        }
+    # -- what is attached --------------------------------------------------------------------------
 
     def _blocks_in_use(self) -> set[bytes]:
         self._taken_up.wait(_TAKE_UP_SECONDS)
@@ -425,17 +370,15 @@ class Layers:
             used |= {block.digest for block in layer.block_map.blocks} if file is None else {file}
         return used
 
-    def _present(self, layer: LazyLayer) -> Container[bytes]:
-        """The blocks of a layer that need no origin, and maybe others."""
-        if self._files.digest(layer.map_digest) is None:
-            return self._cache
-        return {block.digest for block in layer.block_map.blocks}
-
     def _attached(self) -> list[LazyLayer]:
         return [served.layer for served in list(self._by_digest.values())]
 
     def _quiet_seconds(self, map_digest: str) -> float:
         return self._fetcher.quiet_seconds(map_digest)
+
+    def _chosen(self, owner: str | None) -> list[LazyLayer]:
+        """An owner's layers, or all. NotFoundError if it has none."""
+        return self._attached() if owner is None else self._required_layers(owner)
 
     def _layers_of(self, owner: str) -> list[LazyLayer]:
         served = [self._by_node.get(row.node) for row in self._table.records() if owner in row.owners]
@@ -501,7 +444,7 @@ class Layers:
         without one is slower and no worse."""
         try:
             origin = self._origin(Source(spec.origin_ref, origins))
-            table = self._read_table(spec, origin)
+            table = self._maps.read_table(spec, origin)
             block_maps = {layer.map_digest: layer.block_map for layer in self._layers_of(owner)}
             started = self._packs.start(owner, spec, table, block_maps, origin)
         except (errors.ImagefsError, OSError) as exc:
@@ -513,24 +456,6 @@ class Layers:
         served = (self._by_name.get(name.encode()) for name in names)
         return [each.device.node for each in served if each is not None]
 
-    def _read_table(self, spec: PackSpec, origin: Origin) -> bootpack.Table:
-        """As `_read_map`, of a boot pack's table."""
-        path = map_path(self._settings.state_dir, spec.table_digest)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            data = origin.read_blob(spec.table_digest, min(spec.table_size, bootpack.MAX_TABLE_BYTES))
-            write_atomically(path, data)
-        if "sha256:" + hashlib.sha256(data).hexdigest() != spec.table_digest:
-            path.unlink(missing_ok=True)
-            raise errors.IntegrityError(f"{path}: the table's bytes are not {spec.table_digest}")
-        table = bootpack.decode(data)
-        if table.data_digest != spec.data_digest:
-            raise errors.IntegrityError(
-                f"boot pack table {spec.table_digest} is of data {table.data_digest}, not {spec.data_digest}"
-            )
-        return table
-
     def _origin(self, source: Source) -> Origin:
         key = _key(source)
         origin = self._origins.get(key)
@@ -540,48 +465,9 @@ class Layers:
             origin = self._origins.setdefault(key, origin)
         return origin
 
-    def _read_map(self, spec: LayerSpec, origin: Origin) -> tuple[blockmap.BlockMap, bytes]:
-        """The map from the state directory, where the client put it, or from the origin; and its bytes.
-        Verified."""
-        path = map_path(self._settings.state_dir, spec.map_digest)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            data = origin.read_blob(spec.map_digest, min(spec.map_size, blockmap.MAX_MAP_BYTES))
-        if "sha256:" + hashlib.sha256(data).hexdigest() != spec.map_digest:
-            path.unlink(missing_ok=True)
-            raise errors.IntegrityError(f"{path}: the block map's bytes are not {spec.map_digest}")
-        # A peer that starts an image with a boot pack names its table: to us the frames are blocks.
-        is_table = data.startswith(bootpack.MAGIC)
-        block_map = bootstream.block_map(bootpack.decode(data)) if is_table else blockmap.decode(data)
-        frames.check_sizes(block_map, spec.map_digest)
-        self._check_blob(spec, block_map)
-        return block_map, data
-
-    def _keep_map(self, map_digest: str, data: bytes) -> None:
-        """For a successor. With the lock held: until then another owner's detach may remove it."""
-        path = map_path(self._settings.state_dir, map_digest)
-        try:
-            if not path.exists():
-                write_atomically(path, data)
-        except OSError as exc:
-            raise errors.ConfigurationError(f"cannot write {path}: {exc.strerror}") from exc
-
-    def _check_blob(self, spec: LayerSpec, block_map: blockmap.BlockMap) -> None:
-        if "sha256:" + block_map.blob_digest.hex() != spec.blob_digest:
-            raise errors.IntegrityError(
-                f"block map {spec.map_digest} is of blob sha256:{block_map.blob_digest.hex()}, "
-                f"not of {spec.blob_digest}"
-            )
-
 
 def _key(source: Source) -> str:
     return json.dumps([source.origin_ref, source.origins], sort_keys=True)
-
-
-def map_path(state_dir: Path, digest: str) -> Path:
-    """Where the block map of a layer, or the table of a boot pack, is kept while it is attached."""
-    return state_dir / "maps" / digest.partition(":")[2]
 
 
 def _log(message: str) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from imagefs import errors, plan
-from imagefs.fuse import control, statedirectory
+from imagefs.fuse import controlmessage, statedirectory
 from imagefs.fuse.devices import LayerSpec, decode_spec, encode_spec
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def receive_answer(connection: socket.socket) -> tuple[int, int | errors.Imagefs
         return None
     answer = json.loads(data)
     if "error" in answer:
-        return int(answer["tag"]), control.decode_error(answer), 0
+        return int(answer["tag"]), controlmessage.decode_error(answer), 0
     return int(answer["tag"]), rights[0], int(answer["length"])
 
 
@@ -189,7 +189,7 @@ class _Asker:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [result]))]
         else:
             wrapped = result if isinstance(result, errors.ImagefsError) else errors.ImagefsError(str(result))
-            message = {"tag": tag, **control.encode_error(wrapped)}
+            message = {"tag": tag, **controlmessage.encode_error(wrapped)}
             message["message"] = message["message"][: MAX_MESSAGE_BYTES // 16]
         with self._lock:
             self._waiting -= 1

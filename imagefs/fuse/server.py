@@ -37,13 +37,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagefs import errors, framemask
-from imagefs.fuse import control, handover, protocol, recordings, statedirectory, wire
+from imagefs.fuse import control, controlmessage, handover, protocol, recordings, statedirectory, wire
 from imagefs.fuse.devices import DeviceTable
 from imagefs.fuse.keeperlink import KeeperLink
 
 if TYPE_CHECKING:
     from imagefs.arrival import Part
     from imagefs.fuse.layers import Layers
+    from imagefs.fuse.localblocks import LocalBlocks
 
 _ANSWER_BUFFER_BYTES = 4 << 20
 _STUCK_SECONDS = 10
@@ -274,12 +275,12 @@ class Server:
                 if not statedirectory.same_user(connection):
                     return
                 connection.settimeout(_IDLE_SECONDS)
-                while (request := control.receive(connection)) is not None:
+                while (request := controlmessage.receive(connection)) is not None:
                     try:
                         reply = {"ok": self._operate(request)}
                     except errors.ImagefsError as exc:
-                        reply = control.encode_error(exc)
-                    control.send(connection, reply)
+                        reply = controlmessage.encode_error(exc)
+                    controlmessage.send(connection, reply)
                     if self._handed_over:
                         os._exit(0)  # the new keeper waits for our end to start the next server
                     if self._stopping:
@@ -300,7 +301,7 @@ class Server:
             settings = request.get("settings")
             if not isinstance(settings, dict):
                 raise errors.InvalidInputError("control: hand_over without settings")
-            return self._hand_over(control.string(request, "python"), settings)
+            return self._hand_over(controlmessage.string(request, "python"), settings)
         if operation in ("detach", "stop_if_idle") and self._is_useless():
             # Not in the way of the next one, whose settings may be better.
             self._stopping = operation == "stop_if_idle"
@@ -311,52 +312,37 @@ class Server:
                 self._tell_workers(wire.Forget(node))
             return None
         if operation == "detach":
-            changed, gone = layers.detach(control.string(request, "owner"))
+            changed, gone = layers.detach(_owner(request))
             for node in changed:
                 self._tell_workers(wire.Forget(node))
             for node in gone:
                 self._tell_workers(wire.Drop(node))
-            self._recordings.forget(control.string(request, "owner"))
+            self._recordings.forget(_owner(request))
             return None
         if operation == "started":
-            owner, names = control.string(request, "owner"), request.get("backing_devices")
+            owner, names = _owner(request), request.get("backing_devices")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise errors.InvalidInputError("control: started without backing devices")
             return layers.started(owner, names)
         if operation == "start_recording":
-            owner = control.string(request, "owner")
+            owner = _owner(request)
             return self._recordings.start(owner, layers.nodes(owner))
         if operation == "stop_recording":
-            return self._recordings.stop(control.string(request, "owner"))
+            return self._recordings.stop(_owner(request))
         if operation == "status":
             return {**layers.status(), "processes": self._processes()}
         if operation == "events":
-            return layers.events(control.number(request, "after"))
-        if operation == "fill":
-            owner = control.string(request, "owner")
-            return layers.fill(owner, control.number(request, "bandwidth_bytes_per_second"))
-        if operation == "fills":
-            return layers.fills()
-        if operation == "stop_fill":
-            return layers.stop_fill(control.string(request, "owner"))
-        if operation == "coverage":
-            return layers.coverage(control.string(request, "owner") if "owner" in request else None)
-        if operation == "layer_files":
-            return layers.layer_files(control.string(request, "owner") if "owner" in request else None)
-        if operation == "pin":
-            return layers.pin(control.string(request, "owner"))
-        if operation == "unpin":
-            return layers.unpin(control.string(request, "owner"))
-        if operation == "collect":
-            return layers.collect()
+            return layers.events(controlmessage.number(request, "after"))
+        if operation in _LOCAL:
+            return _LOCAL[operation](layers.local, request)
         if operation == "peers":
             return layers.set_peers(request.get("settings"))
         if operation == "hold":
-            return layers.hold(control.string(request, "owner"))
+            return layers.hold(_owner(request))
         if operation == "stop_if_idle":
             self._stopping = layers.close_if_idle()
             return self._stopping
-        raise errors.InvalidInputError(f"control: unknown operation {operation!r}")
+        raise errors.InvalidInputError(f"{controlmessage.UNKNOWN_OPERATION} {operation!r}")
 
     def _tell_workers(self, message: wire.Drop | wire.Forget | wire.Watch) -> int:
         channels = list(self._channels.values())
@@ -413,6 +399,28 @@ class Server:
             "keepers_replaced": self._link.keepers_replaced,
             "survives_kill": self._link.resend,
         }
+
+
+def _owner(request: Mapping[str, Any]) -> str:
+    return controlmessage.string(request, "owner")
+
+
+def _owner_or_all(request: Mapping[str, Any]) -> str | None:
+    return _owner(request) if "owner" in request else None
+
+
+_LOCAL: dict[str, Callable[[LocalBlocks, Mapping[str, Any]], Any]] = {
+    "fill": lambda local, request: local.fill(
+        _owner(request), controlmessage.number(request, "bandwidth_bytes_per_second")
+    ),
+    "fills": lambda local, _: local.fills(),
+    "stop_fill": lambda local, request: local.stop_fill(_owner(request)),
+    "coverage": lambda local, request: local.coverage(_owner_or_all(request)),
+    "layer_files": lambda local, request: local.layer_files(_owner_or_all(request)),
+    "pin": lambda local, request: local.pin(_owner(request)),
+    "unpin": lambda local, request: local.unpin(_owner(request)),
+    "collect": lambda local, _: local.collect(),
+}
 
 
 def _block_answer(channel: _Channel, tag: int) -> Callable[[int | Part | Exception | None], None]:

@@ -15,7 +15,7 @@ from agent import api, config, outside, store
 from agent.rows import ImageRow, LayerRow
 from imagefs import fetchlog
 from imagefs.cache import CacheStats
-from imagefs.fuse import control, statedirectory
+from imagefs.fuse import controlmessage, statedirectory
 
 MAPS = tuple(f"sha256:{number:064x}" for number in range(1, 4))
 BLOCK_DIGEST = "sha256:" + "b" * 64
@@ -112,14 +112,14 @@ class DeviceServer:
             except OSError:
                 return
             with connection:
-                request = control.receive(connection)
+                request = controlmessage.receive(connection)
                 assert request is not None
                 self.asked.append(request)
                 if request["op"] == "status":
                     reply: Any = self.status
                 else:
                     reply = [each for each in self.events if each["number"] > request["after"]]
-                control.send(connection, {"ok": reply})
+                controlmessage.send(connection, {"ok": reply})
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -24,7 +24,14 @@ def opened(folder: Path) -> int:
 
 def test_it_reads_what_pread_reads(tmp_path: Path) -> None:
     fd = opened(tmp_path)
-    for length, offset in [(100, 0), (4096, 5000), (1 << 20, 0), (1 << 20, 1000), (10, 1 << 20), (1, 1 << 21)]:
+    for length, offset in [
+        (100, 0),
+        (4096, 5000),
+        (1 << 20, 0),
+        (1 << 20, 1000),
+        (10, 1 << 20),
+        (1, 1 << 21),
+    ]:
         assert readonce.pread(fd, length, offset) == os.pread(fd, length, offset)
     os.close(fd)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagefs import errors
-from imagefs.fuse import control, statedirectory
+from imagefs.fuse import control, controlmessage, statedirectory
 from imagefs.origin.connect import Options
 
 
@@ -36,35 +36,35 @@ def test_other_settings_are_refused(data: bytes) -> None:
         errors.IntegrityError,
         errors.ConfigurationError,
         errors.BusyError,
-        control.StoppingError,
+        controlmessage.StoppingError,
     ],
 )
 def test_errors_keep_their_class(kind: type[errors.ImagefsError]) -> None:
-    found = control.decode_error(control.encode_error(kind("what happened")))
+    found = controlmessage.decode_error(controlmessage.encode_error(kind("what happened")))
     assert type(found) is kind
     assert str(found) == "what happened"
 
 
 def test_unavailable_keeps_its_wish() -> None:
-    found = control.decode_error(control.encode_error(errors.UnavailableError("later", 2.5)))
+    found = controlmessage.decode_error(controlmessage.encode_error(errors.UnavailableError("later", 2.5)))
     assert isinstance(found, errors.UnavailableError)
     assert found.retry_after_seconds == 2.5
 
 
 @pytest.mark.parametrize("name", ["SystemExit", "annotations", "NoSuchError", "__doc__"])
 def test_a_class_that_we_lack_is_the_root(name: str) -> None:
-    assert type(control.decode_error({"error": name, "message": "m"})) is errors.ImagefsError
+    assert type(controlmessage.decode_error({"error": name, "message": "m"})) is errors.ImagefsError
 
 
 def test_messages_come_back_and_end() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        control.send(ours, {"op": "x", "text": "\u00e9" * 1000})
-        control.send(ours, {})
+        controlmessage.send(ours, {"op": "x", "text": "\u00e9" * 1000})
+        controlmessage.send(ours, {})
         ours.shutdown(socket.SHUT_WR)
-        assert control.receive(theirs) == {"op": "x", "text": "\u00e9" * 1000}
-        assert control.receive(theirs) == {}
-        assert control.receive(theirs) is None
+        assert controlmessage.receive(theirs) == {"op": "x", "text": "\u00e9" * 1000}
+        assert controlmessage.receive(theirs) == {}
+        assert controlmessage.receive(theirs) is None
 
 
 def test_no_server_is_no_client(tmp_path: Path) -> None:

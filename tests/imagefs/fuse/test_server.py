@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from imagefs import errors, syscalls
-from imagefs.fuse import control, statedirectory
+from imagefs.fuse import control, controlmessage, statedirectory
 from tests.imagefs.fuse import stack
 from tests.imagefs.fuse.stack import Reader
 
@@ -203,7 +203,7 @@ def _ping_as(uid: int, state_dir: Path) -> bytes:
             os.setuid(uid)
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect("control.sock")
-                control.send(connection, {"op": "ping"})
+                controlmessage.send(connection, {"op": "ping"})
                 os.write(writer, connection.recv(100))
         except ConnectionError:
             pass
