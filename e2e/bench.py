@@ -92,15 +92,16 @@ def warm(bench: Bench) -> Result:
             glowplug.mounted(name, by_devices, near=True),
             plain.mounted(bench.workload, bench.folder / "plain", local),
         ):
-            _read_all(by_devices)
-            lazy.await_layer_files(glowplug.folder / "cache", len(bench.workload.layers))
+            lazy.read_all(by_devices)
+            layers = bench.workload.layers
+            lazy.await_layer_files(glowplug.folder / "cache", len(layers), bench.workload.unpacked_bytes)
             with glowplug.mounted(name, whole, near=True):
                 largest = weights.largest(local)
                 actions: dict[str, Callable[[Path], None]] = {
                     f"read one library of {(local / largest).stat().st_size / 1e6:.0f} MB": lambda at: _shell(
                         f"dd if={at / largest} of=/dev/null bs=1M"
                     ),
-                    "read every file": _read_all,
+                    "read every file": lazy.read_all,
                     "find, with every inode": lambda at: _shell(f"find {at} -xdev -printf %s%m >/dev/null"),
                     "start to ready": lambda at: _start(at, bench.workload.command),
                 }
@@ -108,10 +109,6 @@ def warm(bench: Bench) -> Result:
                 for action, carry_out in actions.items():
                     rows += _in_turns(action, carry_out, places, bench.runs)
     return rows
-
-
-def _read_all(root: Path) -> None:
-    _shell(f"find {root} -xdev -type f -print0 | xargs -0 cat >/dev/null")
 
 
 def _in_turns(

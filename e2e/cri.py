@@ -67,17 +67,17 @@ def cold(over: link.Link, workload: workloads.Workload, image: str, sandbox_imag
             pulled = time.monotonic() - began
             ready = _start(daemon, image, workload.command)
             moved_bytes = over.received_bytes() - before
-            _bring_whole(agent, image, len(workload.layers))
+            _bring_whole(agent, image, workload)
             machine.drop_page_cache()
             return Start(pulled, ready, moved_bytes, _start(daemon, image, workload.command))
 
 
-def _bring_whole(agent: node.Agent, image: str, layers: int) -> None:
+def _bring_whole(agent: node.Agent, image: str, workload: workloads.Workload) -> None:
     """Have all of the image on the node, its layers in files of their own, and the agent know of them."""
     machine.check_call(
         [str(lazy.COMMAND), "prefetch", "--state", str(agent.state), "--wait", f"docker://{image}"]
     )
-    lazy.await_layer_files(agent.cache, layers)
+    lazy.await_layer_files(agent.cache, len(workload.layers), workload.unpacked_bytes)
     time.sleep(images.FILES_SECONDS + _UPKEEP_SECONDS)
 
 

@@ -56,7 +56,7 @@ class Trial:
         blob = max(found["layers"], key=lambda each: each["compressed_bytes"])["blob_digest"]
         url = f"http://{self.registry.host}/v2/{repository}/blobs/{blob}"
         for number in range(runs):
-            turns = [*DOWNLOADS, *PROCESSES]
+            turns: list[str | int] = [*DOWNLOADS, *PROCESSES]
             at = number % len(turns)
             for way in [*turns[at:], *turns[:at]]:
                 yield self._downloaded(way, url) if isinstance(way, str) else self._mounted(image, way)

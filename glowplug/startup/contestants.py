@@ -80,7 +80,7 @@ class Unpacked:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lazy:
-    """`glowplug run`; the block cache is emptied afterwards, unless it is to be warm."""
+    """`glowplug run`; the block cache is emptied afterwards, unless the next start is to find it full."""
 
     mode: str
     label: str
@@ -93,7 +93,7 @@ class Lazy:
         """With what the device server knows of its fetches."""
         work = self.workload
         events = self.glowplug.start(self.image, work.command, work.environment, work.until, clock)
-        if self.mode != result.WARM:
+        if self.mode not in (result.WARM, result.WHOLE):
             self.glowplug.forget()
         start = clock.start()
         waits = sum(_waited(event) for event in events) if events else None
@@ -169,16 +169,20 @@ def unpacked(
 def lazily(
     mode: str, server: registry.Registry, folder: Path, scratch: Scratch, workload: Workload
 ) -> Iterator[Contestant]:
-    """`glowplug run`: by blocks alone, with a boot pack, or from a block cache that has what it needs."""
+    """`glowplug run`: by blocks alone, with a boot pack, from a block cache that has what it needs, or from
+    layers that are all here, each in a file of its own."""
     label = {
         result.BLOCKS: "glowplug, by blocks",
         result.PACK: "glowplug, boot pack",
         result.WARM: "glowplug, warm block cache",
+        result.WHOLE: "glowplug, whole layers",
     }[mode]
     name = scratch.pack if mode == result.PACK else scratch.blocks
     with lazy.use(server.link, folder) as glowplug:
         if mode == result.WARM:
             _fill(glowplug, server, name, workload)
+        elif mode == result.WHOLE:
+            _make_whole(glowplug, f"{server.host}/{name}")
         image = f"{server.far_host}/{name}"
         yield Lazy(mode, label, glowplug, image, workload, scratch.layers)
 
@@ -188,3 +192,15 @@ def _fill(glowplug: lazy.Glowplug, server: registry.Registry, name: str, workloa
     clock = timeline.Clock(server.link.received_bytes, server.requests)
     image = f"{server.host}/{name}"
     glowplug.start(image, workload.command, workload.environment, workload.until, clock, near=True)
+
+
+def _make_whole(glowplug: lazy.Glowplug, image: str) -> None:
+    """All of it read from the registry's own side, so that the cache has the image, and its layers' files."""
+    facts = glowplug.inspect(image)
+    assert facts is not None
+    digests = {layer["map_digest"] for layer in facts["layers"]}
+    total_bytes = sum(layer["image_bytes"] for layer in facts["layers"])
+    root = glowplug.folder / "whole"
+    with glowplug.mounted(image, root, near=True):
+        lazy.read_all(root)
+        lazy.await_layer_files(glowplug.folder / "cache", len(digests), total_bytes)

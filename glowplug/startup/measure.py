@@ -108,7 +108,7 @@ def _entries(
             yield contestants.pulled(
                 rival.binaries, rival.label, server, place, prepared, workload, tuned=True
             )
-    for mode in (result.BLOCKS, result.PACK, result.WARM):
+    for mode in result.LAZY:
         if mode in modes:
             yield contestants.lazily(mode, server, folder / mode, prepared, workload)
     if result.LOCAL in modes:

@@ -22,8 +22,10 @@ TUNED = "tuned"
 BLOCKS = "blocks"
 PACK = "pack"
 WARM = "warm"
+WHOLE = "whole"
 LOCAL = "local"
-MODES = (CONTAINERD, TUNED, BLOCKS, PACK, WARM, LOCAL)
+LAZY = (BLOCKS, PACK, WARM, WHOLE)
+MODES = (CONTAINERD, TUNED, *LAZY, LOCAL)
 PULLED = (CONTAINERD, TUNED)
 COLD = (CONTAINERD, TUNED, BLOCKS, PACK)
 """The modes that bring the image over the link."""

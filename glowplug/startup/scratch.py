@@ -65,7 +65,7 @@ def prepare(workload: Workload, modes: Sequence[str], folder: Path, say: Callabl
         say(f"copying {workload.name} to a registry of its own")
         glowplug.copy(workload.source, f"{server.host}/{_GIVEN}")
         source_bytes = _source_bytes(server)
-        if not {result.BLOCKS, result.PACK, result.WARM} & set(modes):
+        if not set(result.LAZY) & set(modes):
             return Scratch(storage, _GIVEN, _GIVEN, _GIVEN, source_bytes, 0, ())
         facts, blocks, pack = _prepare_lazy(glowplug, server, workload, modes, say)
     unpacked_bytes = sum(layer["image_bytes"] for layer in facts["layers"])
@@ -91,7 +91,7 @@ def _prepare_lazy(
         facts = glowplug.inspect(at(_GIVEN))
     assert facts is not None
     if facts["boot_pack"] is not None:
-        if {result.BLOCKS, result.WARM} & set(modes):
+        if (set(result.LAZY) - {result.PACK}) & set(modes):
             say("converting once more: its block image has a boot pack, and one without is measured, too")
             server.push(f"docker://{at(_GIVEN)}", _BLOCKS)
             glowplug.convert(at(_BLOCKS))

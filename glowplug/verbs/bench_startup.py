@@ -80,6 +80,7 @@ def command(
     blocks      lazily, block by block
     pack        lazily, with a boot pack
     warm        lazily, block cache full, page cache dropped
+    whole       the same, mounted from files, as layers are that are all here
     local       by containerd, unpacked before, page cache dropped
 
     The image is copied into a registry of its own, behind a link of the given speed; what it lacks, block
