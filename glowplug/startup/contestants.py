@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,7 +167,12 @@ def unpacked(
 
 @contextlib.contextmanager
 def lazily(
-    mode: str, server: registry.Registry, folder: Path, scratch: Scratch, workload: Workload
+    mode: str,
+    server: registry.Registry,
+    folder: Path,
+    scratch: Scratch,
+    workload: Workload,
+    say: Callable[[str], None],
 ) -> Iterator[Contestant]:
     """`glowplug run`: by blocks alone, with a boot pack, from a block cache that has what it needs, or from
     layers that are all here, each in a file of its own."""
@@ -182,6 +187,7 @@ def lazily(
         if mode == result.WARM:
             _fill(glowplug, server, name, workload)
         elif mode == result.WHOLE:
+            say("reading all of it, so that its layers get files of their own")
             _make_whole(glowplug, f"{server.host}/{name}")
         image = f"{server.far_host}/{name}"
         yield Lazy(mode, label, glowplug, image, workload, scratch.layers)

@@ -57,7 +57,7 @@ def measure(
         server = stack.enter_context(registry.serve(over, folder, prepared.storage))
         racing = [
             stack.enter_context(entry)
-            for entry in _entries(workload, prepared, modes, rivals, server, folder)
+            for entry in _entries(workload, prepared, modes, rivals, server, folder, say)
         ]
         starts: list[list[result.Start]] = [[] for _ in racing]
         for number in range(runs):
@@ -96,6 +96,7 @@ def _entries(
     rivals: Sequence[Rival],
     server: registry.Registry,
     folder: Path,
+    say: Callable[[str], None],
 ) -> Iterator[contextlib.AbstractContextManager[contestants.Contestant]]:
     """What takes part, in the order of result.MODES."""
     if result.CONTAINERD in modes:
@@ -110,6 +111,6 @@ def _entries(
             )
     for mode in result.LAZY:
         if mode in modes:
-            yield contestants.lazily(mode, server, folder / mode, prepared, workload)
+            yield contestants.lazily(mode, server, folder / mode, prepared, workload, say)
     if result.LOCAL in modes:
         yield contestants.unpacked(containerd.installed(), server, folder / "local", prepared, workload)

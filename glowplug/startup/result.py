@@ -29,6 +29,8 @@ MODES = (CONTAINERD, TUNED, *LAZY, LOCAL)
 PULLED = (CONTAINERD, TUNED)
 COLD = (CONTAINERD, TUNED, BLOCKS, PACK)
 """The modes that bring the image over the link."""
+USUAL = tuple(mode for mode in MODES if mode != WHOLE)
+"""Unless somebody chooses: `WHOLE` reads all of the image first, and needs its room twice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

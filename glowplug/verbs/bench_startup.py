@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "modes",
     type=click.Choice(result.MODES),
     multiple=True,
-    help="What to measure; repeatable (default: all).",
+    help="What to measure; repeatable (default: all but whole).",
 )
 @click.option(
     "--containerd",
@@ -80,7 +80,7 @@ def command(
     blocks      lazily, block by block
     pack        lazily, with a boot pack
     warm        lazily, block cache full, page cache dropped
-    whole       the same, mounted from files, as layers are that are all here
+    whole       the same, mounted from files, as layers are that are all here; only when named
     local       by containerd, unpacked before, page cache dropped
 
     The image is copied into a registry of its own, behind a link of the given speed; what it lacks, block
@@ -92,7 +92,7 @@ def command(
         if not path.absolute().parent.is_dir():  # said before the measurement, not after it
             raise errors.InvalidInputError(f"{path}: its folder does not exist")
     link_speed = speed.Speed(speed.parse_rate(rate), duration.parse(rtt, "--rtt"))
-    modes = tuple(mode for mode in result.MODES if mode in (modes or result.MODES))
+    modes = tuple(mode for mode in result.MODES if mode in (modes or result.USUAL))
     from glowplug.startup import measure, report, scratch, table
 
     measure.check(modes)

@@ -80,8 +80,9 @@ def test_every_kind_of_start(ref: str, tmp_path: Path) -> None:
     link = ["--rate", "200mbit", "--rtt", "20ms", "--runs", 1]
     newer = ["--containerd", containerds.binaries("2.1").directory]
     out = ["--json", document, "--report", page, "--until-log", "^ready"]
+    modes = [word for mode in result.MODES for word in ("--mode", mode)]
     said = subprocess.run(
-        _bench(ref, *link, *newer, *out, "--", "sh", "-c", _COMMAND),
+        _bench(ref, *link, *newer, *modes, *out, "--", "sh", "-c", _COMMAND),
         capture_output=True,
         text=True,
         timeout=120,
