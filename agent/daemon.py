@@ -42,7 +42,6 @@ from agent import (
     warm,
 )
 from agent.images import Images
-from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.outside import Outside
@@ -51,6 +50,7 @@ from cluster.api import Api
 from imagefs import errors, privatedirectory
 from imagefs.fuse import control
 from imagefs.fuse.control import DeviceClient
+from imagefs.fuse.mapfiles import MapFiles
 from imagefs.origin import agentcredentials, connect
 
 DEVICE_OWNER = "agent"

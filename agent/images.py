@@ -24,7 +24,6 @@ from agent import config, lookup, snapshots
 from agent.flights import Flight, Flights
 from agent.imagetable import ImageTable
 from agent.lookup import Trust, Wanted
-from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.rows import BootPackRow, ImageRow, LayerRow
@@ -38,6 +37,7 @@ from imagefs.fuse import statedirectory
 from imagefs.fuse.control import DeviceClient
 from imagefs.fuse.coverage import Coverage
 from imagefs.fuse.devices import LayerSpec, PackSpec
+from imagefs.fuse.mapfiles import MapFiles
 from imagefs.image import LazyImage
 from imagefs.mount import RootAttributes
 from imagefs.origin import connect

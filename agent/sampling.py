@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent import config
-from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.observer import Observer
 from agent.rows import ImageRow
 from imagefs import blockmap, errors, reference, trace, tracestore
 from imagefs.fuse.control import Recorded
+from imagefs.fuse.mapfiles import MapFiles
 from imagefs.origin import connect
 
 _log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from agent.mapfiles import MapFiles
 from agent.mounts import LayerMounts
 from agent.rows import ImageRow, LayerRow
 from imagefs import bootpack, kernelreadahead
 from imagefs.fuse.control import DeviceClient
+from imagefs.fuse.mapfiles import MapFiles
 
 
 class StartReadAhead:

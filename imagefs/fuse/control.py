@@ -29,6 +29,7 @@ from imagefs.fuse.coverage import Coverage as Coverage
 from imagefs.fuse.devices import LayerSpec as LayerSpec
 from imagefs.fuse.devices import PackSpec as PackSpec
 from imagefs.fuse.devices import device_name, encode_pack, encode_spec, write_atomically
+from imagefs.fuse.mapfiles import MapFiles
 from imagefs.origin.connect import Options
 from imagefs.peersettings import PeerSettings
 
@@ -149,10 +150,10 @@ class DeviceClient:
         given = [(layer.map_digest, layer.map_bytes) for layer in layers]
         if pack is not None:
             given.append((pack.table_digest, pack.table_bytes))
+        maps = MapFiles(state_dir / "maps")
         for digest, data in given:
-            path = state_dir / "maps" / digest.partition(":")[2]
-            if data is not None and not path.exists():
-                _write(path, data)
+            if data is not None:
+                maps.keep(digest, data)
         self._checked_request(
             {
                 "op": "attach",

@@ -110,7 +110,7 @@ class Layers:
                 origin = self._origin(next(iter(record.owners.values())))
                 block_map, data = self._maps.read(record.spec, origin)
                 self._serve(record, block_map)
-                self._maps.keep(record.spec.map_digest, data)
+                self._maps.files.keep(record.spec.map_digest, data)
             except errors.ImagefsError as exc:
                 _log(f"layer {record.spec.map_digest} cannot be taken up again: {exc}")
         for owner, pack in table.packs().items():
@@ -233,7 +233,7 @@ class Layers:
                 raise controlmessage.StoppingError("the device server is stopping")
             for map_digest, data in encoded.items():
                 # Under the lock: until then another owner's detach may remove it.
-                self._maps.keep(map_digest, data)
+                self._maps.files.keep(map_digest, data)
             for record in self._table.attach(specs, origins, owner, pack):
                 self._serve(record, maps[record.spec.map_digest], owner)
         return self._start_pack(owner, pack, origins) if pack is not None else []
@@ -246,7 +246,7 @@ class Layers:
             stopped = self._packs.stop(owner)
             changed = self._nodes_of(stopped.devices)
             for table_digest in stopped.table_digests:
-                self._maps.remove(table_digest)
+                self._maps.files.remove(table_digest)
             lost = self._table.detach(owner)
             left = self._table.records()
             for record in lost:
@@ -277,11 +277,11 @@ class Layers:
             self._by_digest.pop(map_digest, None)
         if not sources:
             self._last_errors.pop(map_digest, None)
-            self._maps.remove(map_digest)
+            self._maps.files.remove(map_digest)
 
     def _forget_all(self) -> None:
         """With the last device gone: maps that failed attaches left behind."""
-        self._maps.clear()
+        self._maps.files.clear()
         self._last_errors.clear()
 
     def _close_unused_origins(self) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from agent import config, sampling
 from agent.images import Images
-from agent.mapfiles import MapFiles
 from agent.rows import BootPackRow
 from agent.snapshotter import Found
 from imagefs import image, kernelreadahead, reference, trace, tracestore
+from imagefs.fuse.mapfiles import MapFiles
 from imagefs.image import LazyImage
 from tests.agent.lazy_node import BASE, LazyNode, Source
 from tests.agent.lazy_node import node as node

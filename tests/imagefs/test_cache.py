@@ -306,7 +306,8 @@ def test_a_small_disk_keeps_some_room_free_and_goes_on(small_disk: pathlib.Path)
             store(target, number)
         settled(target)
         # The last block is named before what must go for it has gone.
-        eventually(lambda: os.statvfs(small_disk).f_bavail * 4096 >= (2 << 20) // 50)
+        unit_bytes = os.statvfs(small_disk).f_frsize
+        eventually(lambda: os.statvfs(small_disk).f_bavail * unit_bytes >= (2 << 20) // 50)
         assert target.stats().evicted_blocks > 0
 
 

@@ -22,10 +22,6 @@ def directory() -> Iterator[Path]:
         yield made
 
 
-_TELLING_SECONDS = 0.25
-"""From a death that was seen to an Envoy that knows: milliseconds, but for a machine that runs more tests."""
-
-
 async def _in_thread(function: Any, *arguments: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
@@ -60,10 +56,9 @@ async def _measure(served: Served, requests: int, pause_seconds: float) -> None:
             await asyncio.sleep(0.1)
     names = {each.name for each in load.asked if each.wrong is None}
     assert {"one", "two", "stream"} <= names
-    # In flight on the replica as it was killed, and no other: begun before Envoy was told of its death, ended
-    # after it. They cannot be more than one a client.
-    told = noticed + _TELLING_SECONDS
-    lost = [each for each in load.failed if each.began <= told and each.ended >= began]
+    # In flight on the replica as it was killed, and no other: begun before its death was seen, ended after
+    # it. They cannot be more than one a client.
+    lost = [each for each in load.failed if each.began <= noticed and each.ended >= began]
     assert load.failed == lost, "\n".join(f"{each.began - began:+.2f} s {each.wrong}" for each in load.failed)
     assert len(lost) <= 16
     print(f"{len(load.asked)} requests, {len(lost)} lost in flight on the killed replica")

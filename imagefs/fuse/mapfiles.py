@@ -1,8 +1,8 @@
-"""The block maps of this node's images, and the tables of their boot packs: root/maps/<hex of the digest>, so
-that a reboot needs no registry.
+"""Block maps, and tables of boot packs, as files of one folder, named by the hex of their digests.
 
-Owned by images.py; any thread. Not synced: what a crash leaves damaged is noticed by its name, removed, and
-fetched again by the device server.
+The device server has one (STATE/maps: what is attached, given by clients or read from origins), the agent
+another (root/maps: this node's images, so that a reboot needs no registry). Any thread. Not synced: what a
+crash leaves damaged is noticed by its name and removed; the next who asks gets it from the origin.
 """
 
 from __future__ import annotations
@@ -36,15 +36,22 @@ class MapFiles:
 
     def read(self, map_digest: str) -> bytes | None:
         """The map; None where it is missing or damaged."""
+        try:
+            return self.read_or_refuse(map_digest)
+        except (OSError, errors.IntegrityError):
+            return None
+
+    def read_or_refuse(self, map_digest: str) -> bytes | None:
+        """The map; None where it is missing. IntegrityError for other bytes, which are removed; OSError."""
         path = self._path(map_digest)
         try:
             data = path.read_bytes()
-        except OSError:
+        except FileNotFoundError:
             return None
-        if hashlib.sha256(data).hexdigest() == path.name:
-            return data
-        self.remove(map_digest)
-        return None
+        if hashlib.sha256(data).hexdigest() != path.name:
+            self.remove(map_digest)
+            raise errors.IntegrityError(f"{path}: its bytes are not {map_digest}")
+        return data
 
     def remove(self, map_digest: str) -> None:
         """Of one that is not there: nothing."""
@@ -54,12 +61,18 @@ class MapFiles:
             return  # a disk that is read-only; `keep_only` sees it again
 
     def keep_only(self, map_digests: Iterable[str]) -> int:
-        """Remove all others, and what a killed agent had not finished. How many."""
+        """Remove all others, and what a killed writer had not finished. How many."""
         wanted = {self._path(digest).name for digest in map_digests}
         extra = [path for path in self._directory.iterdir() if path.name not in wanted]
         for path in extra:
             path.unlink(missing_ok=True)
         return len(extra)
+
+    def clear(self) -> None:
+        """Remove all, but for what another process is writing."""
+        for path in self._directory.iterdir():
+            if not path.name.startswith("."):
+                path.unlink(missing_ok=True)
 
     def _path(self, map_digest: str) -> Path:
         return self._directory / map_digest.partition(":")[2]
