@@ -20,6 +20,7 @@ carry their content size and no checksum (the map has sha256); the seek table is
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,7 +35,7 @@ import zstandard
 from converter import memory, stages
 from converter.erofs_writer import Layout
 from converter.stages import Stage
-from imagefs import artifact, blockmap, errors, seektable
+from imagefs import artifact, blockmap, errors, seektable, syscalls
 
 DEFAULT_LEVEL: Final = 2
 """Blocks are compressed once and fetched often, so the highest level that keeps up: docs/format.md has the
@@ -43,6 +44,7 @@ LIBZSTD_VERSION: Final = (
     zstandard.ZSTD_VERSION[0] * 10000 + zstandard.ZSTD_VERSION[1] * 100 + zstandard.ZSTD_VERSION[2]
 )
 _MOVED_PIECE_BYTES = 1 << 20
+_WRITTEN_BEHIND_BYTES = 16 << 20
 _ZEROS_AHEAD_BYTES = 512
 
 
@@ -93,7 +95,10 @@ class LayerBlobWriter:
         executor: concurrent.futures.Executor,
         pool: memory.BufferPool,
         laps: stages.Laps,
+        kept: bool = False,
     ) -> None:
+        """`kept`: the file will stay, so the kernel is told to write it to disk while the blob is hashed. Who
+        then waits for the disk waits for its end only."""
         blockmap.check_block_bytes(block_bytes)
         blockmap.check_frame_bytes(frame_bytes, block_bytes)
         self._path = spool_path
@@ -103,6 +108,7 @@ class LayerBlobWriter:
         self._executor = executor
         self._pool = pool
         self._laps = laps
+        self._kept = kept
 
         self._lock = threading.Condition()
         self._in_flight = 0
@@ -175,7 +181,7 @@ class LayerBlobWriter:
             _write_at(self._fd, self._end, table)
             size = self._end + len(table) - start
             self._laps.enter(Stage.BLOB_DIGEST)
-            blob_digest = _move_to_front(self._fd, start, size)
+            blob_digest = _move_to_front(self._fd, start, size, self._kept)
             self._laps.enter(None, size)
         except OSError as exc:
             raise self._spool_error(exc) from exc
@@ -372,16 +378,21 @@ def _write_at(fd: int, offset: int, data: bytes | memoryview) -> None:
             done += os.pwrite(fd, view[done:], offset + done)
 
 
-def _move_to_front(fd: int, start: int, size: int) -> bytes:
-    """Make `size` bytes from `start` the whole file; returns their sha256."""
+def _move_to_front(fd: int, start: int, size: int, kept: bool) -> bytes:
+    """Make `size` bytes from `start` the whole file; returns their sha256. If the file is `kept`, the kernel
+    begins to write it to disk."""
     hasher = hashlib.sha256()
     buffer = memoryview(bytearray(_MOVED_PIECE_BYTES))
-    at = 0
+    at = behind = 0
     while at < size:
         got = os.preadv(fd, [buffer[: min(size - at, len(buffer))]], start + at)
         hasher.update(buffer[:got])
         _write_at(fd, at, buffer[:got])
         at += got
+        if kept and at - behind >= _WRITTEN_BEHIND_BYTES:
+            with contextlib.suppress(OSError):  # syncing the file tells
+                syscalls.start_writing(fd, behind, at - behind)
+            behind = at
     os.ftruncate(fd, size)
     return hasher.digest()
 

@@ -54,7 +54,7 @@ class NewLayer:
 
 class LayerConversion:
     """One run over one layer. `advance` is told the compressed bytes as they are read, `meter` what the
-    stages cost."""
+    stages cost. `kept`: the spool file is to become the stored blob."""
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class LayerConversion:
         pool: memory.BufferPool,
         advance: Callable[[int], None],
         meter: stages.Meter,
+        kept: bool,
     ) -> None:
         self._layer = layer
         self._where = f"{image_name}: layer {layer.number} ({layer.descriptor.digest})"
@@ -75,6 +76,7 @@ class LayerConversion:
         self._pool = pool
         self._advance = advance
         self._meter = meter
+        self._kept = kept
         self._tar: tasks.Pipe[bytes] = tasks.Pipe(group, _PIPE_PIECES, _PIPE_BATCH)
         self._compressed_bytes = 0
         self._tar_bytes = 0
@@ -118,6 +120,7 @@ class LayerConversion:
             self._executor,
             self._pool,
             laps,
+            self._kept,
         )
         try:
             layer_tree = tree.LayerTree(parameters.limits)

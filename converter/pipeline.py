@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from imagefs.lazylayer import LazyLayer
 from imagefs.origin import Origin, connect
 
 _PARALLEL_UPLOADS = 3
+_COMPRESSION_NICENESS = 5
 _DESTINATIONS = ("docker", "oci", "s3")
 
 
@@ -144,6 +147,13 @@ class _Done:
     report: report.LayerReport
 
 
+def _yield_to_feeders() -> None:
+    """In a thread that compresses: those which feed it go first. Where processors are few and all are treated
+    alike, it finds nothing to do now and then, and a processor waits with it."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPRESSION_NICENESS)
+
+
 class _ImageConversion:
     """One run over one image."""
 
@@ -182,7 +192,7 @@ class _ImageConversion:
         )
         self._pool = memory.BufferPool(self._group, wanted.block_bytes, self._shares.buffers)
         self._executor = concurrent.futures.ThreadPoolExecutor(
-            self._shares.threads, thread_name_prefix="compress"
+            self._shares.threads, thread_name_prefix="compress", initializer=_yield_to_feeders
         )
 
     def run(self) -> list[_Done]:
@@ -263,6 +273,7 @@ class _ImageConversion:
             self._pool,
             advance,
             self.meter,
+            self.destination.links(self._directory),
         )
         new = run.run(self._directory / f"layer-{each.number}", lambda: self._below(each.number))
         made = new.finished

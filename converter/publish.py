@@ -46,6 +46,10 @@ class Destination:
         self._cache = cache
         self._check = check
 
+    def links(self, folder: Path) -> bool:
+        """Whether a layer's file in `folder` is stored as it is, not copied."""
+        return self.origin.links(folder) or (self._cache is not None and self._cache.origin.links(folder))
+
     def put_layer(self, layer: FinishedLayer) -> None:
         """Store blob and map, and make the layer findable."""
         if layer.file is not None:

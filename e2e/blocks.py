@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from e2e import workloads
-from glowplug import readiness
 from glowplug.startup import lazy, machine, registry, timeline
+from glowplug.until import Until
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
@@ -95,7 +95,7 @@ class Trial:
             sum(each["arrived_ns"] - each["wanted_ns"] for each in waited) / 1e9,
         )
 
-    def _until(self) -> readiness.Until:
+    def _until(self) -> Until:
         if self.workload.url:
-            return readiness.Until(address=self.workload.url)
-        return readiness.Until(log=re.compile(rf"^{workloads.READY}\b".encode()))
+            return Until(address=self.workload.url)
+        return Until(log=re.compile(rf"^{workloads.READY}\b".encode()))

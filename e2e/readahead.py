@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from e2e import workloads
-from glowplug import readiness
 from glowplug.startup import lazy, machine, registry, timeline
 from glowplug.startup.result import Start
+from glowplug.until import Until
 
 PACKS_KIB = (32, 64, 128)
 BLOCKS_KIB = (128, 256, 512, 2048)
@@ -97,7 +97,7 @@ class Trial:
         events = variant.glowplug.start(variant.image, self.workload.command, (), self._until(), clock)
         return clock.start(), events
 
-    def _until(self) -> readiness.Until:
+    def _until(self) -> Until:
         if self.workload.url:
-            return readiness.Until(address=self.workload.url)
-        return readiness.Until(log=re.compile(rf"^{workloads.READY}\b".encode()))
+            return Until(address=self.workload.url)
+        return Until(log=re.compile(rf"^{workloads.READY}\b".encode()))

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from e2e import workloads
-from glowplug import readiness
 from glowplug.startup import containerd, machine, report, result, scratch, speed, table
 from glowplug.startup import measure as startup
+from glowplug.until import Until
 from imagefs import duration, errors
 from tests.fixtures import containerd as newer
 
@@ -43,7 +43,7 @@ def measure(
     """One workload, prepared once, on each link."""
     startup.check(modes)
     said = re.compile(f"^{workloads.READY}".encode())
-    until = readiness.Until(address=workload.url) if workload.url else readiness.Until(log=said)
+    until = Until(address=workload.url) if workload.url else Until(log=said)
     started = scratch.Workload(workload.name, workload.source, workload.command, (), until)
     with tempfile.TemporaryDirectory(prefix="glowplug-bench-") as name:
         folder = Path(name)

@@ -9,11 +9,9 @@ given pipes, only where somebody does. The child dies with us.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
-import re
 import selectors
 import signal
 import socket
@@ -25,6 +23,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from glowplug.until import Until
 from imagefs import errors, syscalls
 from imagefs.fuse import controlmessage
 
@@ -33,23 +32,6 @@ _ANSWER_SECONDS = 2.0
 _END_SECONDS = 10.0
 _MAX_LINE_BYTES = 64 * 1024
 _READ_BYTES = 64 * 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Until:
-    """When a start is over: at most one of the first three is given, none means the command's end. `address`
-    is a URL, which must answer with 2xx, or [HOST]:PORT, which must take a connection; it is asked in the
-    network namespace of the file `network`, or in ours."""
-
-    log: re.Pattern[bytes] | None = None
-    address: str | None = None
-    seconds: float | None = None
-    network: str | None = None
-
-    def __str__(self) -> str:
-        if self.log is not None:
-            return f"it printed {self.log.pattern.decode(errors='replace')!r}"
-        return f"{self.address} answered" if self.address else "its end"
 
 
 class Child:
@@ -192,17 +174,8 @@ def child(
         started.close()
 
 
-def check_address(address: str) -> str:
-    """The address as it came. Raises InvalidInputError unless it is one."""
-    if not address.startswith(("http://", "https://")):
-        _, colon, port = address.rpartition(":")
-        if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-            raise errors.InvalidInputError(f"{address!r} is neither a URL nor [HOST]:PORT")
-    return address
-
-
 def answers_now(address: str) -> bool:
-    """Whether an address of `check_address` answers, asked once."""
+    """Whether an address of `until.check_address` answers, asked once."""
     if not address.startswith("http"):
         host, _, port = address.rpartition(":")
         try:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from glowplug import mounting, readiness, settings
+from glowplug.until import Until
 from imagefs import assembly, errors, mounts, privatedirectory, trace
 from imagefs.fuse import control
 
@@ -55,7 +56,7 @@ def record(
     ref: str,
     image: LazyImage,
     spec: Process,
-    until: readiness.Until,
+    until: Until,
     read_ahead_kib: int,
     storage: settings.Storage,
     origins: Options,
@@ -87,7 +88,7 @@ def record(
     return Result(_trace(image, spec, read_ahead_kib, recorded), recorded.left_out, failure)
 
 
-def _failure(spec: Process, until: readiness.Until, exit_code: int | None) -> str:
+def _failure(spec: Process, until: Until, exit_code: int | None) -> str:
     waits = until.log is not None or until.address is not None
     return f"{spec.argv[0]} ended with code {exit_code} before {until}" if waits or exit_code else ""
 

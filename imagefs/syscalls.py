@@ -1,5 +1,6 @@
 """Linux system calls that Python 3.11 does not wrap: mount(2), umount2(2), open_tree(2), move_mount(2),
-unshare(2), setns(2), pivot_root(2), prctl(2), cachestat(2) and fallocate(2). The one place with ctypes.
+unshare(2), setns(2), pivot_root(2), prctl(2), cachestat(2), fallocate(2) and
+sync_file_range(2). The one place with ctypes.
 
 Each raises OSError with the kernel's errno and the path; callers turn those into errors of ours. `ctypes`
 releases the GIL during the call, which matters: a mount may wait for a FUSE server.
@@ -49,6 +50,7 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _MOVE_MOUNT_T_SYMLINKS = 16
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -184,3 +186,10 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
     place = (ctypes.c_int64(offset), ctypes.c_int64(length))
     _check(_libc.fallocate, ctypes.c_int(fd), ctypes.c_int(flags), *place)
+
+
+def start_writing(fd: int, offset: int, length: int) -> None:
+    """sync_file_range(2): have the kernel begin to write a range of a file to disk. Only fsync says that all
+    went well."""
+    place = (ctypes.c_int64(offset), ctypes.c_int64(length))
+    _check(_libc.sync_file_range, ctypes.c_int(fd), *place, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

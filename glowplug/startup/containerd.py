@@ -18,8 +18,8 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from glowplug import readiness
 from glowplug.startup import link, machine, timeline
+from glowplug.until import Until
 from imagefs import errors
 
 _TRANSFER = "io.containerd.transfer.v1.local"
@@ -117,7 +117,7 @@ class Containerd:
         image: str,
         command: Sequence[str],
         environment: Sequence[str],
-        until: readiness.Until,
+        until: Until,
         clock: timeline.Clock,
     ) -> None:
         """Run `command` of a pulled image until it is ready, then end it."""

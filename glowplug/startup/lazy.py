@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug import readiness
 from glowplug.startup import link, machine, timeline
+from glowplug.until import Until
 from imagefs import errors, kernelreadahead, platforms
 from imagefs.fuse import control
 
@@ -89,7 +89,7 @@ class Glowplug:
         image: str,
         command: Sequence[str],
         environment: Sequence[str],
-        until: readiness.Until,
+        until: Until,
         read_ahead_kib: int = kernelreadahead.TRACE_READ_AHEAD_KIB,
     ) -> dict[str, Any]:
         """Trace starts until they are ready, as many as `convert --trace-run` does, and give the block image
@@ -112,7 +112,7 @@ class Glowplug:
         image: str,
         command: Sequence[str],
         environment: Sequence[str],
-        until: readiness.Until,
+        until: Until,
         clock: timeline.Clock,
         *,
         near: bool = False,
@@ -190,7 +190,7 @@ class Glowplug:
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
 
-def _until(until: readiness.Until) -> list[str]:
+def _until(until: Until) -> list[str]:
     if until.log is not None:
         return ["--until-log", until.log.pattern.decode()]
     return ["--until-http", until.address] if until.address else []

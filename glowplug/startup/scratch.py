@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug import readiness
 from glowplug.startup import lazy, link, machine, registry, result
 from glowplug.startup.speed import Speed
+from glowplug.until import Until
 from imagefs import artifact, errors
 
 _GIVEN = "bench/given:latest"
@@ -38,7 +38,7 @@ class Workload:
     source: str
     command: tuple[str, ...]
     environment: tuple[str, ...]
-    until: readiness.Until
+    until: Until
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

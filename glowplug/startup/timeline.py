@@ -18,6 +18,7 @@ from typing import NoReturn
 from glowplug import readiness
 from glowplug.startup import machine
 from glowplug.startup.result import FIRST_OUTPUT, MOUNTED, READY, Start
+from glowplug.until import Until
 
 _WATCH_SECONDS = 0.005
 _SAMPLE_SECONDS = 0.05
@@ -86,7 +87,7 @@ class Watch:
     end: Callable[[], None] | None = None
 
 
-def follow(command: Sequence[str], clock: Clock, until: readiness.Until, watch: Watch) -> None:
+def follow(command: Sequence[str], clock: Clock, until: Until, watch: Watch) -> None:
     """Start `command`, mark its first output and when it is ready, then end it. Its standard input stays open
     till then: it may be a program that serves until its input ends. Raises CommandError, with its last
     words, when it ends before."""

@@ -15,8 +15,8 @@ from glowplug.verbs.trace import up_options
 from imagefs import duration, errors
 
 if TYPE_CHECKING:
-    from glowplug.readiness import Until
     from glowplug.startup import measure
+    from glowplug.until import Until
     from imagefs.origin.connect import Options
 
 

@@ -14,13 +14,13 @@ import click
 
 from converter import limits
 from glowplug import opening, settings
+from glowplug.until import Until
 from glowplug.verbs.trace import until_options
 from imagefs import blockmap, errors
 
 if TYPE_CHECKING:
     from converter.pack import Packed
     from converter.report import ImageReport, Result
-    from glowplug.readiness import Until
     from imagefs.origin.connect import Options
 
 _LIMITS = limits.Limits()

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glowplug import opening, settings
+from glowplug.until import Until, check_address
 from imagefs import bootpack, errors, kernelreadahead
 
 if TYPE_CHECKING:
-    from glowplug.readiness import Until
     from imagefs.image import LazyImage
     from imagefs.origin.connect import Options
 
 
 def until_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """When the start is over, as keyword `until` (readiness.Until)."""
+    """When the start is over, as keyword `until` (until.Until)."""
     seconds = click.option(
         "--seconds", type=click.FloatRange(min=0, min_open=True), help="Stop after that time."
     )
@@ -53,8 +53,6 @@ def up_options(function: Callable[..., Any]) -> Callable[..., Any]:
         seconds: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        from glowplug import readiness
-
         given = [until_log is not None, until_http is not None, until_exit, seconds is not None]
         if sum(given) > 1:
             raise click.UsageError(
@@ -64,8 +62,8 @@ def up_options(function: Callable[..., Any]) -> Callable[..., Any]:
             pattern = None if until_log is None else re.compile(until_log.encode())
         except re.error as exc:
             raise click.BadParameter(f"{until_log!r}: {exc}", param_hint="--until-log") from exc
-        address = None if until_http is None else readiness.check_address(until_http)
-        return function(*args, until=readiness.Until(pattern, address, seconds), **kwargs)
+        address = None if until_http is None else check_address(until_http)
+        return function(*args, until=Until(pattern, address, seconds), **kwargs)
 
     return wrapper
 

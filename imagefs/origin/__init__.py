@@ -77,6 +77,9 @@ class Origin(Protocol):
         """Make `other`'s blob appear here without moving its bytes through this machine; False if the
         origin cannot (different registry, not supported, not permitted)."""
 
+    def links(self, folder: Path) -> bool:
+        """Whether `link_blob` takes the files of a folder."""
+
     def link_blob(self, digest: str, size: int, path: Path) -> bool:
         """Make a local file appear here as a blob without moving its bytes; False if the origin cannot (it
         is elsewhere). Whoever calls has hashed what is in the file, and nobody writes to it any more: it may

@@ -150,6 +150,11 @@ class FolderOrigin:
             return False  # another filesystem, or one without hard links
         return True
 
+    def links(self, folder: Path) -> bool:
+        # The layout, or the folder that it will be made in.
+        ours = next(place for place in (self._blobs, *self._blobs.parents) if place.exists())
+        return os.stat(folder).st_dev == os.stat(ours).st_dev
+
     def link_blob(self, digest: str, size: int, path: Path) -> bool:
         if self.has_blob(digest):
             return True
@@ -162,7 +167,7 @@ class FolderOrigin:
                     raise errors.IntegrityError(
                         f"{self.name}: blob {digest}: {path} has {status.st_size} bytes, expected {size}"
                     )
-                if status.st_dev != os.stat(self._blobs).st_dev:
+                if not self.links(path.parent):
                     return False
                 os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())

@@ -171,6 +171,9 @@ class RegistryOrigin:
         except (errors.DeniedError, errors.NotFoundError, errors.InvalidInputError):
             return False  # not permitted, or not supported: the caller sends the bytes
 
+    def links(self, folder: Path) -> bool:
+        return False
+
     def link_blob(self, digest: str, size: int, path: Path) -> bool:
         return False
 

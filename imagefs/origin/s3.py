@@ -207,6 +207,9 @@ class S3Origin:
             return False
         return True
 
+    def links(self, folder: Path) -> bool:
+        return False
+
     def link_blob(self, digest: str, size: int, path: Path) -> bool:
         return False
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from glowplug import readiness
+from glowplug import readiness, until
 from imagefs import errors
 
 
@@ -54,10 +54,10 @@ def test_nobody_answers() -> None:
 
 @pytest.mark.parametrize("address", ["http://x/", "https://x:1/y", ":80", "host:65535", "[::1]:80"])
 def test_addresses(address: str) -> None:
-    assert readiness.check_address(address) == address
+    assert until.check_address(address) == address
 
 
 @pytest.mark.parametrize("address", ["", "8000", "host", "host:0", "host:65536", "host:\u00b2", "ftp://x/y"])
 def test_other_words(address: str) -> None:
     with pytest.raises(errors.InvalidInputError):
-        readiness.check_address(address)
+        until.check_address(address)

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from glowplug import readiness
 from glowplug.startup import machine, result, timeline
+from glowplug.until import Until
 
 SERVER = (
     "import sys; print('hello', flush=True); print('ready 1', flush=True); sys.stdin.read(); print('end')"
 )
-READY = readiness.Until(log=re.compile(b"^ready"))
+READY = Until(log=re.compile(b"^ready"))
 
 
-def start(script: str, until: readiness.Until = READY, watch: timeline.Watch | None = None) -> result.Start:
+def start(script: str, until: Until = READY, watch: timeline.Watch | None = None) -> result.Start:
     moved, answered = iter((100, 350)), iter((3, 5))
     clock = timeline.Clock(lambda: next(moved), lambda: next(answered))
     timeline.follow([sys.executable, "-c", script], clock, until, watch or timeline.Watch())
@@ -53,11 +53,11 @@ def test_who_prints_was_mounted_however_late_it_was_seen() -> None:
 
 
 def test_without_another_sign_the_end_is_ready() -> None:
-    assert start("pass", readiness.Until()).seconds.keys() == {result.READY}
+    assert start("pass", Until()).seconds.keys() == {result.READY}
 
 
-@pytest.mark.parametrize("until", [READY, readiness.Until()])
-def test_a_program_that_fails_is_an_error_with_its_last_words(until: readiness.Until) -> None:
+@pytest.mark.parametrize("until", [READY, Until()])
+def test_a_program_that_fails_is_an_error_with_its_last_words(until: Until) -> None:
     with pytest.raises(machine.CommandError, match="no such library"):
         start("import sys; sys.exit('no such library')", until)
 
