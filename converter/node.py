@@ -66,23 +66,24 @@ class Node:
 
 def make_node(entry: Entry) -> Node:
     """The inode of an entry that is not a hard link. InvalidLayerError for what a layer may not hold."""
-    kind = entry.kind
-    if kind is Kind.CHARACTER and not entry.rdev_major and not entry.rdev_minor:
+    _, kind, mode, uid, gid, mtime_ns, size, linkname, rdev_major, rdev_minor, xattrs, _, _ = entry
+    if kind is Kind.CHARACTER and not rdev_major and not rdev_minor:
         refuse(entry, "a character device 0/0, which overlayfs takes for a whiteout")
-    if kind is Kind.SYMLINK and not 0 < len(entry.linkname) <= MAX_TARGET_BYTES:
-        refuse(
-            entry, f"a symbolic link's target has 1 to {MAX_TARGET_BYTES} bytes, not {len(entry.linkname)}"
-        )
+    target = b""
+    if kind is Kind.SYMLINK:
+        size, target = len(linkname), linkname
+        if not 0 < size <= MAX_TARGET_BYTES:
+            refuse(entry, f"a symbolic link's target has 1 to {MAX_TARGET_BYTES} bytes, not {size}")
     return Node(
-        _FORMATS[kind] | entry.mode,
-        entry.uid,
-        entry.gid,
-        entry.mtime_ns,
-        entry.rdev_major,
-        entry.rdev_minor,
-        len(entry.linkname) if kind is Kind.SYMLINK else entry.size,
-        target=entry.linkname if kind is Kind.SYMLINK else b"",
-        xattrs=_kept_xattrs(entry) if entry.xattrs else None,
+        _FORMATS[kind] | mode,
+        uid,
+        gid,
+        mtime_ns,
+        rdev_major,
+        rdev_minor,
+        size,
+        target=target,
+        xattrs=_kept_xattrs(entry) if xattrs else None,
         children={} if kind is Kind.DIRECTORY else None,
     )
 

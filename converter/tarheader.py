@@ -18,8 +18,8 @@ import zlib
 BLOCK_BYTES = 512
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 
-HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
-"""name, mode, uid, gid, size, mtime, checksum, type, linkname, magic and version, devmajor, devminor,
+HEADER = struct.Struct("100s24s12s12s8sc100s8s64x8s8s155s12x")
+"""name, owner (see `owner`), size, mtime, checksum, type, linkname, magic and version, devmajor, devminor,
 prefix."""
 
 USTAR_MAGIC = b"ustar\0"
@@ -63,7 +63,8 @@ def byte_sum(header: memoryview) -> int:
 def checksum_ok(header: memoryview, field: bytes) -> bool:
     """Whether the checksum field fits the header: the sum of its bytes, the field itself taken as spaces."""
     stored = number(field, "checksum")
-    if stored == byte_sum(header) - sum(field) + 8 * 0x20:
+    # As in `byte_sum`: 1 + the sum of the field's bytes.
+    if stored == byte_sum(header) - (zlib.adler32(field) & 0xFFFF) + 1 + 8 * 0x20:
         return True
     # Some old tars added signed characters.
     return stored == sum(header.cast("b")) - sum(memoryview(field).cast("b")) + 8 * 0x20
@@ -87,6 +88,11 @@ def number(field: bytes, what: str) -> int:
     if not text.isdigit():
         raise BadFieldError(f"{what} {field!r} is not an octal number")
     return number(text, what)
+
+
+def owner(field: bytes) -> tuple[int, int, int]:
+    """The permission bits (07777), uid and gid: three fields of 8 bytes."""
+    return number(field[:8], "mode") & 0o7777, number(field[8:16], "uid"), number(field[16:], "gid")
 
 
 def decimal(text: bytes, what: str) -> int:

@@ -98,6 +98,7 @@ _EXTENSIONS = frozenset((b"x", b"X", b"g", b"L", b"K"))
 _SPARSE_KEYS = frozenset((b"GNU.sparse.size", b"GNU.sparse.realsize", b"GNU.sparse.map"))
 """Every PAX sparse file has one of them."""
 _NO_RECORDS: dict[bytes, bytes] = {}
+_MAX_OWNERS = 1024
 _MAX_GLOBALS = 256
 """Global PAX records in force: each is looked at for every entry that follows."""
 
@@ -160,6 +161,10 @@ class TarReader:
         self._stored_left = 0
         self._padding = 0
         self._ended = False
+        # Owners and times repeat from entry to entry.
+        self._owners: dict[bytes, tuple[int, int, int]] = {}
+        self._mtime_field = b""
+        self._mtime_ns = 0
 
     @property
     def position(self) -> int:
@@ -174,10 +179,14 @@ class TarReader:
     def __next__(self) -> Entry:
         if self._ended:
             raise StopIteration
-        if self._stored_left or self._padding:
+        if self._stored_left or self._padding > self._end - self._start:
             self._skip_data()
+        else:
+            self._consume(self._padding)
+            self._padding = 0
         self._hole_left = self._data_left = 0
-        self._runs = []
+        if self._runs:
+            self._runs = []
         try:
             entry = self._next_entry()
         except tarheader.BadFieldError as exc:
@@ -213,21 +222,21 @@ class TarReader:
                     self._refuse("the tar ends after an extension header, without its entry")
                 self._end_of_tar()
                 return None
-            self._name = long_name or fields[0].partition(b"\0")[0]
-            if not tarheader.checksum_ok(header, fields[6]):
+            self._name = long_name or fields[0]
+            if not tarheader.checksum_ok(header, fields[4]):
                 self._refuse("wrong header checksum: the tar is damaged, or this is not a tar")
             self._start = start + _BLOCK
             self._position += _BLOCK
-            typeflag = fields[7]
+            typeflag = fields[5]
             if typeflag not in _EXTENSIONS:
                 if typeflag == b"V":
                     # GNU volume label: names the archive, makes nothing.
-                    self._expect_data(tarheader.number(fields[4], "size"))
+                    self._expect_data(tarheader.number(fields[2], "size"))
                     self._skip_data()
                     continue
                 return self._entry(fields, header, records, long_name, long_link, first_at)
             extended = True
-            body = self._extension_body(typeflag, fields[4])
+            body = self._extension_body(typeflag, fields[2])
             if typeflag == b"L":
                 long_name = body.partition(b"\0")[0]
             elif typeflag == b"K":
@@ -257,7 +266,7 @@ class TarReader:
         first_at: int,
     ) -> Entry:
         """The entry of a header and the extensions before it, its data ready to be read."""
-        name, mode, uid, gid, size, mtime, _, typeflag, linkname, magic, major, minor, prefix = fields
+        name, owner, size_field, mtime, _, typeflag, linkname, magic, major, minor, prefix = fields
         kind = _KINDS.get(typeflag)
         if kind is None:
             self._refuse(f"unknown entry type {typeflag!r}")
@@ -265,15 +274,20 @@ class TarReader:
         if prefix[0] and magic.startswith(tarheader.USTAR_MAGIC):
             name = tarheader.prefix(header, prefix) + b"/" + name
         device = kind is Kind.CHARACTER or kind is Kind.BLOCK
+        size = tarheader.number(size_field, "size")
+        mode, uid, gid = self._owners.get(owner) or self._read_owner(owner)
+        if mtime != self._mtime_field:
+            self._mtime_ns = tarheader.number(mtime, "mtime") * 1_000_000_000
+            self._mtime_field = mtime
         entry = Entry(
             name,
             kind,
-            tarheader.number(mode, "mode") & 0o7777,
-            tarheader.number(uid, "uid"),
-            tarheader.number(gid, "gid"),
-            tarheader.number(mtime, "mtime") * 1_000_000_000,
-            tarheader.number(size, "size"),
-            linkname.partition(b"\0")[0],
+            mode,
+            uid,
+            gid,
+            self._mtime_ns,
+            size,
+            linkname.partition(b"\0")[0] if linkname[0] else b"",
             tarheader.number(major, "devmajor") if device else 0,
             tarheader.number(minor, "devminor") if device else 0,
             None,
@@ -293,32 +307,40 @@ class TarReader:
         if typeflag == b"\0" and entry.name.endswith(b"/"):
             entry = entry._replace(kind=Kind.DIRECTORY)
         self._name = entry.name
+        size = entry.size
         if typeflag in _WITH_DATA:
-            self._expect_data(entry.size)
+            self._expect_data(size)
         if entry.kind is not Kind.FILE:
-            entry = entry._replace(size=0) if entry.size else entry
+            entry = entry._replace(size=0) if size else entry
         elif sparse_header is not None:
             entry = self._old_sparse(entry, sparse_header)
         elif records and not _SPARSE_KEYS.isdisjoint(records):
             entry = self._pax_sparse(entry, records)
         else:
-            self._data_left = entry.size
+            self._data_left = size
         self._check(entry)
         return entry
 
+    def _read_owner(self, field: bytes) -> tuple[int, int, int]:
+        if len(self._owners) == _MAX_OWNERS:
+            self._owners.clear()
+        found = self._owners[field] = tarheader.owner(field)
+        return found
+
     def _check(self, entry: Entry) -> None:
-        if not 0 <= entry.uid <= _MAX_ID or not 0 <= entry.gid <= _MAX_ID:
-            self._refuse(f"owner {entry.uid}:{entry.gid} is out of range")
-        if not -_MAX_INT64 <= entry.mtime_ns // 1_000_000_000 <= _MAX_INT64:
-            self._refuse(f"mtime of {entry.mtime_ns} ns is out of range")
-        if not 0 <= entry.rdev_major <= _MAX_MAJOR or not 0 <= entry.rdev_minor <= _MAX_MINOR:
-            self._refuse(f"device number {entry.rdev_major}:{entry.rdev_minor} is out of range")
-        longest = max(len(entry.name), len(entry.linkname))
+        name, _, _, uid, gid, mtime_ns, size, linkname, major, minor, _, _, _ = entry
+        if not 0 <= uid <= _MAX_ID or not 0 <= gid <= _MAX_ID:
+            self._refuse(f"owner {uid}:{gid} is out of range")
+        if not -_MAX_INT64 <= mtime_ns // 1_000_000_000 <= _MAX_INT64:
+            self._refuse(f"mtime of {mtime_ns} ns is out of range")
+        if not 0 <= major <= _MAX_MAJOR or not 0 <= minor <= _MAX_MINOR:
+            self._refuse(f"device number {major}:{minor} is out of range")
+        longest = max(len(name), len(linkname))
         if longest >= self._limits.max_path_bytes:
             self._exceed("bytes of path", longest, "max_path_bytes", self._limits.max_path_bytes)
-        if b"\0" in entry.name or b"\0" in entry.linkname:
+        if b"\0" in name or b"\0" in linkname:
             self._refuse("a NUL byte in a path")
-        self._image_bytes += entry.size
+        self._image_bytes += size
         if self._image_bytes > self._limits.max_image_bytes:
             self._exceed("bytes of files", self._image_bytes, "max_image_bytes", self._limits.max_image_bytes)
 
@@ -527,7 +549,7 @@ class TarReader:
     # -- errors ------------------------------------------------------------------------------------
 
     def _where(self) -> str:
-        return describe(self._name, self._header_at)
+        return describe(self._name.partition(b"\0")[0], self._header_at)
 
     def _refuse_truncated(self) -> NoReturn:
         self._refuse(f"the tar ends inside the entry, after {self._position} bytes")

@@ -127,9 +127,10 @@ class LayerTree:
     def _place(self, entry: Entry) -> tuple[Node, bytes]:
         """The directory an entry belongs into and its name there; an empty name for the root itself."""
         text, _, name = entry.name.rstrip(b"/").rpartition(b"/")
-        if text == self._parent_text and rootedpath.is_name(name):
+        named = rootedpath.is_name(name)
+        if named and text == self._parent_text:
             parent = self._parent
-        elif rootedpath.is_name(name):
+        elif named:
             parent = self._directory(rootedpath.clean(text), entry)
             self._parent_text, self._parent = text, parent
         else:
@@ -223,7 +224,8 @@ class LayerTree:
 
     def _count(self, node: Node, entry: Entry) -> None:
         self._budget.count_entry(entry)
-        self._budget.count_attributes(node.target, node.xattrs, entry)
+        if node.target or node.xattrs:
+            self._budget.count_attributes(node.target, node.xattrs, entry)
         node.order = self._budget.entries
 
     def _replaced(self, node: Node) -> None:
