@@ -21,7 +21,17 @@ import dataclasses
 import enum
 from collections.abc import Iterable
 
+from imagefs import errors
+
 _MAX_REFUSALS = 4096
+
+
+class RefusedError(errors.UnavailableError):
+    """The peer is well and does not give this block now; `whole_layer`: nor any other of its layer."""
+
+    def __init__(self, message: str, *, whole_layer: bool) -> None:
+        super().__init__(message)
+        self.whole_layer = whole_layer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Called by the threads of `peers.py`; a Connections is for all of them, a Body for one. Here foreign exceptions
 become ours, and what an answer means is decided by who is at fault:
 
-* RefusedError: the peer is well, and does not give this block (HTTP 403, 404, 429, 503 and the like).
+* peerhealth.RefusedError: the peer is well, and does not give this block (HTTP 403, 404, 429, 503 and more).
 * UnavailableError: the peer cannot be reached, broke off, hung, or does not let us in (401).
 * IntegrityError: the answer cannot be the block: no length, another length, an encoding.
 
@@ -20,7 +20,7 @@ import ssl
 import threading
 import time
 
-from imagefs import errors, peersettings
+from imagefs import errors, peerhealth, peersettings
 from imagefs.peersettings import PeerSettings
 
 PROBE_TARGET = "/peer/v1/health"
@@ -28,14 +28,6 @@ _IDLE_PER_PEER = 8
 _MAX_TOKEN_BYTES = 4096
 _LEAST_WAIT_SECONDS = 0.01
 _REFUSALS = frozenset({400, 403, 404, 409, 429, 500, 502, 503, 504})
-
-
-class RefusedError(errors.UnavailableError):
-    """The peer is well and does not give this block now; `whole_layer`: nor any other of its layer."""
-
-    def __init__(self, message: str, *, whole_layer: bool) -> None:
-        super().__init__(message)
-        self.whole_layer = whole_layer
 
 
 class Connections:
@@ -185,7 +177,7 @@ def _status_error(peer: str, response: http.client.HTTPResponse) -> errors.Image
             f"peer {peer}: does not take our token (HTTP 401): is it the same on all nodes?"
         )
     if status in _REFUSALS:
-        return RefusedError(f"peer {peer}: HTTP {status}", whole_layer=status in (403, 404))
+        return peerhealth.RefusedError(f"peer {peer}: HTTP {status}", whole_layer=status in (403, 404))
     return errors.UnavailableError(f"peer {peer}: unexpected answer, HTTP {status}")
 
 

@@ -35,13 +35,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from imagefs import errors, fetchlog, peerhealth, peerhttp, plan, rendezvous
+from imagefs import errors, fetchlog, peerhealth, plan, rendezvous
 from imagefs.cache import BlockCache
 from imagefs.lazylayer import LazyLayer
 from imagefs.peersettings import PeerSettings
 from imagefs.plan import Priority
 
 if TYPE_CHECKING:
+    from imagefs import peerhttp
     from imagefs.answering import Done
 
 _log = logging.getLogger(__name__)
@@ -162,7 +163,12 @@ class Peers:
             if settings == self._settings or self._closed:
                 return
             self._settings = None
-        connections = peerhttp.Connections(settings) if settings is not None else None
+        connections = None
+        if settings is not None:
+            # An HTTP client is much to import for a device server that starts with a container.
+            from imagefs import peerhttp
+
+            connections = peerhttp.Connections(settings)
         with self._lock:
             old, self._connections = self._connections, connections
             self._settings = settings
@@ -457,7 +463,7 @@ class Peers:
             dropped = self._hand_over([job])
             if self._settings is None or job.peer not in self._settings.members:
                 pass  # it left meanwhile
-            elif isinstance(exc, peerhttp.RefusedError):
+            elif isinstance(exc, peerhealth.RefusedError):
                 if exc.whole_layer:
                     self._health.refused(job.peer, job.layer.map_digest, now)
             elif isinstance(exc, errors.IntegrityError):
