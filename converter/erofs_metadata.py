@@ -21,7 +21,7 @@ import bisect
 import dataclasses
 import stat
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from converter import errors
 from converter.tree import Node
@@ -77,9 +77,9 @@ def write(root: Node, plan: Plan, start: int, data_start: int, target: Target) -
 # -- shapes: what a node needs in the region -------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Shape:
-    """`head_bytes`: inode and xattrs; `tail_bytes`: inline after them; `blocks`: whole blocks of its own."""
+class _Shape(NamedTuple):
+    """`head_bytes`: inode and xattrs; `tail_bytes`: inline after them; `blocks`: whole blocks of its own. (A
+    tuple: made for every inode.)"""
 
     head_bytes: int
     tail_bytes: int

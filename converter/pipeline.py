@@ -31,6 +31,7 @@ from imagefs.origin import Origin, connect
 
 _PARALLEL_UPLOADS = 3
 _COMPRESSION_NICENESS = 5
+"""Added to the process' own. More is no faster, and costs more where other programs want the processors."""
 _DESTINATIONS = ("docker", "oci", "s3")
 
 
@@ -150,8 +151,9 @@ class _Done:
 def _yield_to_feeders() -> None:
     """In a thread that compresses: those which feed it go first. Where processors are few and all are treated
     alike, it finds nothing to do now and then, and a processor waits with it."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPRESSION_NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it: slower, not wrong
+        niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + _COMPRESSION_NICENESS
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 class _ImageConversion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import hashlib
 import os
 import pathlib
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from converter import blob, erofs_writer, memory, stages, tasks
 from converter.erofs_writer import Layout
-from imagefs import blockmap, errors, frames
+from imagefs import blockmap, errors, frames, syscalls
 from tests.converter.test_erofs_writer import noise, torture
 from tests.fixtures import layer_image
 
@@ -38,9 +39,11 @@ def new_writer(
     frame_bytes: int = BLOCK,
     level: int = 1,
     buffers: int = 8,
+    kept: bool = False,
 ) -> blob.LayerBlobWriter:
     pool = memory.BufferPool(tasks.Group(), BLOCK, buffers)
-    return blob.LayerBlobWriter(path, BLOCK, frame_bytes, level, executor, pool, stages.Meter().laps())
+    laps = stages.Meter().laps()
+    return blob.LayerBlobWriter(path, BLOCK, frame_bytes, level, executor, pool, laps, kept)
 
 
 def write(
@@ -50,9 +53,10 @@ def write(
     frame_bytes: int = BLOCK,
     level: int = 1,
     chain_id: str | None = None,
+    kept: bool = False,
 ) -> blob.FinishedBlob:
     """A blob of these blocks; the last may be shorter."""
-    writer = new_writer(path, executor, frame_bytes, level)
+    writer = new_writer(path, executor, frame_bytes, level, kept=kept)
     for index in [*range(1, len(blocks)), 0]:
         buffer = writer.acquire()
         buffer[: len(blocks[index])] = blocks[index]
@@ -318,3 +322,29 @@ def test_incompressible_blocks_fit_the_room_before_block_1(
         assert zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(
             blob_bytes(finished)
         ) == noise(BLOCK, 1) + noise(BLOCK, 2)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_file_that_stays_is_on_its_way_to_the_disk(
+    tmp_path: pathlib.Path,
+    executor: concurrent.futures.Executor,
+    monkeypatch: pytest.MonkeyPatch,
+    works: bool,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    start_writing = syscalls.start_writing
+
+    def ask(fd: int, offset: int, length: int) -> None:
+        asked.append((offset, length))
+        if not works:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        start_writing(fd, offset, length)
+
+    monkeypatch.setattr(syscalls, "start_writing", ask)
+    blocks = [noise(BLOCK, n) for n in range(600)]  # 39 MB
+    plain = write(tmp_path / "plain", blocks, executor)
+    assert asked == []
+    kept = write(tmp_path / "kept", blocks, executor, kept=True)
+    assert kept.digest == plain.digest == "sha256:" + hashlib.sha256(blob_bytes(kept)).hexdigest()
+    step = 16 << 20
+    assert asked == [(0, step), (step, step)], "each range once; the rest is for whoever syncs the file"

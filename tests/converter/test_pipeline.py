@@ -112,6 +112,23 @@ def test_the_same_input_gives_the_same_digests_whatever_the_threads(tmp_path: Pa
     assert len(seen) == 1
 
 
+def test_who_feeds_the_compressors_goes_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    pack = blob._pack
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def noted(*arguments: Any) -> Any:
+        if threading.current_thread().name.startswith("compress"):
+            seen.add(niceness())
+        return pack(*arguments)
+
+    monkeypatch.setattr(blob, "_pack", noted)
+    convert(layout(tmp_path / "source", images.make(TWO)), f"oci:{tmp_path}/made")
+    assert seen == {min(19, niceness() + 5)}
+
+
 def link_layer() -> bytes:
     builder = tars.Builder()
     builder.raw(tars.header(b"linked", b"1", linkname=b"d/small"))

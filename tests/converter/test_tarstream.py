@@ -115,6 +115,14 @@ def test_reads_what_tarfile_writes(fmt: int, data: st.DataObject, most: int) -> 
 # -- single encodings ------------------------------------------------------------------------------
 
 
+def test_more_owners_than_are_remembered() -> None:
+    builder = Builder()
+    wanted = [(number % 8, number, number // 3) for number in range(2500)]
+    for mode, uid, gid in wanted + wanted:
+        builder.raw(header(b"f", mode=mode, uid=uid, gid=gid))
+    assert [(entry.mode, entry.uid, entry.gid) for entry, _ in read(bytes(builder))] == wanted + wanted
+
+
 def test_base_256_numbers() -> None:
     entry = only(Builder().file(b"f", b"", Attributes(uid=2**32 - 1, gid=2**31, mtime=-5)))
     assert (entry.uid, entry.gid, entry.mtime_ns) == (2**32 - 1, 2**31, -5_000_000_000)

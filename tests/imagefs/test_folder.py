@@ -275,6 +275,7 @@ class TestFiles:
             other.write(b"elsewhere")
             other.flush()
             assert os.fstat(other.fileno()).st_dev != tmp_path.stat().st_dev
+            assert not origin.links(Path("/dev/shm"))
             assert not origin.link_blob(digest, 9, Path(other.name))
         assert not origin.link_blob(digest, 9, tmp_path / "gone")
         assert not origin.has_blob(digest)

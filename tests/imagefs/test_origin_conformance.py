@@ -108,8 +108,9 @@ class TestBlobs:
         path.write_bytes(data)
         path.chmod(0o600)
         digest = artifact.digest_of(data)
+        promised = origin.links(tmp_path)
         linked = [origin.link_blob(digest, len(data), path) for _ in range(2)]
-        assert linked == [origin.has_blob(digest)] * 2
+        assert linked == [origin.has_blob(digest)] * 2 == [promised] * 2
         path.unlink()
         if origin.has_blob(digest):
             assert b"".join(origin.stream_blob(digest, len(data))) == data
