@@ -390,7 +390,8 @@ def _move_to_front(fd: int, start: int, size: int, kept: bool) -> bytes:
         _write_at(fd, at, buffer[:got])
         at += got
         if kept and at - behind >= _WRITTEN_BEHIND_BYTES:
-            with contextlib.suppress(OSError):  # syncing the file tells
+            # A filesystem may not know it, and what is wrong with a disk is said to who syncs the file.
+            with contextlib.suppress(OSError):
                 syscalls.start_writing(fd, behind, at - behind)
             behind = at
     os.ftruncate(fd, size)
