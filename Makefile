@@ -7,6 +7,9 @@
 #   TEST_PROCESSES=n  how many run tests at once; each may take 4 GB while it serves a model
 
 SHELL := /bin/bash
+# Thousands of interpreters are started here, and measured: with bytecode, as pip installs it, also where the
+# environment asks for none.
+export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -46,8 +49,7 @@ test: setup ## Run all tests but the soak ones, and report coverage
 	$(PYTHON) -m coverage erase
 	@# A file's tests stay in one process, in order: what they share is built once. Files go out in the order of
 	@# tests/conftest.py. One process more than processors, because many tests wait for what they have started.
-	@# They start thousands of interpreters: with bytecode, also where the environment asks for none.
-	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile \
+	$(PYTHON) -m coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile \
 	    --no-loadscope-reorder -m "not soak" $(TEST_ARGS)
 	@# A report must not fail what every test passed.
 	$(PYTHON) -m tests.torncoverage
