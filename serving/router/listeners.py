@@ -108,6 +108,11 @@ def _local_replies() -> dict[str, Any]:
     return {
         "mappers": [
             {
+                # First: a retry that there were too many of has the flag of a full service as well.
+                "filter": {"response_flag_filter": {"flags": ["UF", "UC", "UR"]}},
+                "body_format_override": _error("router_error"),
+            },
+            {
                 "filter": {"response_flag_filter": {"flags": ["UO"]}},
                 "status_code": 429,
                 "headers_to_add": [{"header": {"key": "retry-after", "value": "1"}}],

@@ -4,7 +4,9 @@ setting."""
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from serving import service as services
+from serving.router import clusters
 from tests.serving.router import world
 
 
@@ -101,6 +104,30 @@ def test_who_cannot_be_reached_is_ejected_and_nobody_notices(front: world.Front)
         front.serve(services.Service("s", front.listen, (a.value(), b.value(), dead), settings=settings))
         assert {front.get()[0] for _ in range(40)} == {200}
         world.until(lambda: front.stat("cluster.s.outlier_detection.ejections_active") == 1)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[services.Backend]:
+    """Connections to it are neither taken nor refused: its queue of them is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as waiting:
+        for _ in range(2):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        yield services.Backend("127.0.0.1", server.getsockname()[1])
+
+
+def test_replicas_that_cannot_be_reached_are_no_limit_of_the_callers(front: world.Front) -> None:
+    """More retries at once than are free: what ran out is Envoy's business, and no replica is full."""
+    clients = 2 * clusters._FREE_RETRIES + 20
+    with _silent() as one, _silent() as two:
+        settings = _settings(health_path=None, connect_timeout_seconds=0.5, retry_budget_percent=0.1)
+        front.serve(services.Service("s", front.listen, (one, two), settings=settings))
+        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+            answers = list(pool.map(lambda _: front.get(), range(clients)))
+        assert front.stat("cluster.s.upstream_rq_retry_overflow") > 0
+        assert {status for status, _ in answers} == {503}
+        assert {json.loads(text)["error"]["type"] for _, text in answers} == {"router_error"}
 
 
 def test_nothing_that_was_sent_is_sent_again(front: world.Front) -> None:
