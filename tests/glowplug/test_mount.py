@@ -28,6 +28,9 @@ pytestmark = pytest.mark.root
 BASE = images.tar_of([("etc", None), ("etc/motd", b"base\n"), ("etc/gone", b"x"), ("data", b"d" * 300_000)])
 TOP = images.tar_of([("etc", None), ("etc/motd", b"top\n"), ("etc/.wh.gone", b"")])
 
+_LET_GO = 'grep -o "/tmp/[^ ]*" | xargs -r umount -l 2>/dev/null'
+"""In a new mount namespace, behind a list of mounts: what other tests have mounted is not kept from them."""
+
 
 def entry(name: str, content: bytes | None = None, **attributes: object) -> bytes:
     """A tar of one entry with these attributes."""
@@ -206,9 +209,7 @@ def test_a_copy_in_another_mount_namespace_is_named(
     ref = block_images.make(tmp_path / "image", [BASE])
     glowplug("mount", ref, directory)
     ready = tmp_path / "ready"
-    # What other tests have mounted at this moment is not kept from them.
-    script = 'grep -Fv "$1" /proc/self/mounts | grep -o "/tmp/[^ ]*" | xargs -r umount -l 2>/dev/null'
-    script += '; touch "$2"; exec sleep 1000'
+    script = f'grep -Fv "$1" /proc/self/mounts | {_LET_GO}; touch "$2"; exec sleep 1000'
     alone = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", directory, ready]
     other = subprocess.Popen(alone)
     try:
@@ -488,7 +489,7 @@ def test_a_user_gets_a_file_level_mount(glowplug: Command, tmp_path: Path) -> No
     subprocess.run(["chown", "-R", "nobody", place], check=True)
     ref = f"oci:{place}/image:latest"
     prefix = Path(os.path.realpath(os.sys.executable)).parent.parent  # type: ignore[attr-defined]
-    script = f"""set -e
+    script = f"""cat /proc/self/mounts | {_LET_GO}; set -e
         mkdir {place}/python; mount --bind {prefix} {place}/python
         top=/$(echo {prefix} | cut -d/ -f2)
         if [ $top = /root ]; then
