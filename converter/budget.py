@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converter import errors, tarstream
+from converter import errors, tarentry
 from converter.limits import Limits
 from converter.rootedpath import Path
-from converter.tarstream import Entry
+from converter.tarentry import Entry
 
 _NAME_BYTES = 48
 """What a name of its own takes beside its bytes."""
@@ -31,7 +31,7 @@ class Budget:
         self.entries += 1
         if self.entries > self._limits.max_entries:
             raise errors.LimitError(
-                f"{tarstream.describe(entry.name, entry.offset)}: {self.entries} entries, implied directories"
+                f"{tarentry.describe(entry.name, entry.offset)}: {self.entries} entries, implied directories"
                 f" included, the limit is {self._limits.max_entries} (--max-entries)"
             )
 
@@ -50,6 +50,6 @@ class Budget:
         allowed = self._limits.max_attribute_bytes
         if self._attribute_bytes > allowed:
             raise errors.LimitError(
-                f"{tarstream.describe(entry.name, entry.offset)}: {self._attribute_bytes} bytes of xattrs "
+                f"{tarentry.describe(entry.name, entry.offset)}: {self._attribute_bytes} bytes of xattrs "
                 f"and link targets, the limit is {allowed} (--max-attribute-bytes)"
             )

@@ -19,7 +19,7 @@ from converter import node as inodes
 from converter.limits import Limits
 from converter.node import Node, children_of, refuse
 from converter.rootedpath import Path
-from converter.tarstream import Entry, Kind
+from converter.tarentry import Entry, Kind
 
 _READ_BYTES = 1 << 20
 

@@ -10,10 +10,10 @@ import dataclasses
 import stat
 from typing import NoReturn
 
-from converter import errors, rootedpath, tarstream
+from converter import errors, rootedpath, tarentry
 from converter.mergedlower import OVERLAY_PREFIX, LowerEntry
 from converter.rootedpath import Path
-from converter.tarstream import Entry, Kind
+from converter.tarentry import Entry, Kind
 
 WHITEOUT = b".wh."
 WHITEOUT_META = b".wh..wh."
@@ -107,7 +107,7 @@ def _kept_xattrs(entry: Entry) -> dict[bytes, bytes] | None:
 
 def refuse(entry: Entry, problem: str) -> NoReturn:
     """Raise InvalidLayerError for an entry."""
-    raise errors.InvalidLayerError(f"{tarstream.describe(entry.name, entry.offset)}: {problem}")
+    raise errors.InvalidLayerError(f"{tarentry.describe(entry.name, entry.offset)}: {problem}")
 
 
 def is_aufs_metadata(path: Path) -> bool:

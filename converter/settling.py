@@ -24,7 +24,7 @@ from converter.node import (
     set_attributes,
 )
 from converter.rootedpath import Path
-from converter.tarstream import Entry, Kind
+from converter.tarentry import Entry, Kind
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

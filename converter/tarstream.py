@@ -18,12 +18,12 @@ pre-compiled header and the private buffer.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
-from converter import errors, tarheader
+from converter import errors, tarentry, tarheader
 from converter.limits import Limits
+from converter.tarentry import Entry, Kind
 
 _BUFFER_BYTES = 256 * 1024
 _DIRECT_BYTES = 64 * 1024
@@ -42,41 +42,6 @@ class Source(Protocol):
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill `buffer` from its start with 1 or more bytes; 0 at the end."""
-
-
-class Kind(enum.Enum):
-    """What an entry makes."""
-
-    FILE = "regular file"
-    HARD_LINK = "hard link"
-    SYMLINK = "symbolic link"
-    CHARACTER = "character device"
-    BLOCK = "block device"
-    DIRECTORY = "directory"
-    FIFO = "fifo"
-
-
-class Entry(NamedTuple):
-    """One entry of the tar, extension headers applied. (A tuple: made a million times a layer.)
-
-    `mode` holds the permission bits only (07777). `size` is the apparent size, holes included, and 0 for all
-    but regular files. `segments` is a sparse file's data, None for other files. `offset` is the byte offset
-    of the entry's first header in the tar.
-    """
-
-    name: bytes
-    kind: Kind
-    mode: int
-    uid: int
-    gid: int
-    mtime_ns: int
-    size: int
-    linkname: bytes
-    rdev_major: int
-    rdev_minor: int
-    xattrs: dict[bytes, bytes] | None
-    segments: tarheader.Segments | None
-    offset: int
 
 
 _KINDS = {
@@ -101,36 +66,6 @@ _NO_RECORDS: dict[bytes, bytes] = {}
 _MAX_OWNERS = 1024
 _MAX_GLOBALS = 256
 """Global PAX records in force: each is looked at for every entry that follows."""
-
-
-def _overrides(records: dict[bytes, bytes], device: bool) -> dict[str, Any]:
-    """The fields of Entry that PAX records set. An empty value sets none: the header's own counts."""
-    changes: dict[str, Any] = {}
-    get = records.get
-    if value := get(b"path"):
-        changes["name"] = value
-    if value := get(b"linkpath"):
-        changes["linkname"] = value
-    if value := get(b"size"):
-        changes["size"] = tarheader.decimal(value, "PAX size")
-    if value := get(b"mtime"):
-        changes["mtime_ns"] = tarheader.time_ns(value)
-    if value := get(b"uid"):
-        changes["uid"] = tarheader.decimal(value, "PAX uid")
-    if value := get(b"gid"):
-        changes["gid"] = tarheader.decimal(value, "PAX gid")
-    if device and (value := get(b"SCHILY.devmajor")):
-        changes["rdev_major"] = tarheader.decimal(value, "SCHILY.devmajor")
-    if device and (value := get(b"SCHILY.devminor")):
-        changes["rdev_minor"] = tarheader.decimal(value, "SCHILY.devminor")
-    if xattrs := tarheader.xattrs(records):
-        changes["xattrs"] = xattrs
-    return changes
-
-
-def describe(name: bytes, offset: int) -> str:
-    """An entry, for messages."""
-    return f"entry '{name[:200].decode('utf-8', 'backslashreplace')}' at byte {offset} of the tar"
 
 
 class TarReader:
@@ -299,7 +234,7 @@ class TarReader:
         if self._globals:
             records = {**self._globals, **records}
         if records:
-            entry = entry._replace(**_overrides(records, device))
+            entry = entry._replace(**tarentry.overrides(records, device))
         if long_name is not None:
             entry = entry._replace(name=long_name)
         if long_link is not None:
@@ -549,7 +484,7 @@ class TarReader:
     # -- errors ------------------------------------------------------------------------------------
 
     def _where(self) -> str:
-        return describe(self._name.partition(b"\0")[0], self._header_at)
+        return tarentry.describe(self._name.partition(b"\0")[0], self._header_at)
 
     def _refuse_truncated(self) -> NoReturn:
         self._refuse(f"the tar ends inside the entry, after {self._position} bytes")

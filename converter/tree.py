@@ -46,7 +46,7 @@ from converter.node import (
     set_attributes,
 )
 from converter.rootedpath import Path
-from converter.tarstream import Entry, Kind
+from converter.tarentry import Entry, Kind
 
 __all__ = ["Copy", "LayerTree", "Lower", "LowerEntry", "MergedLower", "Node", "is_whiteout"]
 

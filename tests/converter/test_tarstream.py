@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from converter import errors, limits, tarheader, tarstream
-from converter.tarstream import Entry, Kind
+from converter.tarentry import Entry, Kind
 from tests.fixtures import tars
 from tests.fixtures.tars import Attributes, Builder, header, padded
 
