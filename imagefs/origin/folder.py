@@ -151,9 +151,12 @@ class FolderOrigin:
         return True
 
     def links(self, folder: Path) -> bool:
-        # The layout, or the folder that it will be made in.
-        ours = next(place for place in (self._blobs, *self._blobs.parents) if place.exists())
-        return os.stat(folder).st_dev == os.stat(ours).st_dev
+        try:
+            # The layout, or the folder that it will be made in.
+            ours = next(place for place in (self._blobs, *self._blobs.parents) if place.exists())
+            return os.stat(folder).st_dev == os.stat(ours).st_dev
+        except OSError:
+            return False  # what is wrong, storing says
 
     def link_blob(self, digest: str, size: int, path: Path) -> bool:
         if self.has_blob(digest):

@@ -280,6 +280,20 @@ class TestFiles:
         assert not origin.link_blob(digest, 9, tmp_path / "gone")
         assert not origin.has_blob(digest)
 
+    def test_a_layout_out_of_reach_takes_no_files(self, tmp_path: Path) -> None:
+        closed = tmp_path / "closed"
+        (closed / "layout").mkdir(parents=True)
+        closed.chmod(0)
+        origin = folder.FolderOrigin(closed / "layout")
+        assert origin.links(tmp_path) == (os.geteuid() == 0), "root may look everywhere"
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+            try:
+                assert not origin.links(Path("/tmp"))
+            finally:
+                os.seteuid(0)
+        closed.chmod(0o700)
+
     def test_not_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         origin = folder.FolderOrigin(tmp_path / "file")
